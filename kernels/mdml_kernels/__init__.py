@@ -1,0 +1,19 @@
+"""Softmax-margin OOD losses for PyTorch: a drop-in that needs torch and nothing else."""
+
+from mdml_kernels.functional import (
+    linear_softmax_confidence,
+    one_class_loss,
+    softmax_confidence,
+    softmax_log_odds,
+    softmax_margin_loss,
+)
+from mdml_kernels.module import SoftmaxMarginLoss
+
+__all__ = [
+    "SoftmaxMarginLoss",
+    "linear_softmax_confidence",
+    "one_class_loss",
+    "softmax_confidence",
+    "softmax_log_odds",
+    "softmax_margin_loss",
+]

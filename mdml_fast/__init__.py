@@ -1,0 +1,1 @@
+"""Detect anomaly classes that nobody has labelled yet, by multidirectional meta-learning."""
