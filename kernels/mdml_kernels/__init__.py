@@ -1,6 +1,7 @@
 """Softmax-margin OOD losses for PyTorch: a drop-in that needs torch and nothing else."""
 
 from mdml_kernels.functional import (
+    explain,
     linear_softmax_confidence,
     one_class_loss,
     softmax_confidence,
@@ -11,6 +12,7 @@ from mdml_kernels.module import SoftmaxMarginLoss
 
 __all__ = [
     "SoftmaxMarginLoss",
+    "explain",
     "linear_softmax_confidence",
     "one_class_loss",
     "softmax_confidence",

@@ -1,16 +1,13 @@
-"""The public functions: they check shapes and dtypes, choose the backend, and reduce over episodes."""
+"""The public functions: they check their arguments, choose the backend, and reduce over episodes."""
 
 from __future__ import annotations
 
-from typing import Literal
-
-import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from mdml_kernels import reference
+from mdml_kernels import checks, dispatch, losses, odds, reference
+from mdml_kernels.dispatch import Backend
 from mdml_kernels.reference import Confidence, Form, Reduction, Scalar
-
-Backend = Literal["auto", "reference"]
 
 
 def softmax_margin_loss(
@@ -24,17 +21,21 @@ def softmax_margin_loss(
     form: Form = "hinge",
     reduction: Reduction = "mean",
     backend: Backend = "auto",
+    validate: bool = False,
 ) -> Tensor:
     """Widen the softmax confidence margin between normal (ID) and anomalous (OOD) rows.
 
     With S the confidence of a row (`softmax_confidence`), the loss of an episode is
 
     - ``hinge``: ``relu(margin - (mean_ID S - mean_OOD S))``
-    - ``pairwise``: ``mean_{i in ID, j in OOD} relu(margin - (S_i - S_j))``
+    - ``pairwise``: ``mean_{i in ID, j in OOD} relu(margin - (S_i - S_j))``, in O(N log N)
     - ``bce``: ``mean_ID(-log S) + mean_OOD(-log(1 - S))``
 
     Roy, Mili, Boker, arXiv 2601.19833 (outer level). An episode without ID or without OOD rows gives 0 for
     ``hinge`` and ``pairwise``; ``bce`` keeps the term that exists.
+
+    Differentiable any number of times in logits, temperature and background, in reverse and in forward mode, under
+    `torch.func` transforms, `torch.autocast` and `torch.compile`.
 
     Args:
         logits: float [..., N, K]; leading dims are episodes. half and bfloat16 accumulate in float32.
@@ -45,25 +46,30 @@ def softmax_margin_loss(
         confidence: ``max``, the largest softmax probability, or ``mass``, one minus the background's.
         form: see above.
         reduction: over episodes: ``mean``, ``sum`` or ``none``.
-        backend: ``auto`` or ``reference``.
+        backend: ``auto``, ``reference``, ``cpu`` or ``triton``; `explain` says which one ``auto`` is.
+        validate: also check the tensors' values, which waits for the device: NaN, infinities, temperature > 0.
 
     Returns:
         A scalar, or [...] for ``reduction="none"``; float32 for half and bfloat16 logits, else the logits' dtype.
 
     Raises:
         TypeError: an argument has the wrong dtype.
-        ValueError: an argument has the wrong shape or an unknown value.
+        ValueError: an argument has the wrong shape, device or value, or the backend cannot serve the call.
     """
-    _check_logits(logits, temperature, background, confidence)
-    _check_choice("form", form, ("hinge", "pairwise", "bce"))
-    _check_choice("reduction", reduction, ("mean", "sum", "none"))
-    _check_choice("backend", backend, ("auto", "reference"))
-    if is_ood.dtype != torch.bool:
-        raise TypeError(f"is_ood must be a bool tensor, got {is_ood.dtype}")
-    if is_ood.shape != logits.shape[:-1]:
-        raise ValueError(f"is_ood must have the shape of the rows {list(logits.shape[:-1])}, got {list(is_ood.shape)}")
-    losses = reference.softmax_margin_loss(logits, is_ood, margin, temperature, background, confidence, form)
-    return reference.reduce_episodes(losses, reduction)
+    checks.logits(logits, temperature, background, confidence)
+    checks.labels(is_ood, logits)
+    checks.choice("form", form, ("hinge", "pairwise", "bce"))
+    checks.choice("reduction", reduction, ("mean", "sum", "none"))
+    checks.margin(margin)
+    chosen = dispatch.choose(backend, logits).backend
+    if validate:
+        checks.values(logits=logits, temperature=temperature, background=background)
+    if chosen == "reference":
+        value = reference.softmax_margin_loss(logits, is_ood, margin, temperature, background, confidence, form)
+    else:
+        rows = odds.of_logits(logits, temperature, background, confidence, chosen)
+        value = losses.margin_loss(rows, is_ood, margin, form)
+    return reference.reduce_episodes(value, reduction)
 
 
 def one_class_loss(
@@ -73,39 +79,50 @@ def one_class_loss(
     background: Scalar | None = None,
     confidence: Confidence = "max",
     reduction: Reduction = "mean",
+    backend: Backend = "auto",
 ) -> Tensor:
     """``mean_N(-log S)`` of normal rows: BCE(S, 1), the inner level of arXiv 2601.19833.
 
     Args and errors as in `softmax_margin_loss`; logits [..., N, K] are all normal.
     """
-    _check_logits(logits, temperature, background, confidence)
-    _check_choice("reduction", reduction, ("mean", "sum", "none"))
-    log_s, _ = reference.log_confidence(logits, temperature, background, confidence)
+    checks.choice("reduction", reduction, ("mean", "sum", "none"))
+    log_s = _log_s(logits, temperature, background, confidence, backend)
     return reference.reduce_episodes(-log_s.mean(dim=-1), reduction)
 
 
 def softmax_confidence(
-    logits: Tensor, *, temperature: Scalar = 1.0, background: Scalar | None = None, confidence: Confidence = "max"
+    logits: Tensor,
+    *,
+    temperature: Scalar = 1.0,
+    background: Scalar | None = None,
+    confidence: Confidence = "max",
+    backend: Backend = "auto",
 ) -> Tensor:
     """The confidence S [..., N] in [0, 1] that a row is normal, of logits [..., N, K].
 
     Args and errors as in `softmax_margin_loss`.
     """
-    _check_logits(logits, temperature, background, confidence)
-    log_s, _ = reference.log_confidence(logits, temperature, background, confidence)
-    return log_s.exp()
+    return _log_s(logits, temperature, background, confidence, backend).exp()
 
 
 def softmax_log_odds(
-    logits: Tensor, *, temperature: Scalar = 1.0, background: Scalar | None = None, confidence: Confidence = "max"
+    logits: Tensor,
+    *,
+    temperature: Scalar = 1.0,
+    background: Scalar | None = None,
+    confidence: Confidence = "max",
+    backend: Backend = "auto",
 ) -> Tensor:
     """log(S / (1 - S)) [..., N]: orders rows as the confidence S does, and still tells them apart where S rounds to 1.
 
     Args and errors as in `softmax_margin_loss`.
     """
-    _check_logits(logits, temperature, background, confidence)
-    log_s, log_not_s = reference.log_confidence(logits, temperature, background, confidence)
-    return log_s - log_not_s
+    checks.logits(logits, temperature, background, confidence)
+    chosen = dispatch.choose(backend, logits).backend
+    if chosen == "reference":
+        log_s, log_not_s = reference.log_confidence(logits, temperature, background, confidence)
+        return log_s - log_not_s
+    return odds.of_logits(logits, temperature, background, confidence, chosen)
 
 
 def linear_softmax_confidence(
@@ -118,52 +135,53 @@ def linear_softmax_confidence(
     temperature: Scalar = 1.0,
     background: Scalar | None = None,
     confidence: Confidence = "max",
+    backend: Backend = "auto",
 ) -> Tensor:
     """The confidence [..., N] of embeddings z [..., N, H] under a linear or a prototype head.
+
+    But in the reference the logits [..., N, K] are never in memory, neither forward nor backward nor in the second
+    derivative: they are made chunk by chunk, and once more where a derivative asks. (The third derivative holds them.)
+    Autocast is followed as `torch.nn.functional.linear` follows it, save that the logits are not rounded.
 
     Args:
         z: float [..., N, H].
         weight: [K, H], with bias [K] or None: the linear head ``ℓ = z Wᵀ + c``.
         bias: see weight.
         centers: [K, H], in place of weight: the prototype head ``ℓ_k = -|z - c_k|² / (2 scale²)``.
-        scale: the prototypes' length scale.
+        scale: the prototypes' length scale, a float or a scalar tensor, differentiable.
         temperature: as in `softmax_margin_loss`.
         background: as in `softmax_margin_loss`.
         confidence: as in `softmax_margin_loss`.
+        backend: as in `softmax_margin_loss`.
 
     Raises:
-        ValueError: neither or both of weight and centers are given, or a shape does not fit.
+        ValueError: neither or both of weight and centers are given, a shape does not fit, or as `softmax_margin_loss`.
+        TypeError: a dtype does not fit.
     """
-    if (weight is None) == (centers is None):
-        raise ValueError("give either weight (linear head) or centers (prototype head)")
-    if weight is not None:
-        logits = torch.nn.functional.linear(z, weight, bias)
-    else:
-        assert centers is not None
-        # |z - c|² expanded, so that a prototype head is a linear head plus a row constant.
-        squared = z.square().sum(-1, keepdim=True) - 2 * z @ centers.mT + centers.square().sum(-1)
-        logits = -squared / (2 * torch.as_tensor(scale) ** 2)
-    return softmax_confidence(logits, temperature=temperature, background=background, confidence=confidence)
+    checks.head(z, weight, bias, centers, scale, temperature, background, confidence)
+    chosen = dispatch.choose(backend, z).backend
+    if chosen == "reference":
+        logits = reference.head_logits(z, weight, bias, centers, scale)
+        log_s, _ = reference.log_confidence(logits, temperature, background, confidence)
+        return log_s.exp()
+    return odds.of_head(z, weight, bias, centers, scale, temperature, background, confidence).sigmoid()
 
 
-def _check_logits(logits: Tensor, temperature: Scalar, background: Scalar | None, confidence: str) -> None:
-    _check_choice("confidence", confidence, ("max", "mass"))
-    if not logits.is_floating_point():
-        raise TypeError(f"logits must be floating point, got {logits.dtype}")
-    if logits.ndim < 2:
-        raise ValueError(f"logits must be [..., N, K], got {list(logits.shape)}")
-    if background is None and confidence == "mass":
-        raise ValueError("confidence 'mass' is one minus the background's probability: give background=")
-    if background is None and logits.shape[-1] == 1:
-        raise ValueError("logits have K = 1, whose softmax is always 1: give background= or K >= 2")
-    for name, value in (("temperature", temperature), ("background", background)):
-        if isinstance(value, Tensor) and value.ndim and value.shape != logits.shape[:-2]:
-            episodes = list(logits.shape[:-2])
-            raise ValueError(f"{name} must be a scalar or one per episode {episodes}, got {list(value.shape)}")
-    if not isinstance(temperature, Tensor) and not temperature > 0:
-        raise ValueError(f"temperature must be positive, got {temperature}")
+def explain(logits: Tensor, *, backend: Backend = "auto") -> str:
+    """One line: the backend that a call with these logits takes, and why.
+
+    Raises:
+        ValueError: the backend cannot serve the call; the message names those that can.
+    """
+    chosen = dispatch.choose(backend, logits)
+    return f"{chosen.backend}: {chosen.reason}"
 
 
-def _check_choice(name: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+def _log_s(
+    logits: Tensor, temperature: Scalar, background: Scalar | None, confidence: Confidence, backend: Backend
+) -> Tensor:
+    checks.logits(logits, temperature, background, confidence)
+    chosen = dispatch.choose(backend, logits).backend
+    if chosen == "reference":
+        return reference.log_confidence(logits, temperature, background, confidence)[0]
+    return F.logsigmoid(odds.of_logits(logits, temperature, background, confidence, chosen))

@@ -28,10 +28,10 @@ def log_confidence(
     logits: Tensor, temperature: Scalar = 1.0, background: Scalar | None = None, confidence: Confidence = "max"
 ) -> tuple[Tensor, Tensor]:
     """log S and log(1 - S), each [..., N], of logits [..., N, K]; at ties of the maximum the first index counts."""
-    scaled = _accumulable(logits) / _per_row(temperature, logits).unsqueeze(-1)
+    scaled = logits.to(accumulation_dtype(logits)) / _per_row(temperature, logits).unsqueeze(-1)
     log_mass = torch.logsumexp(scaled, dim=-1)
     if background is not None:
-        log_background = _per_row(background, logits).to(scaled.dtype).expand_as(log_mass)
+        log_background = _per_row(background, logits).expand_as(log_mass)
         log_total = torch.logaddexp(log_mass, log_background)
         if confidence == "mass":
             return log_mass - log_total, log_background - log_total
@@ -65,10 +65,22 @@ def softmax_margin_loss(
     if form == "hinge":
         both_sides = ~is_ood.all(dim=-1) & is_ood.any(dim=-1)
         gap = margin - (_masked_mean(s, ~is_ood) - _masked_mean(s, is_ood))
-        return _hinge(gap) * both_sides
+        return hinge(gap) * both_sides
     pairs = ~is_ood.unsqueeze(-1) & is_ood.unsqueeze(-2)
     gaps = margin - (s.unsqueeze(-1) - s.unsqueeze(-2))
-    return _masked_mean(_hinge(gaps).flatten(-2), pairs.flatten(-2))
+    return _masked_mean(hinge(gaps).flatten(-2), pairs.flatten(-2))
+
+
+def head_logits(
+    z: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, centers: Tensor | None = None, scale: Scalar = 1.0
+) -> Tensor:
+    """The logits [..., N, K] of embeddings z [..., N, H]: ``z Wᵀ + c``, or ``-|z - c_k|² / (2 scale²)`` of centers."""
+    if weight is not None:
+        return torch.nn.functional.linear(z, weight, bias)
+    assert centers is not None
+    # |z - c|² expanded, so that a prototype head is a linear head plus a row constant.
+    squared = z.square().sum(-1, keepdim=True) - 2 * z @ centers.mT + centers.square().sum(-1)
+    return -squared / (2 * torch.as_tensor(scale, dtype=accumulation_dtype(z), device=z.device) ** 2)
 
 
 def reduce_episodes(losses: Tensor, reduction: Reduction) -> Tensor:
@@ -78,17 +90,17 @@ def reduce_episodes(losses: Tensor, reduction: Reduction) -> Tensor:
     return losses.mean() if reduction == "mean" else losses.sum()
 
 
-def _accumulable(values: Tensor) -> Tensor:
-    return values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
+def accumulation_dtype(values: Tensor) -> torch.dtype:
+    """What sums over values are kept in: float32 for half and bfloat16, else their own dtype."""
+    return torch.float32 if values.dtype in (torch.float16, torch.bfloat16) else values.dtype
 
 
 def _per_row(value: Scalar, logits: Tensor) -> Tensor:
     """A scalar, or one value per episode [...], made to broadcast against rows [..., N]."""
-    value = torch.as_tensor(value, device=logits.device)
-    return _accumulable(value if value.is_floating_point() else value.float()).unsqueeze(-1)
+    return torch.as_tensor(value, dtype=accumulation_dtype(logits), device=logits.device).unsqueeze(-1)
 
 
-def _hinge(gap: Tensor) -> Tensor:
+def hinge(gap: Tensor) -> Tensor:
     """relu(gap) whose gradient at NaN is NaN: torch.relu passes the value on but zeroes the gradient."""
     return torch.where(gap <= 0, 0.0, gap)
 

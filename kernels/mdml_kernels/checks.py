@@ -1,0 +1,135 @@
+"""What the public functions refuse, each in one line: the argument, what it was, what it must be.
+
+Only `values` reads what is in a tensor; the rest looks at shapes, dtypes and devices.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mdml_kernels.reference import Scalar
+
+
+def logits(values: Tensor, temperature: Scalar, background: Scalar | None, confidence: str) -> None:
+    """Logits [..., N, K] and what scales them."""
+    _floating("logits", values)
+    if values.ndim < 2 or not values.shape[-1]:
+        raise ValueError(f"logits must be [..., N, K] with K >= 1, got {list(values.shape)}")
+    _scaling(values.shape[:-2], values.shape[-1], values.device, temperature, background, confidence)
+
+
+def labels(is_ood: Tensor, values: Tensor) -> None:
+    """is_ood, bool, one per row of the logits."""
+    if not isinstance(is_ood, Tensor) or is_ood.dtype != torch.bool:
+        raise TypeError(f"is_ood must be a bool tensor, got {_kind(is_ood)}")
+    if is_ood.shape != values.shape[:-1]:
+        rows = list(values.shape[:-1])
+        raise ValueError(f"is_ood must have the shape of the rows {rows}, got {list(is_ood.shape)}")
+    _same_device("is_ood", is_ood, "logits", values.device)
+
+
+def margin(value: float) -> None:
+    """A number in [0, 1]."""
+    if isinstance(value, Tensor):
+        raise TypeError("margin must be a float, got a tensor: it is a setting, and no gradient would flow to it")
+    if not 0 <= value <= 1:
+        raise ValueError(f"margin must be in [0, 1], the confidence's range, got {value}")
+
+
+def head(
+    z: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    centers: Tensor | None,
+    scale: Scalar,
+    temperature: Scalar,
+    background: Scalar | None,
+    confidence: str,
+) -> None:
+    """Embeddings z [..., N, H] and a linear head (weight, bias) or a prototype head (centers, scale)."""
+    _floating("z", z)
+    if z.ndim < 2:
+        raise ValueError(f"z must be [..., N, H], got {list(z.shape)}")
+    if (weight is None) == (centers is None):
+        raise ValueError("give either weight (linear head) or centers (prototype head)")
+    if bias is not None and weight is None:
+        raise ValueError("bias belongs to weight (linear head), got it with centers")
+    name, matrix = ("weight", weight) if weight is not None else ("centers", centers)
+    assert matrix is not None
+    _floating(name, matrix)
+    if matrix.ndim != 2 or matrix.shape[1] != z.shape[-1] or not len(matrix):
+        raise ValueError(f"{name} must be [K, {z.shape[-1]}], z having {z.shape[-1]} features, got {list(matrix.shape)}")
+    if bias is not None and bias.shape != matrix.shape[:1]:
+        raise ValueError(f"bias must be [{len(matrix)}], one per row of weight, got {list(bias.shape)}")
+    for other, value in ((name, matrix), ("bias", bias)):
+        if value is not None:
+            _same_device(other, value, "z", z.device)
+            if value.dtype != z.dtype and not torch.is_autocast_enabled(z.device.type):
+                raise TypeError(f"{other} must have the dtype of z, {z.dtype}, got {value.dtype}")
+    _positive("scale", scale, (), z.device)
+    _scaling(z.shape[:-2], len(matrix), z.device, temperature, background, confidence)
+
+
+def choice(name: str, value: str, choices: tuple[str, ...]) -> None:
+    """One of a few words."""
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def values(**arguments: Scalar | None) -> None:
+    """Read the tensors: none may hold NaN or an infinity, and the temperature must be positive."""
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            bad = int((~value.isfinite()).sum())
+            if bad:
+                raise ValueError(f"{name} must be finite, got {bad} of {value.numel()} values NaN or infinite")
+            if name == "temperature" and not bool((value > 0).all()):
+                raise ValueError(f"temperature must be positive, got a smallest value of {float(value.min())}")
+
+
+def _scaling(
+    episodes: torch.Size,
+    n_classes: int,
+    device: torch.device,
+    temperature: Scalar,
+    background: Scalar | None,
+    confidence: str,
+) -> None:
+    choice("confidence", confidence, ("max", "mass"))
+    if background is None and confidence == "mass":
+        raise ValueError("confidence 'mass' is one minus the background's probability: give background=")
+    if background is None and n_classes == 1:
+        raise ValueError("logits have K = 1, whose softmax is always 1: give background= or K >= 2")
+    _positive("temperature", temperature, episodes, device)
+    if isinstance(background, Tensor):
+        _per_episode("background", background, episodes, device)
+
+
+def _positive(name: str, value: Scalar, episodes: tuple[int, ...], device: torch.device) -> None:
+    if isinstance(value, Tensor):
+        _per_episode(name, value, episodes, device)
+    elif not value > 0:
+        raise ValueError(f"{name} must be positive, got {value}")
+
+
+def _per_episode(name: str, value: Tensor, episodes: tuple[int, ...], device: torch.device) -> None:
+    if value.ndim and value.shape != episodes:
+        wanted = f"a scalar or one per episode {list(episodes)}" if episodes else "a scalar"
+        raise ValueError(f"{name} must be {wanted}, got {list(value.shape)}")
+    _floating(name, value)
+    _same_device(name, value, "logits", device)
+
+
+def _floating(name: str, value: Tensor) -> None:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating point tensor, got {_kind(value)}")
+
+
+def _same_device(name: str, value: Tensor, other: str, device: torch.device) -> None:
+    if value.device != device:
+        raise ValueError(f"{name} is on {value.device}, but {other} on {device}: move one of them")
+
+
+def _kind(value: object) -> str:
+    return str(value.dtype) if isinstance(value, Tensor) else type(value).__name__

@@ -1,0 +1,57 @@
+"""Episode losses from the log-odds of rows: odds [..., N] and is_ood bool [..., N] -> [...], in plain operations.
+
+Every form is a weighted sum over rows, of S or of log S, with weights that are constant almost everywhere:
+
+    hinge      gap = m + Σ w S            w = -1/n_ID on ID rows, 1/n_OOD on OOD rows; the loss is relu(gap)
+    pairwise   Σ c (m - S)  +  Σ c S      c = how many rows of the other side miss the margin to this one, / pairs
+               over ID         over OOD
+    bce        -Σ w log(S or 1 - S)       w = 1/n of the row's own side
+
+so PyTorch differentiates them at the cost of one number a row.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mdml_kernels.reference import Form, hinge
+
+
+def margin_loss(odds: Tensor, is_ood: Tensor, margin: float, form: Form) -> Tensor:
+    """The loss of each episode; what it means is said in `functional.softmax_margin_loss`."""
+    n_ood = is_ood.sum(-1, keepdim=True, dtype=odds.dtype)
+    n_id = is_ood.shape[-1] - n_ood
+    if form == "bce":
+        mean = torch.where(is_ood, 1 / n_ood, 1 / n_id)
+        return -(mean * F.logsigmoid(torch.where(is_ood, -odds, odds))).sum(-1)
+    s = odds.sigmoid()
+    both_sides = (n_ood * n_id).squeeze(-1) > 0
+    if form == "hinge":
+        mean = torch.where(is_ood, 1 / n_ood, -1 / n_id)
+        return hinge(margin + (mean * s).sum(-1)) * both_sides
+    missing = _missing_partners(s.detach(), is_ood, margin)
+    terms = missing * torch.where(is_ood, s, margin - s)
+    return terms.sum(-1) / (n_ood * n_id).squeeze(-1).clamp(min=1)
+
+
+def one_class(odds: Tensor) -> Tensor:
+    """mean over rows of -log S."""
+    return -F.logsigmoid(odds).mean(-1)
+
+
+def _missing_partners(s: Tensor, is_ood: Tensor, margin: float) -> Tensor:
+    """For an ID row how many OOD rows have S_j > S_i - m, for an OOD row how many ID rows have S_i < S_j + m.
+
+    One sort of the N shifted values instead of N² pairs. OOD rows are put first among equals, because a pair that
+    just meets the margin does not count: then an ID row's partners lie behind it, an OOD row's before it.
+    """
+    ood_first = is_ood.to(torch.uint8).argsort(dim=-1, descending=True, stable=True)
+    value = torch.where(is_ood, s, s - margin).gather(-1, ood_first)
+    order = ood_first.gather(-1, value.argsort(dim=-1, stable=True))
+    ood = is_ood.gather(-1, order)
+    seen_ood = ood.cumsum(-1)
+    seen_id = (~ood).cumsum(-1)
+    counts = torch.where(ood, seen_id, is_ood.sum(-1, keepdim=True) - seen_ood)
+    return torch.empty_like(counts).scatter(-1, order, counts).to(s.dtype)

@@ -1,0 +1,75 @@
+"""From the public arguments to an operator of the chosen backend: episodes in one dim, 1/T and background as tensors."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mdml_kernels import autograd
+from mdml_kernels.linear import CpuLinearLogOdds
+from mdml_kernels.reference import Confidence, Scalar, accumulation_dtype
+from mdml_kernels.rows import CpuLogOdds, TritonLogOdds
+
+
+def of_logits(
+    logits: Tensor, temperature: Scalar, background: Scalar | None, confidence: Confidence, backend: str
+) -> Tensor:
+    """The log-odds [..., N] of logits [..., N, K]."""
+    *episodes, n_rows, n_classes = logits.shape
+    flat = logits.reshape(math.prod(episodes), n_rows, n_classes)
+    tau = _per_episode(_inverse(temperature, logits), logits)
+    log_background = None if background is None else _per_episode(background, logits)
+    op = CpuLogOdds(confidence) if backend == "cpu" else TritonLogOdds(confidence)
+    return autograd.apply(op, flat, tau, log_background).view(logits.shape[:-1])
+
+
+def of_head(
+    z: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    centers: Tensor | None,
+    scale: Scalar,
+    temperature: Scalar,
+    background: Scalar | None,
+    confidence: Confidence,
+) -> Tensor:
+    """The log-odds [..., N] of embeddings z [..., N, H] under a linear or a prototype head.
+
+    A prototype head is a linear one, with ``1/T' = 1/(T scale²)``, weight c, bias ``-|c|²/2``, up to the row constant
+    ``-|z|²/(2 T scale²)``, which only the background sees: it moves there with the opposite sign.
+    """
+    rows = z.shape[:-1]
+    tau = _per_episode(_inverse(temperature, z), z).view(*rows[:-1], 1)
+    log_background = None if background is None else _per_episode(background, z).view(*rows[:-1], 1)
+    if centers is not None:
+        tau = tau / torch.as_tensor(scale, dtype=tau.dtype, device=tau.device) ** 2
+        weight, bias = centers, centers.to(tau.dtype).square().sum(-1) / -2
+        if log_background is not None:
+            log_background = log_background + tau * z.to(tau.dtype).square().sum(-1) / 2
+    assert weight is not None
+    if torch.is_autocast_enabled(z.device.type):
+        z, weight = (value.to(torch.get_autocast_dtype(z.device.type)) for value in (z, weight))
+    odds = autograd.apply(
+        CpuLinearLogOdds(confidence),
+        z.reshape(1, math.prod(rows), z.shape[-1]),
+        weight.unsqueeze(0),
+        None if bias is None else bias.unsqueeze(0),
+        tau.expand(rows).reshape(1, math.prod(rows)),
+        None if log_background is None else log_background.expand(rows).reshape(1, math.prod(rows)),
+    )
+    return odds.view(rows)
+
+
+def _per_episode(value: Scalar, rows: Tensor) -> Tensor:
+    """A scalar, or one value per episode [...], as [E] in the dtype that rows [..., N, K] accumulate in."""
+    episodes, dtype = rows.shape[:-2], accumulation_dtype(rows)
+    if not isinstance(value, Tensor):
+        return torch.full((math.prod(episodes),), value, dtype=dtype, device=rows.device)
+    return value.to(dtype).expand(episodes).reshape(math.prod(episodes))
+
+
+def _inverse(temperature: Scalar, rows: Tensor) -> Scalar:
+    """1/T, taken in the accumulation dtype: a half tensor would round it."""
+    return 1 / (temperature.to(accumulation_dtype(rows)) if isinstance(temperature, Tensor) else temperature)
