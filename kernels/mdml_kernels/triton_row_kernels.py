@@ -1,0 +1,273 @@
+"""The row kernels: log-odds of rows of logits, their gradient and second derivative. No atomics, offsets in int64.
+
+Rows are numbered through all episodes; a program takes BLOCK_N of them, whole where K fits in BLOCK_K, else tile by
+tile. K and the row stride are compile-time constants, so that the compiler can prove the alignment of every load.
+"""
+
+# mypy: ignore-errors
+# Triton reads these bodies, not Python: types would be wrong.
+
+import triton
+import triton.language as tl
+
+from mdml_kernels.triton_row_math import (
+    exp_below,
+    log_odds,
+    log_odds_gradient,
+    merge_statistics,
+    tile_statistics,
+)
+
+
+@triton.jit
+def row_offsets(rows, episodes, rows_per_episode, stride_e, STRIDE_N: tl.constexpr, FLAT: tl.constexpr):
+    """int64 offset of each row; FLAT when one stride spans all rows, which keeps the alignment provable."""
+    if FLAT:
+        return rows.to(tl.int64) * STRIDE_N
+    return episodes.to(tl.int64) * stride_e + (rows - episodes * rows_per_episode).to(tl.int64) * STRIDE_N
+
+
+@triton.jit
+def rows_forward_kernel(
+    logits,
+    inv_temperature,
+    background,
+    odds,
+    reference,
+    argmax,
+    n_rows,
+    rows_per_episode,
+    stride_e,
+    K: tl.constexpr,
+    STRIDE_N: tl.constexpr,
+    STRIDE_K: tl.constexpr,
+    FLAT: tl.constexpr,
+    MASS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Log-odds, reference and first argmax of each row; the logits read once."""
+    acc = odds.dtype.element_ty
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live = rows < n_rows
+    episodes = rows // rows_per_episode
+    scale = tl.load(inv_temperature + episodes, mask=live, other=1.0).to(acc)
+    row_start = logits + row_offsets(rows, episodes, rows_per_episode, stride_e, STRIDE_N, FLAT)
+
+    top = tl.full([BLOCK_N], float("-inf"), acc)
+    second = tl.full([BLOCK_N], float("-inf"), acc)
+    mass = tl.zeros([BLOCK_N], acc)
+    first = tl.zeros([BLOCK_N], tl.int32)
+    log_background = top
+    if background is not None:
+        log_background = tl.load(background + episodes, mask=live, other=0.0).to(acc)
+        if not MASS:
+            second = log_background
+            mass = exp_below(log_background, log_background)
+
+    for start in range(0, K, BLOCK_K):
+        cols = (start + tl.arange(0, BLOCK_K))[None, :]
+        keep = live[:, None] & (cols < K)
+        x = tl.load(row_start[:, None] + cols.to(tl.int64) * STRIDE_K, mask=keep, other=float("-inf")).to(acc)
+        tile_top, tile_first, tile_second, tile_mass = tile_statistics(x * scale[:, None], cols, K)
+        top, first, second, mass = merge_statistics(
+            top, first, second, mass, tile_top, tile_first, tile_second, tile_mass
+        )
+
+    row_odds, row_reference = log_odds(top, second, mass, log_background, MASS)
+    tl.store(odds + rows, row_odds, mask=live)
+    tl.store(reference + rows, row_reference, mask=live)
+    if not MASS:
+        tl.store(argmax + rows, first, mask=live)
+
+
+@triton.jit
+def rows_backward_kernel(
+    logits,
+    inv_temperature,
+    background,
+    reference,
+    argmax,
+    grad,
+    grad_logits,
+    grad_inv_temperature,
+    grad_background,
+    n_rows,
+    rows_per_episode,
+    stride_e,
+    K: tl.constexpr,
+    STRIDE_N: tl.constexpr,
+    STRIDE_K: tl.constexpr,
+    FLAT: tl.constexpr,
+    MASS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Gradients of the logits and, row by row, of 1/T and b; the logits read once, their gradient written once."""
+    acc = reference.dtype.element_ty
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live = rows < n_rows
+    episodes = rows // rows_per_episode
+    scale = tl.load(inv_temperature + episodes, mask=live, other=1.0).to(acc)
+    row_start = logits + row_offsets(rows, episodes, rows_per_episode, stride_e, STRIDE_N, FLAT)
+    grad_start = grad_logits + rows.to(tl.int64) * K
+    log_sum = tl.load(reference + rows, mask=live, other=0.0)
+    first = rows
+    if not MASS:
+        first = tl.load(argmax + rows, mask=live, other=0)
+    g = tl.load(grad + rows, mask=live, other=0.0).to(acc)
+    g = tl.where(log_sum == log_sum, g, log_sum)  # the one constant slope, that of the maximum, must turn NaN as well
+
+    scale_terms = tl.zeros([BLOCK_N, BLOCK_K], acc)
+    for start in range(0, K, BLOCK_K):
+        cols = (start + tl.arange(0, BLOCK_K))[None, :]
+        keep = live[:, None] & (cols < K)
+        x = tl.load(row_start[:, None] + cols.to(tl.int64) * STRIDE_K, mask=keep, other=float("-inf")).to(acc)
+        slope = g[:, None] * log_odds_gradient(x * scale[:, None], cols, first[:, None], log_sum[:, None], MASS)
+        tl.store(grad_start[:, None] + cols, (slope * scale[:, None]).to(grad_logits.dtype.element_ty), mask=keep)
+        scale_terms += tl.where(x == float("-inf"), 0.0, x * slope)
+
+    tl.store(grad_inv_temperature + rows, tl.sum(scale_terms, 1), mask=live)
+    if background is not None:
+        slope_background = -g
+        if not MASS:
+            log_background = tl.load(background + episodes, mask=live, other=0.0).to(acc)
+            slope_background = -g * exp_below(log_background, log_sum)
+        tl.store(grad_background + rows, slope_background, mask=live)
+
+
+@triton.jit
+def rows_double_backward_kernel(
+    logits,
+    inv_temperature,
+    background,
+    reference,
+    argmax,
+    grad,
+    v_logits,
+    v_inv_temperature,
+    v_background,
+    out_logits,
+    out_inv_temperature,
+    out_background,
+    along,
+    n_rows,
+    rows_per_episode,
+    stride_e,
+    v_stride_e,
+    K: tl.constexpr,
+    STRIDE_N: tl.constexpr,
+    STRIDE_K: tl.constexpr,
+    FLAT: tl.constexpr,
+    V_STRIDE_N: tl.constexpr,
+    V_STRIDE_K: tl.constexpr,
+    V_FLAT: tl.constexpr,
+    MASS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """J v, and the gradients of g J v, in closed form.
+
+    With t_k = v_k / T + v_a l_k the tangent of the scaled logit and m the mean of the tangents under the softmax q,
+    J v = Σ_k t_k dL/dx_k, and d(J v)/dx_j = dL/dx_j (t_j - m), but 0 for the maximum, whose slope is constant.
+    """
+    acc = reference.dtype.element_ty
+    rows = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    live = rows < n_rows
+    episodes = rows // rows_per_episode
+    scale = tl.load(inv_temperature + episodes, mask=live, other=1.0).to(acc)
+    v_scale = tl.load(v_inv_temperature + episodes, mask=live, other=0.0).to(acc)
+    row_start = logits + row_offsets(rows, episodes, rows_per_episode, stride_e, STRIDE_N, FLAT)
+    v_start = v_logits + row_offsets(rows, episodes, rows_per_episode, v_stride_e, V_STRIDE_N, V_FLAT)
+    out_start = out_logits + rows.to(tl.int64) * K
+    log_sum = tl.load(reference + rows, mask=live, other=0.0)
+    first = rows
+    if not MASS:
+        first = tl.load(argmax + rows, mask=live, other=0)
+    g = tl.load(grad + rows, mask=live, other=0.0).to(acc)
+    g = tl.where(log_sum == log_sum, g, log_sum)
+
+    share_terms = tl.zeros([BLOCK_N, BLOCK_K], acc)
+    first_terms = tl.zeros([BLOCK_N, BLOCK_K], acc)
+    for start in range(0, K, BLOCK_K):
+        cols = (start + tl.arange(0, BLOCK_K))[None, :]
+        keep = live[:, None] & (cols < K)
+        x = tl.load(row_start[:, None] + cols.to(tl.int64) * STRIDE_K, mask=keep, other=float("-inf")).to(acc)
+        vx = tl.load(v_start[:, None] + cols.to(tl.int64) * V_STRIDE_K, mask=keep, other=0.0).to(acc)
+        t = vx * scale[:, None] + tl.where(x == float("-inf"), 0.0, x * v_scale[:, None])
+        share = exp_below(x * scale[:, None], log_sum[:, None])
+        if MASS:
+            share_terms += share * t
+        else:
+            is_first = cols == first[:, None]
+            share_terms += tl.where(is_first, 0.0, share * t)
+            first_terms += tl.where(is_first, t, 0.0)
+
+    mean_tangent = tl.sum(share_terms, 1)
+    if background is not None:
+        v_log_background = tl.load(v_background + episodes, mask=live, other=0.0).to(acc)
+    if MASS:
+        moved = mean_tangent - v_log_background
+        tl.store(out_background + rows, g * 0.0, mask=live)
+    else:
+        if background is not None:
+            log_background = tl.load(background + episodes, mask=live, other=0.0).to(acc)
+            share_background = exp_below(log_background, log_sum)
+            mean_tangent += share_background * v_log_background
+            slope_background = -g * share_background * (v_log_background - mean_tangent)
+            tl.store(out_background + rows, slope_background, mask=live)
+        moved = tl.sum(first_terms, 1) - mean_tangent
+    tl.store(along + rows, moved, mask=live)
+
+    scale_terms = tl.zeros([BLOCK_N, BLOCK_K], acc)
+    for start in range(0, K, BLOCK_K):
+        cols = (start + tl.arange(0, BLOCK_K))[None, :]
+        keep = live[:, None] & (cols < K)
+        x = tl.load(row_start[:, None] + cols.to(tl.int64) * STRIDE_K, mask=keep, other=float("-inf")).to(acc)
+        vx = tl.load(v_start[:, None] + cols.to(tl.int64) * V_STRIDE_K, mask=keep, other=0.0).to(acc)
+        masked_out = x == float("-inf")
+        t = vx * scale[:, None] + tl.where(masked_out, 0.0, x * v_scale[:, None])
+        slope = g[:, None] * log_odds_gradient(x * scale[:, None], cols, first[:, None], log_sum[:, None], MASS)
+        bend = slope * (t - mean_tangent[:, None])
+        if not MASS:
+            bend = tl.where((cols == first[:, None]) & (slope == slope), 0.0, bend)
+        out = bend * scale[:, None] + v_scale[:, None] * slope
+        tl.store(out_start[:, None] + cols, out.to(out_logits.dtype.element_ty), mask=keep)
+        scale_terms += tl.where(masked_out, 0.0, x * bend + vx * slope)
+    tl.store(out_inv_temperature + rows, tl.sum(scale_terms, 1), mask=live)
+
+
+@triton.jit
+def episode_sums_kernel(
+    odds,
+    is_ood,
+    sums,
+    rows_per_episode,
+    n_chunks,
+    CHUNK: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """(Σ_ID S, Σ_OOD S, ID count, OOD count) of one chunk of one episode's rows; a NaN poisons both sums."""
+    acc = odds.dtype.element_ty
+    episode = tl.program_id(0) // n_chunks
+    chunk = tl.program_id(0) % n_chunks
+    base = episode.to(tl.int64) * rows_per_episode
+    id_sum = tl.zeros([BLOCK], acc)
+    ood_sum = tl.zeros([BLOCK], acc)
+    id_count = tl.zeros([BLOCK], acc)
+    ood_count = tl.zeros([BLOCK], acc)
+    for start in range(0, CHUNK, BLOCK):
+        rows = chunk * CHUNK + start + tl.arange(0, BLOCK)
+        live = rows < rows_per_episode
+        s = tl.sigmoid(tl.load(odds + base + rows, mask=live, other=0.0))
+        ood = tl.load(is_ood + base + rows, mask=live, other=0) != 0
+        bad = s != s
+        id_sum += tl.where((live & ~ood) | bad, s, 0.0)
+        ood_sum += tl.where(ood | bad, s, 0.0)
+        id_count += tl.where(live & ~ood, 1.0, 0.0)
+        ood_count += tl.where(ood, 1.0, 0.0)
+    out = sums + tl.program_id(0).to(tl.int64) * 4
+    tl.store(out, tl.sum(id_sum, 0))
+    tl.store(out + 1, tl.sum(ood_sum, 0))
+    tl.store(out + 2, tl.sum(id_count, 0))
+    tl.store(out + 3, tl.sum(ood_count, 0))

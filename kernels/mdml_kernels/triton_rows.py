@@ -1,0 +1,326 @@
+"""The Triton backend of the row functions: the leaves that the autograd layer calls, on logits [E, N, K].
+
+float32 accumulation (float64 for float64 logits), every output freshly allocated and contiguous. E episodes, N rows,
+K logits. Runs on CUDA and ROCm tensors, and on CPU tensors where ``TRITON_INTERPRET=1`` was set before import.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from mdml_kernels import triton_row_kernels as kernels
+from mdml_kernels.launch import INTERPRETER, MAX_ROWS, LaunchConfig, arch_of, on_device_of, rows_config
+from mdml_kernels.reference import Confidence
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def odds_forward(
+    logits: Tensor, inv_temperature: Tensor, background: Tensor | None, confidence: Confidence
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The log-odds log S - log(1 - S) of each row, and what `odds_backward` wants back.
+
+    Args:
+        logits: float [E, N, K], any strides.
+        inv_temperature: float [E], 1 / T.
+        background: float [E] or None.
+        confidence: ``max`` or ``mass``; ``mass`` needs the background.
+
+    Returns:
+        odds [E, N] and reference [E, N] in float32 (float64 for float64 logits), and the first argmax int32 [E, N],
+        empty [E, 0] for ``mass``. The reference is the log-sum-exp of the scaled logits, for ``max`` without the
+        largest and with the background.
+
+    Raises:
+        ValueError: a shape does not fit, or there are too many rows for 32-bit row numbers.
+        TypeError: the logits' dtype has no kernel.
+    """
+    rows, config = _prepare(logits, inv_temperature, background, confidence)
+    shape = logits.shape[:2]
+    odds, reference = (logits.new_empty(shape, dtype=accumulator(logits.dtype)) for _ in range(2))
+    argmax = logits.new_empty((shape[0], 0) if confidence == "mass" else shape, dtype=torch.int32)
+    if odds.numel():
+        with on_device_of(logits):
+            kernels.rows_forward_kernel[rows.grid](
+                logits,
+                inv_temperature,
+                background,
+                odds,
+                reference,
+                argmax,
+                rows.n_rows,
+                shape[1],
+                logits.stride(0),
+                **rows.constants,
+                MASS=confidence == "mass",
+                **config,
+            )
+    return odds, reference, argmax
+
+
+def odds_backward(
+    logits: Tensor,
+    inv_temperature: Tensor,
+    background: Tensor | None,
+    confidence: Confidence,
+    reference: Tensor,
+    argmax: Tensor,
+    grad: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """The odds' gradient grad [E, N] pulled back; the rest is what `odds_forward` took and gave.
+
+    Returns:
+        grad_logits [E, N, K] in the logits' dtype, and row by row, for the caller to sum over N,
+        grad_inv_temperature [E, N] and grad_background [E, N] (None without a background).
+
+    Raises:
+        ValueError, TypeError: as `odds_forward`.
+    """
+    rows, config = _prepare(logits, inv_temperature, background, confidence)
+    grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
+    grad_inv_temperature = torch.empty_like(reference)
+    grad_background = None if background is None else torch.empty_like(reference)
+    if reference.numel():
+        with on_device_of(logits):
+            kernels.rows_backward_kernel[rows.grid](
+                logits,
+                inv_temperature,
+                background,
+                reference,
+                argmax,
+                grad.contiguous(),
+                grad_logits,
+                grad_inv_temperature,
+                grad_background,
+                rows.n_rows,
+                logits.shape[1],
+                logits.stride(0),
+                **rows.constants,
+                MASS=confidence == "mass",
+                **config,
+            )
+    return grad_logits, grad_inv_temperature, grad_background
+
+
+def odds_double_backward(
+    logits: Tensor,
+    inv_temperature: Tensor,
+    background: Tensor | None,
+    confidence: Confidence,
+    reference: Tensor,
+    argmax: Tensor,
+    grad: Tensor,
+    v_logits: Tensor | None,
+    v_inv_temperature: Tensor | None,
+    v_background: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor]:
+    """Gradients of ``<v, odds_backward(...)>`` = grad · J v, given cotangents v of the three that it gives.
+
+    Args:
+        v_logits: [E, N, K], any strides, or None for zero.
+        v_inv_temperature: [E], one for all rows of an episode (their gradients are summed), or None for zero.
+        v_background: likewise; ignored without a background.
+
+    Returns:
+        Gradients of logits [E, N, K] (their dtype), inv_temperature rows [E, N] and background rows [E, N] (None
+        without one), and J v [E, N], the gradient of grad.
+
+    Raises:
+        ValueError, TypeError: as `odds_forward`.
+    """
+    rows, config = _prepare(logits, inv_temperature, background, confidence)
+    shape, zero = logits.shape, torch.zeros((), dtype=reference.dtype, device=logits.device)
+    # A missing tangent is one zero seen through strides of 0: no memory, and the reads stay in cache.
+    v_logits = zero.expand(shape) if v_logits is None else v_logits
+    v_inv_temperature = zero.expand(shape[0]) if v_inv_temperature is None else v_inv_temperature
+    if background is None:
+        v_background = None
+    else:
+        v_background = (zero.expand(shape[0]) if v_background is None else v_background).contiguous()
+    out_logits = torch.empty(shape, dtype=logits.dtype, device=logits.device)
+    out_inv_temperature, along = torch.empty_like(reference), torch.empty_like(reference)
+    out_background = None if background is None else torch.empty_like(reference)
+    if reference.numel():
+        with on_device_of(logits):
+            kernels.rows_double_backward_kernel[rows.grid](
+                logits,
+                inv_temperature,
+                background,
+                reference,
+                argmax,
+                grad.contiguous(),
+                v_logits,
+                v_inv_temperature.contiguous(),
+                v_background,
+                out_logits,
+                out_inv_temperature,
+                out_background,
+                along,
+                rows.n_rows,
+                shape[1],
+                logits.stride(0),
+                v_logits.stride(0),
+                **rows.constants,
+                V_STRIDE_N=v_logits.stride(1),
+                V_STRIDE_K=v_logits.stride(2),
+                V_FLAT=_is_flat(v_logits),
+                MASS=confidence == "mass",
+                **config,
+            )
+    return out_logits, out_inv_temperature, out_background, along
+
+
+def episode_statistics(odds: Tensor, is_ood: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Mean confidence of each side, per episode: (mean_ID S, mean_OOD S, ID count, OOD count), each [E].
+
+    Without atomics, in a fixed order: two runs give the same bits. An empty side has mean 0; a NaN makes both means
+    of its episode NaN.
+
+    Args:
+        odds: float32 or float64 [E, N], from `odds_forward`.
+        is_ood: bool [E, N].
+
+    Raises:
+        ValueError: the shapes differ.
+        TypeError: is_ood is not boolean.
+    """
+    if odds.ndim != 2 or odds.shape != is_ood.shape:
+        raise ValueError(f"odds and is_ood must both be [E, N], got {list(odds.shape)} and {list(is_ood.shape)}")
+    if is_ood.dtype != torch.bool:
+        raise TypeError(f"is_ood must be a bool tensor, got {is_ood.dtype}")
+    check_device("odds", odds)
+    episodes, n = odds.shape
+    if not odds.numel():
+        zeros = odds.new_zeros(episodes)
+        return zeros, zeros.clone(), zeros.clone(), zeros.clone()
+    block, chunk = 512, 4096  # one chunk up to 4096 rows, and enough programs for one long episode; unmeasured
+    chunk = chunk if n > block else block
+    n_chunks = -(-n // chunk)
+    sums = odds.new_empty((episodes, n_chunks, 4))
+    with on_device_of(odds):
+        kernels.episode_sums_kernel[(episodes * n_chunks,)](
+            odds.contiguous(),
+            is_ood.contiguous(),
+            sums,
+            n,
+            n_chunks,
+            CHUNK=chunk,
+            BLOCK=block,
+            num_warps=4,
+            enable_fp_fusion=True,
+        )
+    total = sums.sum(dim=1, dtype=torch.float64)
+    means = total[:, :2] / total[:, 2:].clamp(min=1)
+    values = torch.cat([means, total[:, 2:]], dim=1).to(odds.dtype)
+    mean_id, mean_ood, id_count, ood_count = values.unbind(dim=1)
+    return mean_id, mean_ood, id_count, ood_count
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that a logits dtype is computed in."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def check_device(name: str, tensor: Tensor) -> None:
+    """Raise unless a kernel can read the tensor: on a GPU, or anywhere in Triton's interpreter."""
+    if arch_of(tensor.device) == INTERPRETER and not isinstance(kernels.rows_forward_kernel, _interpreted()):
+        raise ValueError(
+            f"{name} is on {tensor.device}: the triton backend needs a CUDA or ROCm tensor, "
+            "or TRITON_INTERPRET=1 set before mdml_kernels is imported"
+        )
+
+
+class _Rows:
+    """How the rows of logits [E, N, K] are walked: their number, the grid, the strides."""
+
+    def __init__(self, logits: Tensor, config: LaunchConfig) -> None:
+        self.n_rows = logits.shape[0] * logits.shape[1]
+        self.grid = (-(-self.n_rows // config.block_rows),)
+        self.constants = {
+            "K": logits.shape[2],
+            "STRIDE_N": logits.stride(1),
+            "STRIDE_K": logits.stride(2),
+            "FLAT": _is_flat(logits),
+        }
+
+
+def _prepare(
+    logits: Tensor, inv_temperature: Tensor, background: Tensor | None, confidence: Confidence
+) -> tuple[_Rows, dict[str, Any]]:
+    if logits.ndim != 3:
+        raise ValueError(f"logits must be [E, N, K], got {list(logits.shape)}")
+    if logits.dtype not in DTYPES:
+        raise TypeError(f"logits must be one of {', '.join(map(str, DTYPES))}, got {logits.dtype}")
+    if logits.shape[0] * logits.shape[1] > MAX_ROWS:
+        raise ValueError(f"logits have {logits.shape[0] * logits.shape[1]} rows; the kernels take at most {MAX_ROWS}")
+    if background is None and confidence == "mass":
+        raise ValueError("confidence 'mass' needs a background")
+    for name, value in (("inv_temperature", inv_temperature), ("background", background)):
+        if value is not None and (value.shape != logits.shape[:1] or not value.is_contiguous()):
+            raise ValueError(f"{name} must be contiguous [E] = {[logits.shape[0]]}, got {list(value.shape)}")
+    check_device("logits", logits)
+    config = rows_config(logits.shape[2], logits.dtype, arch_of(logits.device))
+    tile = {"BLOCK_N": config.block_rows, "BLOCK_K": config.block_cols, **config.options}
+    return _Rows(logits, config), tile
+
+
+def _is_flat(tensor: Tensor) -> bool:
+    """Whether one stride leads through the rows of all episodes."""
+    return tensor.shape[0] == 1 or tensor.stride(0) == tensor.shape[1] * tensor.stride(1)
+
+
+def _interpreted() -> type[Any]:
+    from triton.runtime.interpreter import InterpretedFunction
+
+    return InterpretedFunction  # type: ignore[no-any-return]
+
+
+def rows_forward(
+    logits: Tensor, inv_temperature: Tensor, background: Tensor | None, confidence: Confidence
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`odds_forward` as (log S, log(1 - S), reference, argmax)."""
+    odds, reference, argmax = odds_forward(logits, inv_temperature, background, confidence)
+    return F.logsigmoid(odds), F.logsigmoid(-odds), reference, argmax
+
+
+def rows_backward(
+    logits: Tensor,
+    inv_temperature: Tensor,
+    background: Tensor | None,
+    confidence: Confidence,
+    log_s: Tensor,
+    log_not_s: Tensor,
+    reference: Tensor,
+    argmax: Tensor,
+    grad_log_s: Tensor,
+    grad_log_not_s: Tensor,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """`odds_backward` from the gradients of log S and log(1 - S)."""
+    grad = grad_log_s * log_not_s.exp() - grad_log_not_s * log_s.exp()
+    return odds_backward(logits, inv_temperature, background, confidence, reference, argmax, grad)
+
+
+def rows_double_backward(
+    logits: Tensor,
+    inv_temperature: Tensor,
+    background: Tensor | None,
+    confidence: Confidence,
+    log_s: Tensor,
+    log_not_s: Tensor,
+    reference: Tensor,
+    argmax: Tensor,
+    grad_log_s: Tensor,
+    grad_log_not_s: Tensor,
+    v_logits: Tensor | None,
+    v_inv_temperature: Tensor | None,
+    v_background: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
+    """`odds_double_backward`; right where grad_log_s = -grad_log_not_s, as the log-odds give them."""
+    grad = grad_log_s * log_not_s.exp() - grad_log_not_s * log_s.exp()
+    inputs = (logits, inv_temperature, background, confidence, reference, argmax, grad)
+    *first, along = odds_double_backward(*inputs, v_logits, v_inv_temperature, v_background)
+    return first[0], first[1], first[2], along * log_not_s.exp(), -along * log_s.exp()
