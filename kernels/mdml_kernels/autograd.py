@@ -149,7 +149,7 @@ class _DoubleBackward(Function):
         function, positions, primals = _definition(ctx.op, ctx.needs, grad, tensors)
         along = [tangents[position] for position in positions]
         moves = [torch.zeros_like(p) if t is None else t for p, t in zip(primals, along, strict=True)]
-        return tuple(torch.func.jvp(function, tuple(primals), tuple(moves))[1])
+        return tuple(_jvp(function, primals, tuple(moves)))
 
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
@@ -187,6 +187,11 @@ def _folded(function: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any,
     return tuple(value.unflatten(0, (info.batch_size, -1)) for value in outputs), (0,) * len(outputs)
 
 
+def _jvp(function: Any, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Any:
+    """J tangents. Forward mode writes tangents in the layout of their primals, so those must not be expanded views."""
+    return torch.func.jvp(function, tuple(p.contiguous() for p in primals), tangents)[1]
+
+
 def _definition(op: RowOp, needs: Needs, grad: Tensor, tensors: list[Tensor | None]) -> tuple[Any, list[int], Any]:
     """`DoubleBackward` in plain operations: a function of the present tensors, their positions, and themselves."""
     everything = [grad, *tensors]
@@ -209,7 +214,7 @@ def _definition(op: RowOp, needs: Needs, grad: Tensor, tensors: list[Tensor | No
                     placed[i] = primal
                 return op.define(*placed)
 
-            moved: Tensor = torch.func.jvp(odds, chosen, moves)[1]
+            moved: Tensor = _jvp(odds, chosen, moves)
             return moved
 
         result, pull = torch.func.vjp(along, *(inputs[i] for i in given))

@@ -92,7 +92,7 @@ def double_backward(
     t, v_tau, v_background = (torch.zeros_like(tau) if v is None else v for v in (tau, *tangents[1:]))
     t, v_tau, v_background = t[:, None, None], v_tau[:, None, None], v_background[:, None, None]
     grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    tau_rows, background_rows, along = torch.empty_like(log_sum.expand(3, *log_sum.shape))
+    tau_rows, background_rows, along = (torch.empty_like(log_sum) for _ in range(3))
     for e, n in _chunks(logits):
         chunk = logits[e, n].to(tau.dtype)
         v = None if v_logits is None else v_logits[e, n].to(tau.dtype)
