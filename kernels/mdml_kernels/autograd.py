@@ -187,6 +187,10 @@ def _folded(function: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any,
     return tuple(value.unflatten(0, (info.batch_size, -1)) for value in outputs), (0,) * len(outputs)
 
 
+def _is_smooth(value: Tensor | None) -> bool:
+    return value is not None and value.is_floating_point()
+
+
 def _jvp(function: Any, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Any:
     """J tangents. Forward mode writes tangents in the layout of their primals, so those must not be expanded views."""
     return torch.func.jvp(function, tuple(p.contiguous() for p in primals), tangents)[1]
@@ -197,19 +201,19 @@ def _definition(op: RowOp, needs: Needs, grad: Tensor, tensors: list[Tensor | No
     everything = [grad, *tensors]
     n_saved = len(tensors) - 2 * op.n_inputs
     saved = range(1 + op.n_inputs, 1 + op.n_inputs + n_saved)
-    positions = [i for i, value in enumerate(everything) if value is not None and i not in saved]
+    positions = [i for i, value in enumerate(everything) if _is_smooth(value) and i not in saved]
 
     def function(*values: Tensor) -> tuple[Tensor, ...]:
-        full: list[Any] = [None] * len(everything)
+        full: list[Any] = list(everything)
         for position, value in zip(positions, values, strict=True):
             full[position] = value
         inputs, _, tangents = _split(op, tuple(full[1:]))
-        given = [i for i, value in enumerate(inputs) if value is not None]
+        given = [i for i, value in enumerate(inputs) if _is_smooth(value)]
         moves = tuple(torch.zeros_like(inputs[i]) if tangents[i] is None else tangents[i] for i in given)
 
         def along(*chosen: Tensor) -> Tensor:
             def odds(*primals: Tensor) -> Tensor:
-                placed: list[Tensor | None] = [None] * op.n_inputs
+                placed = list(inputs)
                 for i, primal in zip(given, primals, strict=True):
                     placed[i] = primal
                 return op.define(*placed)

@@ -6,39 +6,39 @@ mathematics. Nothing the size of the logits is allocated but the gradient.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from mdml_kernels import chunks
+from mdml_kernels import chunks, pages
 from mdml_kernels.reference import Confidence
 
-# Two scratch buffers of this many float32 fit a 1 MiB second-level cache; every thread has a cache of its own.
-_CHUNK_ELEMENTS = 1 << 17
+# 2 MiB of float32, for each thread: fewer would pay more for dispatch than a second-level cache saves (measured).
+_CHUNK_ELEMENTS = 1 << 19
 
 
 def forward(
     logits: Tensor, tau: Tensor, background: Tensor | None, confidence: Confidence
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The odds [E, N], log Σ e^x without the background [E, N], the first largest index [E, N] (mass: empty)."""
-    n_episodes, n_rows, n_classes = logits.shape
-    top, second, peak = tau.new_empty(3, n_episodes, n_rows, 1)
+    n_episodes, n_rows, _ = logits.shape
+    top, second, peak = (tau.new_empty(n_episodes, n_rows, 1) for _ in range(3))
     first = torch.empty(n_episodes, n_rows if confidence == "max" else 0, 1, dtype=torch.int64, device=logits.device)
-    descending = torch.arange(n_classes, 0, -1, dtype=tau.dtype, device=logits.device)
-    scaled, mark = tau.new_empty(2, _largest_chunk(logits))
-    for e, n in _chunks(logits):
-        chunk = logits[e, n]
-        x = torch.mul(chunk, tau[e, None, None], out=_shaped(scaled, chunk))
-        torch.amax(x, -1, keepdim=True, out=top[e, n])
+    plan = Plan(logits, tau)
+    columns = (top, second, peak, first if confidence == "max" else top)
+    for chunk, t, top_c, second_c, peak_c, first_c in plan.pieces(logits, tau[:, None, None], *columns):
+        x = torch.mul(chunk, t, out=plan.scratch(0, chunk))
         if confidence == "max":
-            chunks.drop_first_max(x, top[e, n], first[e, n], _shaped(mark, chunk), descending)
-            torch.amax(x, -1, keepdim=True, out=second[e, n])
-        torch.softmax(x, -1, out=x)
-        torch.amax(x, -1, keepdim=True, out=peak[e, n])
+            chunks.first_max(x, top_c, first_c, plan.scratch(1, chunk), plan.descending)
+            torch.amax(chunks.drop(x, first_c), -1, keepdim=True, out=second_c)
+        else:
+            torch.amax(x, -1, keepdim=True, out=top_c)
+        torch.amax(torch.softmax(x, -1, out=x), -1, keepdim=True, out=peak_c)
     summed = second if confidence == "max" else top
-    column = None if background is None else background[:, None, None]
-    odds, log_sum = chunks.finish_odds(top, summed, peak, column, confidence)
+    odds, log_sum = chunks.finish_odds(top, summed, peak, per_row(background), confidence)
     return odds.squeeze(-1), log_sum.squeeze(-1), first.squeeze(-1)
 
 
@@ -52,26 +52,48 @@ def backward(
     needs_tau: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """grad [E, N] pulled back to the logits [E, N, K] in their dtype, to τ [E] where asked, and to b [E]."""
-    log_sum, first, per_episode = saved[0].unsqueeze(-1), saved[1].unsqueeze(-1), tau[:, None, None]
-    column = None if background is None else background[:, None, None]
-    kept, dropped, poison = chunks.split_background(log_sum, column, confidence)
+    log_sum, first = saved[0].unsqueeze(-1), saved[1].unsqueeze(-1)
+    kept, dropped, poison = chunks.split_background(log_sum, per_row(background), confidence)
     grad = grad.unsqueeze(-1) + poison
-    at_first = grad * per_episode
-    at_rest = at_first * kept
-    grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    tau_rows = torch.empty_like(log_sum) if needs_tau else None
-    direct = logits.dtype == tau.dtype
-    scaled, product = tau.new_empty(2, _largest_chunk(logits) if needs_tau or not direct else 0)
-    for e, n in _chunks(logits):
-        chunk = logits[e, n]
-        out = torch.mul(chunk, per_episode[e], out=grad_logits[e, n] if direct else _shaped(scaled, chunk))
-        chunks.pull_back(out, first[e, n] if confidence == "max" else None, at_rest[e, n], at_first[e, n])
-        if not direct:
-            grad_logits[e, n] = out
-        if tau_rows is not None:
-            torch.sum(torch.mul(out, chunk, out=_shaped(product, chunk)), -1, keepdim=True, out=tau_rows[e, n])
-    grad_tau = None if tau_rows is None else tau_rows.sum((1, 2)) / tau
+    at_first = grad * tau[:, None, None]
+    recipe = Recipe(at_first * kept, at_first, first if confidence == "max" else None, drops_first=True)
+    grad_logits, grad_tau = pull_back(logits, tau, recipe, needs_tau)
     return grad_logits, grad_tau, None if background is None else -(grad * dropped).sum((1, 2))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A gradient with respect to logits: at_rest * softmax, but at_first at the index first. Columns [E, N, 1].
+
+    With drops_first the softmax is one over the other entries alone.
+    """
+
+    at_rest: Tensor
+    at_first: Tensor
+    first: Tensor | None
+    drops_first: bool
+
+
+def pull_back(logits: Tensor, tau: Tensor, recipe: Recipe, needs_tau: bool) -> tuple[Tensor, Tensor | None]:
+    """The gradient by the recipe, in the logits' dtype, and that of τ [E] where asked, in one pass over the logits."""
+    grad_logits = pages.empty_like(logits)
+    tau_rows = torch.empty_like(recipe.at_first) if needs_tau else recipe.at_first
+    direct = logits.dtype == tau.dtype
+    plan = Plan(logits, tau)
+    first = recipe.at_first if recipe.first is None else recipe.first
+    columns = (recipe.at_rest, recipe.at_first, first, tau_rows)
+    for chunk, t, result, rest_c, at_first_c, first_c, tau_c in plan.pieces(
+        logits, tau[:, None, None], grad_logits, *columns
+    ):
+        x = torch.mul(chunk, t, out=result if direct else plan.scratch(0, chunk))
+        if recipe.first is not None and recipe.drops_first:
+            chunks.drop(x, first_c)
+        chunks.pull_back(x, None if recipe.first is None else first_c, rest_c, at_first_c)
+        if not direct:
+            result.copy_(x)
+        if needs_tau:
+            torch.sum(torch.mul(x, chunk, out=plan.scratch(1, chunk)), -1, keepdim=True, out=tau_c)
+    return grad_logits, tau_rows.sum((1, 2)) / tau if needs_tau else None
 
 
 def double_backward(
@@ -85,50 +107,68 @@ def double_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """∂(grad · J v)/∂(logits, τ, b) as in `backward`, then J v [E, N]; v are the tangents, None for zero."""
     log_sum, first = saved[0].unsqueeze(-1), saved[1].unsqueeze(-1)
-    column = None if background is None else background[:, None, None]
-    kept, dropped, poison = chunks.split_background(log_sum, column, confidence)
+    kept, dropped, poison = chunks.split_background(log_sum, per_row(background), confidence)
     grad = grad.unsqueeze(-1) + poison
-    v_logits = tangents[0]
-    t, v_tau, v_background = (torch.zeros_like(tau) if v is None else v for v in (tau, *tangents[1:]))
-    t, v_tau, v_background = t[:, None, None], v_tau[:, None, None], v_background[:, None, None]
-    grad_logits = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    v_logits, v_tau, v_background = tangents
+    per_episode = [(torch.zeros_like(tau) if v is None else v)[:, None, None] for v in (tau, v_tau, v_background)]
+    grad_logits = pages.empty_like(logits)
     tau_rows, background_rows, along = (torch.empty_like(log_sum) for _ in range(3))
-    for e, n in _chunks(logits):
-        chunk = logits[e, n].to(tau.dtype)
-        v = None if v_logits is None else v_logits[e, n].to(tau.dtype)
-        columns = (t[e], v_tau[e], v_background[e], grad[e, n], kept[e, n], dropped[e, n])
-        grad_x, grad_moved, background_rows[e, n], along[e, n] = chunks.second_order(
-            chunk, v, first[e, n] if confidence == "max" else None, columns
+    plan = Plan(logits, tau)
+    everything = (logits, logits if v_logits is None else v_logits, first if confidence == "max" else log_sum)
+    results = (grad_logits, tau_rows, background_rows, along)
+    for chunk, v_chunk, first_c, t, dt, db, grad_c, kept_c, dropped_c, *result in plan.pieces(
+        *everything, *per_episode, grad, kept, dropped, *results
+    ):
+        x, v = chunk.to(tau.dtype), None if v_logits is None else v_chunk.to(tau.dtype)
+        grad_x, grad_moved, background_c, along_c = chunks.second_order(
+            x, v, first_c if confidence == "max" else None, (t, dt, db, grad_c, kept_c, dropped_c)
         )
-        products = grad_x * chunk
-        tau_rows[e, n] = (products if v is None else products.addcmul_(grad_moved, v)).sum(-1, keepdim=True)
-        grad_logits[e, n] = grad_x.mul_(t[e]).addcmul_(grad_moved, v_tau[e])
+        products = grad_x * x
+        result[1].copy_((products if v is None else products.addcmul_(grad_moved, v)).sum(-1, keepdim=True))
+        result[0].copy_(grad_x.mul_(t).addcmul_(grad_moved, dt))
+        result[2].copy_(background_c)
+        result[3].copy_(along_c)
     return grad_logits, tau_rows.sum((1, 2)), background_rows.sum((1, 2)), along.squeeze(-1)
 
 
-def _chunks(logits: Tensor) -> Iterator[tuple[slice, slice]]:
-    """Slices of episodes and rows that cover logits [E, N, K]: several whole episodes, or a part of one."""
-    n_episodes, n_rows, n_classes = logits.shape
-    episodes, rows = _chunk_shape(logits)
-    if not n_rows * n_classes:
-        return
-    for e in range(0, n_episodes, episodes):
-        for n in range(0, n_rows, rows):
-            yield slice(e, e + episodes), slice(n, n + rows)
+class Plan:
+    """How logits [E, N, K] are cut: several whole episodes at a time, or rows of one; and two scratch buffers."""
+
+    def __init__(self, logits: Tensor, tau: Tensor) -> None:
+        n_episodes, n_rows, n_classes = logits.shape
+        elements = _CHUNK_ELEMENTS * torch.get_num_threads()
+        self.empty = not n_episodes * n_rows
+        self.whole = n_rows * n_classes <= elements
+        self.episodes = max(1, min(n_episodes, elements // max(1, n_rows * n_classes))) if self.whole else 1
+        self.rows = n_rows if self.whole else max(1, elements // n_classes)
+        self._scratch: dict[int, Tensor] = {}
+        self._tau = tau
+        self.descending = torch.arange(n_classes, 0, -1, dtype=tau.dtype, device=tau.device)
+
+    def pieces(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
+        """The tensors' parts for chunk after chunk; one that has a single row (of several) stays as it is."""
+        if self.empty:
+            return
+        for parts in zip(*(tensor.split(self.episodes) for tensor in tensors), strict=True):
+            if self.whole:
+                yield parts
+            else:
+                yield from zip(*self._rows_of(parts), strict=True)
+
+    def _rows_of(self, parts: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
+        n_chunks = -(-max(part.shape[1] for part in parts) // self.rows)
+        return [
+            tuple(itertools.repeat(part, n_chunks)) if part.shape[1] == 1 else part.split(self.rows, dim=1)
+            for part in parts
+        ]
+
+    def scratch(self, which: int, chunk: Tensor) -> Tensor:
+        """A buffer shaped like the chunk, in the accumulation dtype; the next chunk overwrites it."""
+        if which not in self._scratch:
+            self._scratch[which] = self._tau.new_empty(self.episodes * self.rows * chunk.shape[-1])
+        return self._scratch[which][: chunk.numel()].view(chunk.shape)
 
 
-def _chunk_shape(logits: Tensor) -> tuple[int, int]:
-    n_episodes, n_rows, n_classes = logits.shape
-    elements = _CHUNK_ELEMENTS * torch.get_num_threads()
-    if n_rows * n_classes <= elements:
-        return min(n_episodes, max(1, elements // max(1, n_rows * n_classes))), n_rows
-    return 1, max(1, elements // n_classes)
-
-
-def _largest_chunk(logits: Tensor) -> int:
-    episodes, rows = _chunk_shape(logits)
-    return episodes * rows * logits.shape[-1]
-
-
-def _shaped(scratch: Tensor, chunk: Tensor) -> Tensor:
-    return scratch[: chunk.numel()].view(chunk.shape)
+def per_row(values: Tensor | None) -> Tensor | None:
+    """One value per episode [E] as [E, 1, 1], to broadcast against columns [E, N, 1]."""
+    return None if values is None else values[:, None, None]

@@ -66,6 +66,8 @@ def softmax_margin_loss(
         checks.values(logits=logits, temperature=temperature, background=background)
     if chosen == "reference":
         value = reference.softmax_margin_loss(logits, is_ood, margin, temperature, background, confidence, form)
+    elif chosen == "cpu" and confidence == "max" and form != "bce":
+        value = odds.cpu_margin_loss(logits, is_ood, margin, temperature, background, form)
     else:
         rows = odds.of_logits(logits, temperature, background, confidence, chosen)
         value = losses.margin_loss(rows, is_ood, margin, form)

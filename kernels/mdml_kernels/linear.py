@@ -53,10 +53,11 @@ class CpuLinearLogOdds:
         mark = torch.empty_like(head.scratch)
         for g, n in head.chunks():
             x = head.logits(g, n).mul_(head.tau[g, n])
-            torch.amax(x, -1, keepdim=True, out=top[g, n])
             if self.confidence == "max":
-                chunks.drop_first_max(x, top[g, n], first[g, n], mark[: len(x)], descending)
-                torch.amax(x, -1, keepdim=True, out=second[g, n])
+                chunks.first_max(x, top[g, n], first[g, n], mark[: len(x)], descending)
+                torch.amax(chunks.drop(x, first[g, n]), -1, keepdim=True, out=second[g, n])
+            else:
+                torch.amax(x, -1, keepdim=True, out=top[g, n])
             torch.softmax(x, -1, out=x)
             torch.amax(x, -1, keepdim=True, out=peak[g, n])
         summed = second if self.confidence == "max" else top
@@ -73,7 +74,10 @@ class CpuLinearLogOdds:
             x = head.logits(g, n)
             keep = x.clone() if needs[3] else x
             grad_x = x.mul_(head.tau[g, n])
-            chunks.pull_back(grad_x, head.first_of(g, n), at_rest[g, n], at_first[g, n])
+            first = head.first_of(g, n)
+            if first is not None:
+                chunks.drop(grad_x, first)
+            chunks.pull_back(grad_x, first, at_rest[g, n], at_first[g, n])
             if needs[3]:
                 totals.tau[g, n] = (keep.mul_(grad_x)).sum(-1, keepdim=True) / head.tau[g, n]
             if needs[0]:

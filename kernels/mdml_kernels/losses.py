@@ -36,9 +36,18 @@ def margin_loss(odds: Tensor, is_ood: Tensor, margin: float, form: Form) -> Tens
     return terms.sum(-1) / (n_ood * n_id).squeeze(-1).clamp(min=1)
 
 
-def one_class(odds: Tensor) -> Tensor:
-    """mean over rows of -log S."""
-    return -F.logsigmoid(odds).mean(-1)
+def value_and_slope(s: Tensor, is_ood: Tensor, margin: float, form: Form) -> tuple[Tensor, Tensor]:
+    """The `hinge` or `pairwise` loss [E] of confidences s [E, N], and ∂loss/∂s [E, N]; no graph."""
+    n_ood = is_ood.sum(-1, keepdim=True, dtype=s.dtype)
+    n_id = is_ood.shape[-1] - n_ood
+    if form == "hinge":
+        mean = torch.where(is_ood, 1 / n_ood, -1 / n_id)
+        gap = margin + (mean * s).sum(-1, keepdim=True)
+        # "not met" rather than "missed": a NaN is not met.
+        slope = mean * ((gap <= 0).logical_not_() & (n_ood * n_id > 0))
+        return torch.where(gap <= 0, 0.0, gap * (n_ood * n_id > 0)).squeeze(-1), slope
+    slope = _missing_partners(s, is_ood, margin) / (n_ood * n_id).clamp_(min=1)
+    return (slope * torch.where(is_ood, s, margin - s)).sum(-1), torch.where(is_ood, slope, -slope)
 
 
 def _missing_partners(s: Tensor, is_ood: Tensor, margin: float) -> Tensor:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 from mdml_kernels import autograd
+from mdml_kernels.cpu_loss import CpuMarginLoss
 from mdml_kernels.linear import CpuLinearLogOdds
-from mdml_kernels.reference import Confidence, Scalar, accumulation_dtype
+from mdml_kernels.reference import Confidence, Form, Scalar, accumulation_dtype
 from mdml_kernels.rows import CpuLogOdds, TritonLogOdds
 
 
@@ -23,6 +24,22 @@ def of_logits(
     log_background = None if background is None else _per_episode(background, logits)
     op = CpuLogOdds(confidence) if backend == "cpu" else TritonLogOdds(confidence)
     return autograd.apply(op, flat, tau, log_background).view(logits.shape[:-1])
+
+
+def cpu_margin_loss(
+    logits: Tensor, is_ood: Tensor, margin: float, temperature: Scalar, background: Scalar | None, form: Form
+) -> Tensor:
+    """The `hinge` or `pairwise` loss [...] of confidence `max`, by the operator that is made for them."""
+    *episodes, n_rows, n_classes = logits.shape
+    n_episodes = math.prod(episodes)
+    loss = autograd.apply(
+        CpuMarginLoss(margin, form),
+        logits.reshape(n_episodes, n_rows, n_classes),
+        _per_episode(_inverse(temperature, logits), logits),
+        None if background is None else _per_episode(background, logits),
+        is_ood.reshape(n_episodes, n_rows),
+    )
+    return loss.view(episodes)
 
 
 def of_head(

@@ -1,0 +1,115 @@
+"""The `hinge` and `pairwise` losses on a CPU, confidence `max`, as one operator: fewer and cheaper steps than by odds.
+
+These losses see S alone, so log(1 - S) and with it a second maximum are not needed: S_i is the softmax p at the first
+maximum m, times κ = 1 - p_b where there is a background, and ∂S/∂x = S (e_m - κ p), ∂S/∂b = -S p_b. The second
+derivative goes by the log-odds o as everything else does: ∂L/∂o and ∂²L/∂o² are diagonal in the rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mdml_kernels import cpu, losses, reference
+from mdml_kernels.autograd import Inputs, Needs
+from mdml_kernels.chunks import first_max
+from mdml_kernels.reference import Form
+
+# The softmax of a problem this small (512 KiB in float32) is kept for the backward; that of a larger one made again.
+_KEPT_ELEMENTS = 1 << 17
+
+
+@dataclass(frozen=True)
+class CpuMarginLoss:
+    """Inputs logits [E, N, K], τ [E], background [E] or None, is_ood bool [E, N]; output losses [E]."""
+
+    margin: float
+    form: Form
+    n_inputs = 4
+
+    def define(self, *inputs: Tensor | None) -> Tensor:
+        """See `autograd.RowOp`."""
+        logits, tau, background, is_ood = inputs
+        assert logits is not None
+        assert tau is not None
+        assert is_ood is not None
+        return reference.softmax_margin_loss(logits, is_ood, self.margin, 1 / tau, background, "max", self.form)
+
+    def forward(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        """The losses; then to save: themselves, ∂L/∂S, S, p_b, m, and p where it is small (else empty)."""
+        logits, tau, background, is_ood = inputs
+        assert logits is not None
+        assert tau is not None
+        assert is_ood is not None
+        n_episodes, n_rows, _ = logits.shape
+        top, s = (tau.new_empty(n_episodes, n_rows, 1) for _ in range(2))
+        first = torch.empty(n_episodes, n_rows, 1, dtype=torch.int64, device=logits.device)
+        keeps = logits.numel() <= _KEPT_ELEMENTS
+        kept = tau.new_empty(logits.shape if keeps else (n_episodes, n_rows, 0))
+        plan = cpu.Plan(logits, tau)
+        for chunk, t, kept_c, top_c, first_c, s_c in plan.pieces(logits, tau[:, None, None], kept, top, first, s):
+            x = torch.mul(chunk, t, out=kept_c if keeps else plan.scratch(0, chunk))
+            first_max(x, top_c, first_c, plan.scratch(1, chunk), plan.descending)
+            torch.gather(torch.softmax(x, -1, out=x), -1, first_c, out=s_c)
+        s, first = s.squeeze(-1), first.squeeze(-1)
+        if background is None:
+            dropped = s.new_zeros(n_episodes, 1)
+        else:
+            dropped = torch.sigmoid(background[:, None] + s.log() - top.squeeze(-1))
+            s = s * (1 - dropped)
+        loss, slope = losses.value_and_slope(s, is_ood, self.margin, self.form)
+        return loss, loss.clone(), slope, s, dropped, first, kept
+
+    def backward(self, inputs: Inputs, saved: Inputs, grad: Tensor, needs: Needs) -> list[Tensor]:
+        """See `autograd.RowOp`."""
+        logits, tau, background, _ = inputs
+        _, slope, s, dropped, first, kept = saved
+        assert logits is not None
+        assert tau is not None
+        assert slope is not None
+        assert s is not None
+        assert dropped is not None
+        assert first is not None
+        assert kept is not None
+        grad_s = grad[:, None] * slope * s
+        scaled = grad_s * tau[:, None]
+        at_rest = (scaled * (dropped - 1)).unsqueeze(-1)
+        at_first = (scaled * (1 - s)).unsqueeze(-1)
+        first = first.unsqueeze(-1)
+        if kept.shape[-1]:
+            grad_logits = (kept * at_rest).scatter_(-1, first, at_first)
+            grad_tau = (grad_logits * logits).sum((1, 2)) / tau if needs[1] else None
+            grad_logits = grad_logits.to(logits.dtype)
+        else:
+            recipe = cpu.Recipe(at_rest, at_first, first, drops_first=False)
+            grad_logits, grad_tau = cpu.pull_back(logits, tau, recipe, needs[1])
+        grad_background = None if background is None else -(grad_s * dropped).sum(1)
+        return [
+            value
+            for value, need in zip((grad_logits, grad_tau, grad_background, None), needs, strict=True)
+            if need and value is not None
+        ]
+
+    def double_backward(
+        self, inputs: Inputs, saved: Inputs, grad: Tensor, tangents: Inputs, needs: Needs
+    ) -> list[Tensor]:
+        """See `autograd.RowOp`."""
+        logits, tau, background, _ = inputs
+        slope = saved[1]
+        assert logits is not None
+        assert tau is not None
+        assert slope is not None
+        odds, *kept = cpu.forward(logits, tau, background, "max")
+        s = odds.sigmoid()
+        by_odds = slope * s * odds.neg().sigmoid()
+        rows = (kept[0], kept[1])
+        moves = tangents[:3]
+        *grads, moved = cpu.double_backward(
+            logits, tau, background, rows, grad[:, None] * by_odds, (moves[0], moves[1], moves[2]), "max"
+        )
+        curved = grad[:, None] * by_odds * (1 - 2 * s) * moved
+        others = cpu.backward(logits, tau, background, rows, curved, "max", needs[1])
+        sums = [a + b for a, b, need in zip(grads, others, needs[:3], strict=True) if need and b is not None]
+        return [*sums, (by_odds * moved).sum(1)]
