@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mdml_kernels import cpu, losses, reference
+from mdml_kernels import cpu, losses, pages, reference
 from mdml_kernels.autograd import Inputs, Needs
 from mdml_kernels.chunks import first_max
 from mdml_kernels.reference import Form
@@ -47,7 +47,7 @@ class CpuMarginLoss:
         top, s = (tau.new_empty(n_episodes, n_rows, 1) for _ in range(2))
         first = torch.empty(n_episodes, n_rows, 1, dtype=torch.int64, device=logits.device)
         keeps = logits.numel() <= _KEPT_ELEMENTS
-        kept = tau.new_empty(logits.shape if keeps else (n_episodes, n_rows, 0))
+        kept = pages.empty_like(logits, tau.dtype) if keeps else tau.new_empty(n_episodes, n_rows, 0)
         plan = cpu.Plan(logits, tau)
         for chunk, t, kept_c, top_c, first_c, s_c in plan.pieces(logits, tau[:, None, None], kept, top, first, s):
             x = torch.mul(chunk, t, out=kept_c if keeps else plan.scratch(0, chunk))
@@ -79,7 +79,7 @@ class CpuMarginLoss:
         at_first = (scaled * (1 - s)).unsqueeze(-1)
         first = first.unsqueeze(-1)
         if kept.shape[-1]:
-            grad_logits = (kept * at_rest).scatter_(-1, first, at_first)
+            grad_logits = torch.mul(kept, at_rest, out=pages.empty_like(kept)).scatter_(-1, first, at_first)
             grad_tau = (grad_logits * logits).sum((1, 2)) / tau if needs[1] else None
             grad_logits = grad_logits.to(logits.dtype)
         else:
