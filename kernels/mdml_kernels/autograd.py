@@ -1,8 +1,8 @@
 """Three nested autograd Functions, so that a fused operator survives `torch.func` and every order of derivative.
 
-A `RowOp` maps input tensors, all with the same leading dim E, to one number a row: odds [E, N]. With J its Jacobian:
+A `RowOp` maps input tensors, all with the same leading dim E, to odds [E, N] or losses [E]. With J its Jacobian:
 
-    Forward         odds                              its backward is `Backward`
+    Forward         the value                         its backward is `Backward`
     Backward        Jᵀ g                              its backward is `DoubleBackward`
     DoubleBackward  ∂(g · J v)/∂inputs, and J v       its derivatives come from the operator's plain definition
 
@@ -15,6 +15,7 @@ Each has a vmap rule (the batch is folded into E) and a jvp. The Hessian being s
 
 from __future__ import annotations
 
+import inspect
 from typing import Any, Protocol
 
 import torch
@@ -53,14 +54,22 @@ def apply(op: RowOp, *inputs: Tensor | None) -> Tensor:
     return odds
 
 
+def _signed(function: Any) -> Any:
+    """Keep the signature that `Function.apply` inspects at every call: tens of microseconds in a small problem."""
+    function.__signature__ = inspect.signature(function)
+    return function
+
+
 class _Forward(Function):
     @staticmethod
+    @_signed
     def forward(op: RowOp, *inputs: Tensor | None) -> tuple[Tensor, ...]:
         return op.forward(inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.op, *tensors = inputs
+        ctx.shape = output[0].shape
         ctx.mark_non_differentiable(*output[1:])
         ctx.save_for_backward(*tensors, *output[1:])
         ctx.save_for_forward(*tensors, *output[1:])
@@ -75,7 +84,7 @@ class _Forward(Function):
     @staticmethod
     def jvp(ctx: Any, _op: Any, *tangents: Tensor | None) -> tuple[Any, ...]:
         saved = ctx.saved_tensors
-        grad = _zero_rows(saved, ctx.op)
+        grad = saved[ctx.op.n_inputs].new_zeros(ctx.shape)
         along = _DoubleBackward.apply(ctx.op, (False,) * len(tangents), grad, *saved, *tangents)[-1]
         return along, *(None for _ in saved[ctx.op.n_inputs :])
 
@@ -86,6 +95,7 @@ class _Forward(Function):
 
 class _Backward(Function):
     @staticmethod
+    @_signed
     def forward(op: RowOp, needs: Needs, grad: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         return tuple(op.backward(tensors[: op.n_inputs], tensors[op.n_inputs :], grad, needs))
 
@@ -123,6 +133,7 @@ class _Backward(Function):
 
 class _DoubleBackward(Function):
     @staticmethod
+    @_signed
     def forward(op: RowOp, needs: Needs, grad: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         inputs, saved, tangents = _split(op, tensors)
         return tuple(op.double_backward(inputs, saved, grad, tangents, needs))
@@ -165,13 +176,6 @@ def _spread(values: Any, needs: Needs) -> list[Any]:
     """The values put where they are needed, None elsewhere."""
     rest = iter(values)
     return [next(rest) if need else None for need in needs]
-
-
-def _zero_rows(tensors: tuple[Tensor | None, ...], op: RowOp) -> Tensor:
-    """Zeros like the odds, whose shape the first saved tensor has."""
-    like = tensors[op.n_inputs]
-    assert like is not None
-    return torch.zeros_like(like)
 
 
 def _folded(function: Any, info: Any, in_dims: tuple[Any, ...], args: tuple[Any, ...]) -> Any:

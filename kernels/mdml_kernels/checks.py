@@ -59,7 +59,9 @@ def head(
     assert matrix is not None
     _floating(name, matrix)
     if matrix.ndim != 2 or matrix.shape[1] != z.shape[-1] or not len(matrix):
-        raise ValueError(f"{name} must be [K, {z.shape[-1]}], z having {z.shape[-1]} features, got {list(matrix.shape)}")
+        raise ValueError(
+            f"{name} must be [K, {z.shape[-1]}], z having {z.shape[-1]} features, got {list(matrix.shape)}"
+        )
     if bias is not None and bias.shape != matrix.shape[:1]:
         raise ValueError(f"bias must be [{len(matrix)}], one per row of weight, got {list(bias.shape)}")
     for other, value in ((name, matrix), ("bias", bias)):

@@ -106,4 +106,3 @@ def second_order(
     if first is not None:
         signed.scatter_(-1, first, 1.0)
     return grad_x, signed.mul_(grad), grad_background, along
-

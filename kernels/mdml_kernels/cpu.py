@@ -141,6 +141,7 @@ class Plan:
         self.whole = n_rows * n_classes <= elements
         self.episodes = max(1, min(n_episodes, elements // max(1, n_rows * n_classes))) if self.whole else 1
         self.rows = n_rows if self.whole else max(1, elements // n_classes)
+        self.single = self.whole and self.episodes == n_episodes
         self._scratch: dict[int, Tensor] = {}
         self._tau = tau
         self.descending = torch.arange(n_classes, 0, -1, dtype=tau.dtype, device=tau.device)
@@ -148,6 +149,9 @@ class Plan:
     def pieces(self, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
         """The tensors' parts for chunk after chunk; one that has a single row (of several) stays as it is."""
         if self.empty:
+            return
+        if self.single:
+            yield tensors
             return
         for parts in zip(*(tensor.split(self.episodes) for tensor in tensors), strict=True):
             if self.whole:

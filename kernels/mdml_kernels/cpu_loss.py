@@ -38,7 +38,7 @@ class CpuMarginLoss:
         return reference.softmax_margin_loss(logits, is_ood, self.margin, 1 / tau, background, "max", self.form)
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """The losses; then to save: themselves, ∂L/∂S, S, p_b, m, and p where it is small (else empty)."""
+        """The losses; then to save: ∂L/∂S, S, p_b, m, and p where it is small (else empty)."""
         logits, tau, background, is_ood = inputs
         assert logits is not None
         assert tau is not None
@@ -60,12 +60,12 @@ class CpuMarginLoss:
             dropped = torch.sigmoid(background[:, None] + s.log() - top.squeeze(-1))
             s = s * (1 - dropped)
         loss, slope = losses.value_and_slope(s, is_ood, self.margin, self.form)
-        return loss, loss.clone(), slope, s, dropped, first, kept
+        return loss, slope, s, dropped, first, kept
 
     def backward(self, inputs: Inputs, saved: Inputs, grad: Tensor, needs: Needs) -> list[Tensor]:
         """See `autograd.RowOp`."""
         logits, tau, background, _ = inputs
-        _, slope, s, dropped, first, kept = saved
+        slope, s, dropped, first, kept = saved
         assert logits is not None
         assert tau is not None
         assert slope is not None
@@ -97,7 +97,7 @@ class CpuMarginLoss:
     ) -> list[Tensor]:
         """See `autograd.RowOp`."""
         logits, tau, background, _ = inputs
-        slope = saved[1]
+        slope = saved[0]
         assert logits is not None
         assert tau is not None
         assert slope is not None

@@ -42,10 +42,9 @@ def value_and_slope(s: Tensor, is_ood: Tensor, margin: float, form: Form) -> tup
     n_id = is_ood.shape[-1] - n_ood
     if form == "hinge":
         mean = torch.where(is_ood, 1 / n_ood, -1 / n_id)
-        gap = margin + (mean * s).sum(-1, keepdim=True)
-        # "not met" rather than "missed": a NaN is not met.
-        slope = mean * ((gap <= 0).logical_not_() & (n_ood * n_id > 0))
-        return torch.where(gap <= 0, 0.0, gap * (n_ood * n_id > 0)).squeeze(-1), slope
+        gap = (mean * s).sum(-1, keepdim=True).add_(margin).mul_(n_ood * n_id > 0)
+        met = gap <= 0  # which a NaN is not
+        return gap.masked_fill_(met, 0.0).squeeze(-1), mean.masked_fill_(met, 0.0)
     slope = _missing_partners(s, is_ood, margin) / (n_ood * n_id).clamp_(min=1)
     return (slope * torch.where(is_ood, s, margin - s)).sum(-1), torch.where(is_ood, slope, -slope)
 

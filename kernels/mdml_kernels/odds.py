@@ -18,28 +18,24 @@ def of_logits(
     logits: Tensor, temperature: Scalar, background: Scalar | None, confidence: Confidence, backend: str
 ) -> Tensor:
     """The log-odds [..., N] of logits [..., N, K]."""
-    *episodes, n_rows, n_classes = logits.shape
-    flat = logits.reshape(math.prod(episodes), n_rows, n_classes)
     tau = _per_episode(_inverse(temperature, logits), logits)
     log_background = None if background is None else _per_episode(background, logits)
     op = CpuLogOdds(confidence) if backend == "cpu" else TritonLogOdds(confidence)
-    return autograd.apply(op, flat, tau, log_background).view(logits.shape[:-1])
+    return _unflat(autograd.apply(op, _flat(logits, 2), tau, log_background), logits.shape[:-1])
 
 
 def cpu_margin_loss(
     logits: Tensor, is_ood: Tensor, margin: float, temperature: Scalar, background: Scalar | None, form: Form
 ) -> Tensor:
     """The `hinge` or `pairwise` loss [...] of confidence `max`, by the operator that is made for them."""
-    *episodes, n_rows, n_classes = logits.shape
-    n_episodes = math.prod(episodes)
     loss = autograd.apply(
         CpuMarginLoss(margin, form),
-        logits.reshape(n_episodes, n_rows, n_classes),
+        _flat(logits, 2),
         _per_episode(_inverse(temperature, logits), logits),
         None if background is None else _per_episode(background, logits),
-        is_ood.reshape(n_episodes, n_rows),
+        _flat(is_ood, 1),
     )
-    return loss.view(episodes)
+    return _unflat(loss, logits.shape[:-2])
 
 
 def of_head(
@@ -77,6 +73,17 @@ def of_head(
         None if log_background is None else log_background.expand(rows).reshape(1, math.prod(rows)),
     )
     return odds.view(rows)
+
+
+def _flat(rows: Tensor, n_last: int) -> Tensor:
+    """[..., *last] as [E, *last]; where it is so already, without the node that a view is to autograd."""
+    if rows.ndim == n_last + 1:
+        return rows
+    return rows.reshape(math.prod(rows.shape[:-n_last]), *rows.shape[-n_last:])
+
+
+def _unflat(values: Tensor, shape: torch.Size) -> Tensor:
+    return values if values.shape == shape else values.view(shape)
 
 
 def _per_episode(value: Scalar, rows: Tensor) -> Tensor:

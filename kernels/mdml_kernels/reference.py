@@ -72,7 +72,11 @@ def softmax_margin_loss(
 
 
 def head_logits(
-    z: Tensor, weight: Tensor | None = None, bias: Tensor | None = None, centers: Tensor | None = None, scale: Scalar = 1.0
+    z: Tensor,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    centers: Tensor | None = None,
+    scale: Scalar = 1.0,
 ) -> Tensor:
     """The logits [..., N, K] of embeddings z [..., N, H]: ``z Wᵀ + c``, or ``-|z - c_k|² / (2 scale²)`` of centers."""
     if weight is not None:
