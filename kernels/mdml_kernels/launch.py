@@ -77,3 +77,50 @@ def is_amd(arch: str) -> bool:
 
 def _warp_size(arch: str) -> int:
     return 64 if is_amd(arch) else 32
+
+
+def layer_config(arch: str) -> LaunchConfig:
+    """Tiles of the layer kernels: 64 x 64, 32 deep; the largest that spill nowhere in any precision."""
+    del arch
+    return LaunchConfig(block_rows=64, block_cols=64, block_inner=32, num_warps=4)
+
+
+def inner_loop_config(
+    n_rows: int, n_features: int, n_out: int, n_classes: int, precision: Precision, arch: str
+) -> LaunchConfig | None:
+    """Tiles of the whole inner loop (block_inner is the tile of hidden units), or None where they would not fit.
+
+    Spills of each choice stand in the offline report: none, but 8 bytes a thread for float32 on sm_80.
+    """
+    block_rows = max(16, next_power_of_2(n_rows))
+    most_rows = 64 if has_tensor_memory(arch) else 128
+    if block_rows > most_rows or max(n_features, n_out, n_classes) > 64:
+        return None
+    wide = has_tensor_memory(arch) or block_rows > 64
+    return LaunchConfig(
+        block_rows=block_rows,
+        block_cols=max(16, next_power_of_2(n_classes)),
+        block_inner=32 if precision == "bfloat16" and not is_amd(arch) else 16,
+        num_warps=8 if wide else 4,
+    )
+
+
+def dot_precision(precision: Precision, arch: str) -> str:
+    """Triton's word for it. float32 on tensor cores is three to six products of parts; ``ieee`` would use none.
+
+    On sm_80 and sm_90 six bfloat16 products take the registers that three tf32 products do not leave.
+    """
+    if precision == "bfloat16":
+        return "bf16"
+    if arch == INTERPRETER:
+        return "ieee"
+    if precision == "tf32":
+        return "tf32"
+    if is_amd(arch):
+        return "ieee"  # matrix cores multiply float32 as it is
+    return "tf32x3" if has_tensor_memory(arch) else "bf16x6"
+
+
+def has_tensor_memory(arch: str) -> bool:
+    """Whether products accumulate in tensor memory (tcgen05: sm_100 and its kin, not sm_120)."""
+    return arch.startswith("sm_10") or arch.startswith("sm_11")

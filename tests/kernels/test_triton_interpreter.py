@@ -18,6 +18,14 @@ KERNELS = {
         "rows_double_backward_kernel",
         "episode_sums_kernel",
     },
+    "check_mlp.py": {
+        "inner_loop_kernel",
+        "layer_forward_kernel",
+        "layer_backward_kernel",
+        "layer_update_kernel",
+        "rows_forward_kernel",
+        "rows_backward_kernel",
+    },
 }
 
 
