@@ -12,13 +12,26 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mdml_kernels import cpu, losses, pages, reference
+from mdml_kernels import cpu, losses, reference
 from mdml_kernels.autograd import Inputs, Needs
 from mdml_kernels.chunks import first_max
 from mdml_kernels.reference import Form
 
-# The softmax of a problem this small (512 KiB in float32) is kept for the backward; that of a larger one made again.
-_KEPT_ELEMENTS = 1 << 17
+# Below this many logits the calls cost more than the arithmetic, and the textbook formula is the fastest there is.
+_FEW_LOGITS = 1 << 17
+
+
+def textbook_confidence(logits: Tensor, tau: Tensor, background: Tensor | None) -> Tensor:
+    """S [E, N] of few logits [E, N, K] by the operations of PyTorch and their own derivatives."""
+    scaled = logits * tau[:, None, None]
+    if background is not None:
+        scaled = torch.cat([scaled, background[:, None, None].expand(*scaled.shape[:-1], 1)], dim=-1)
+    return torch.softmax(scaled, -1)[..., : logits.shape[-1]].max(-1).values
+
+
+def is_small(logits: Tensor) -> bool:
+    """Whether `textbook_confidence` is the faster way."""
+    return logits.numel() <= _FEW_LOGITS
 
 
 @dataclass(frozen=True)
@@ -38,7 +51,7 @@ class CpuMarginLoss:
         return reference.softmax_margin_loss(logits, is_ood, self.margin, 1 / tau, background, "max", self.form)
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """The losses; then to save: ∂L/∂S, S, p_b, m, and p where it is small (else empty)."""
+        """The losses; then to save: ∂L/∂S, S, p_b, m."""
         logits, tau, background, is_ood = inputs
         assert logits is not None
         assert tau is not None
@@ -46,11 +59,9 @@ class CpuMarginLoss:
         n_episodes, n_rows, _ = logits.shape
         top, s = (tau.new_empty(n_episodes, n_rows, 1) for _ in range(2))
         first = torch.empty(n_episodes, n_rows, 1, dtype=torch.int64, device=logits.device)
-        keeps = logits.numel() <= _KEPT_ELEMENTS
-        kept = pages.empty_like(logits, tau.dtype) if keeps else tau.new_empty(n_episodes, n_rows, 0)
         plan = cpu.Plan(logits, tau)
-        for chunk, t, kept_c, top_c, first_c, s_c in plan.pieces(logits, tau[:, None, None], kept, top, first, s):
-            x = torch.mul(chunk, t, out=kept_c if keeps else plan.scratch(0, chunk))
+        for chunk, t, top_c, first_c, s_c in plan.pieces(logits, tau[:, None, None], top, first, s):
+            x = torch.mul(chunk, t, out=plan.scratch(0, chunk))
             first_max(x, top_c, first_c, plan.scratch(1, chunk), plan.descending)
             torch.gather(torch.softmax(x, -1, out=x), -1, first_c, out=s_c)
         s, first = s.squeeze(-1), first.squeeze(-1)
@@ -60,31 +71,24 @@ class CpuMarginLoss:
             dropped = torch.sigmoid(background[:, None] + s.log() - top.squeeze(-1))
             s = s * (1 - dropped)
         loss, slope = losses.value_and_slope(s, is_ood, self.margin, self.form)
-        return loss, slope, s, dropped, first, kept
+        return loss, slope, s, dropped, first
 
     def backward(self, inputs: Inputs, saved: Inputs, grad: Tensor, needs: Needs) -> list[Tensor]:
         """See `autograd.RowOp`."""
         logits, tau, background, _ = inputs
-        slope, s, dropped, first, kept = saved
+        slope, s, dropped, first = saved
         assert logits is not None
         assert tau is not None
         assert slope is not None
         assert s is not None
         assert dropped is not None
         assert first is not None
-        assert kept is not None
         grad_s = grad[:, None] * slope * s
         scaled = grad_s * tau[:, None]
         at_rest = (scaled * (dropped - 1)).unsqueeze(-1)
         at_first = (scaled * (1 - s)).unsqueeze(-1)
-        first = first.unsqueeze(-1)
-        if kept.shape[-1]:
-            grad_logits = torch.mul(kept, at_rest, out=pages.empty_like(kept)).scatter_(-1, first, at_first)
-            grad_tau = (grad_logits * logits).sum((1, 2)) / tau if needs[1] else None
-            grad_logits = grad_logits.to(logits.dtype)
-        else:
-            recipe = cpu.Recipe(at_rest, at_first, first, drops_first=False)
-            grad_logits, grad_tau = cpu.pull_back(logits, tau, recipe, needs[1])
+        recipe = cpu.Recipe(at_rest, at_first, first.unsqueeze(-1), drops_first=False)
+        grad_logits, grad_tau = cpu.pull_back(logits, tau, recipe, needs[1])
         grad_background = None if background is None else -(grad_s * dropped).sum(1)
         return [
             value

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from mdml_kernels import checks, dispatch, losses, odds, reference
+from mdml_kernels import checks, dispatch, odds, reference
 from mdml_kernels.dispatch import Backend
 from mdml_kernels.reference import Confidence, Form, Reduction, Scalar
 
@@ -66,11 +66,8 @@ def softmax_margin_loss(
         checks.values(logits=logits, temperature=temperature, background=background)
     if chosen == "reference":
         value = reference.softmax_margin_loss(logits, is_ood, margin, temperature, background, confidence, form)
-    elif chosen == "cpu" and confidence == "max" and form != "bce":
-        value = odds.cpu_margin_loss(logits, is_ood, margin, temperature, background, form)
     else:
-        rows = odds.of_logits(logits, temperature, background, confidence, chosen)
-        value = losses.margin_loss(rows, is_ood, margin, form)
+        value = odds.margin_loss(logits, is_ood, margin, temperature, background, confidence, form, chosen)
     return reference.reduce_episodes(value, reduction)
 
 

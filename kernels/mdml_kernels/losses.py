@@ -19,27 +19,28 @@ from torch import Tensor
 from mdml_kernels.reference import Form, hinge
 
 
-def margin_loss(odds: Tensor, is_ood: Tensor, margin: float, form: Form) -> Tensor:
+def of_odds(odds: Tensor, is_ood: Tensor, margin: float, form: Form) -> Tensor:
     """The loss of each episode; what it means is said in `functional.softmax_margin_loss`."""
-    n_ood = is_ood.sum(-1, keepdim=True, dtype=odds.dtype)
-    n_id = is_ood.shape[-1] - n_ood
-    if form == "bce":
-        mean = torch.where(is_ood, 1 / n_ood, 1 / n_id)
-        return -(mean * F.logsigmoid(torch.where(is_ood, -odds, odds))).sum(-1)
-    s = odds.sigmoid()
-    both_sides = (n_ood * n_id).squeeze(-1) > 0
+    if form != "bce":
+        return of_confidence(odds.sigmoid(), is_ood, margin, form)
+    n_id, n_ood = _sizes(is_ood, odds)
+    mean = torch.where(is_ood, 1 / n_ood, 1 / n_id)
+    return -(mean * F.logsigmoid(torch.where(is_ood, -odds, odds))).sum(-1)
+
+
+def of_confidence(s: Tensor, is_ood: Tensor, margin: float, form: Form) -> Tensor:
+    """The `hinge` or `pairwise` loss of each episode from confidences [..., N]."""
+    n_id, n_ood = _sizes(is_ood, s)
     if form == "hinge":
-        mean = torch.where(is_ood, 1 / n_ood, -1 / n_id)
-        return hinge(margin + (mean * s).sum(-1)) * both_sides
-    missing = _missing_partners(s.detach(), is_ood, margin)
-    terms = missing * torch.where(is_ood, s, margin - s)
+        gap = (torch.where(is_ood, 1 / n_ood, -1 / n_id) * s).sum(-1) + margin
+        return hinge(gap) * (n_ood * n_id > 0).squeeze(-1)
+    terms = _missing_partners(s.detach(), is_ood, margin) * torch.where(is_ood, s, margin - s)
     return terms.sum(-1) / (n_ood * n_id).squeeze(-1).clamp(min=1)
 
 
 def value_and_slope(s: Tensor, is_ood: Tensor, margin: float, form: Form) -> tuple[Tensor, Tensor]:
     """The `hinge` or `pairwise` loss [E] of confidences s [E, N], and ∂loss/∂s [E, N]; no graph."""
-    n_ood = is_ood.sum(-1, keepdim=True, dtype=s.dtype)
-    n_id = is_ood.shape[-1] - n_ood
+    n_id, n_ood = _sizes(is_ood, s)
     if form == "hinge":
         mean = torch.where(is_ood, 1 / n_ood, -1 / n_id)
         gap = (mean * s).sum(-1, keepdim=True).add_(margin).mul_(n_ood * n_id > 0)
@@ -47,6 +48,12 @@ def value_and_slope(s: Tensor, is_ood: Tensor, margin: float, form: Form) -> tup
         return gap.masked_fill_(met, 0.0).squeeze(-1), mean.masked_fill_(met, 0.0)
     slope = _missing_partners(s, is_ood, margin) / (n_ood * n_id).clamp_(min=1)
     return (slope * torch.where(is_ood, s, margin - s)).sum(-1), torch.where(is_ood, slope, -slope)
+
+
+def _sizes(is_ood: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    """How many ID and OOD rows there are, [..., 1], in the values' dtype."""
+    n_ood = is_ood.sum(-1, keepdim=True, dtype=values.dtype)
+    return is_ood.shape[-1] - n_ood, n_ood
 
 
 def _missing_partners(s: Tensor, is_ood: Tensor, margin: float) -> Tensor:

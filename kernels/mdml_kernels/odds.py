@@ -7,8 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from mdml_kernels import autograd
-from mdml_kernels.cpu_loss import CpuMarginLoss
+from mdml_kernels import autograd, cpu_loss, losses
 from mdml_kernels.linear import CpuLinearLogOdds
 from mdml_kernels.reference import Confidence, Form, Scalar, accumulation_dtype
 from mdml_kernels.rows import CpuLogOdds, TritonLogOdds
@@ -24,17 +23,27 @@ def of_logits(
     return _unflat(autograd.apply(op, _flat(logits, 2), tau, log_background), logits.shape[:-1])
 
 
-def cpu_margin_loss(
-    logits: Tensor, is_ood: Tensor, margin: float, temperature: Scalar, background: Scalar | None, form: Form
+def margin_loss(
+    logits: Tensor,
+    is_ood: Tensor,
+    margin: float,
+    temperature: Scalar,
+    background: Scalar | None,
+    confidence: Confidence,
+    form: Form,
+    backend: str,
 ) -> Tensor:
-    """The `hinge` or `pairwise` loss [...] of confidence `max`, by the operator that is made for them."""
-    loss = autograd.apply(
-        CpuMarginLoss(margin, form),
-        _flat(logits, 2),
-        _per_episode(_inverse(temperature, logits), logits),
-        None if background is None else _per_episode(background, logits),
-        _flat(is_ood, 1),
-    )
+    """The loss of each episode [...], by way of the odds or by what is faster."""
+    if backend != "cpu" or confidence != "max" or form == "bce":
+        return losses.of_odds(of_logits(logits, temperature, background, confidence, backend), is_ood, margin, form)
+    flat, labels = _flat(logits, 2), _flat(is_ood, 1)
+    tau = _per_episode(_inverse(temperature, logits), logits)
+    log_background = None if background is None else _per_episode(background, logits)
+    if cpu_loss.is_small(flat):
+        s = cpu_loss.textbook_confidence(flat, tau, log_background)
+        loss = losses.of_confidence(s, labels, margin, form)
+    else:
+        loss = autograd.apply(cpu_loss.CpuMarginLoss(margin, form), flat, tau, log_background, labels)
     return _unflat(loss, logits.shape[:-2])
 
 

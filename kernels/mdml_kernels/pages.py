@@ -13,12 +13,12 @@ from torch import Tensor
 _HUGE_PAGE = 1 << 21
 
 
-def empty_like(like: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+def empty_like(like: Tensor) -> Tensor:
     """`torch.empty_like`, contiguous, with its memory advised to be huge pages where the system has them.
 
     Only a hint about our own fresh buffer: where the kernel does not take it, nothing changes.
     """
-    fresh = torch.empty_like(like, dtype=dtype, memory_format=torch.contiguous_format)
+    fresh = torch.empty_like(like, memory_format=torch.contiguous_format)
     advise = _madvise()
     if advise is not None and fresh.nbytes >= 2 * _HUGE_PAGE:
         start = -(-fresh.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
