@@ -26,7 +26,7 @@ ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 _TENSOR_CORE_SASS = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA|DMMA)\b")
 _TENSOR_CORE_GCN = re.compile(r"\b(v_mfma_\w+)")
-_LOAD_SASS = re.compile(r"\b(?:LDG|LDGSTS)\.E(?:\.[A-Z0-9_]+)*?(?:\.(U8|S8|U16|S16|64|128))?(?=[.\s])[^;]*;")
+_LOAD_SASS = re.compile(r"\bLDG(?:STS)?\.E((?:\.\w+)*)")
 _LOAD_GCN = re.compile(r"\b(?:global|buffer|flat)_load_(ubyte|sbyte|ushort|sshort|short_d16|dword(?:x[234])?)")
 _GCN_BITS = {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128, "ubyte": 8, "sbyte": 8}
 
@@ -130,13 +130,18 @@ def _read_cubin(cubin: bytes) -> dict[str, Any]:
     numbers = re.search(r"REG:(\d+) STACK:(\d+)", usage)
     if numbers is None:
         raise RuntimeError(f"cuobjdump did not report registers: {usage}")
-    widths = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "": 32}
     return {
         "registers": int(numbers[1]),
         "stack_bytes": int(numbers[2]),
-        "loads": _counted(f"{widths[width]}" for width in _LOAD_SASS.findall(sass)),
+        "loads": _counted(_sass_bits(suffix) for suffix in _LOAD_SASS.findall(sass)),
         "tensor_core": _counted(_TENSOR_CORE_SASS.findall(sass)),
     }
+
+
+def _sass_bits(suffix: str) -> str:
+    """``.BYPASS.128`` -> 128; a load that names no width is one of 32 bits."""
+    widths = re.findall(r"\.[US]?(8|16|64|128|256)(?=\.|$)", suffix)
+    return widths[-1] if widths else "32"
 
 
 def _read_gcn(text: str) -> dict[str, Any]:

@@ -15,23 +15,28 @@ from torch import Tensor
 from mdml_kernels import cpu, losses, reference
 from mdml_kernels.autograd import Inputs, Needs
 from mdml_kernels.chunks import first_max
-from mdml_kernels.reference import Form
+from mdml_kernels.reference import Form, Scalar
 
 # Below this many logits the calls cost more than the arithmetic, and the textbook formula is the fastest there is.
 _FEW_LOGITS = 1 << 17
 
 
-def textbook_confidence(logits: Tensor, tau: Tensor, background: Tensor | None) -> Tensor:
-    """S [E, N] of few logits [E, N, K] by the operations of PyTorch and their own derivatives."""
-    scaled = logits * tau[:, None, None]
-    if background is not None:
-        scaled = torch.cat([scaled, background[:, None, None].expand(*scaled.shape[:-1], 1)], dim=-1)
-    return torch.softmax(scaled, -1)[..., : logits.shape[-1]].max(-1).values
-
-
 def is_small(logits: Tensor) -> bool:
     """Whether `textbook_confidence` is the faster way."""
     return logits.numel() <= _FEW_LOGITS
+
+
+def textbook_confidence(logits: Tensor, temperature: Scalar, background: Scalar | None) -> Tensor:
+    """S [..., N] of few logits [..., N, K], arguments as in `functional`, by the derivatives that PyTorch has."""
+    scaled = logits.to(reference.accumulation_dtype(logits))
+    if isinstance(temperature, Tensor):
+        scaled = scaled / reference.per_row(temperature, logits).unsqueeze(-1)
+    elif temperature != 1:
+        scaled = scaled / temperature
+    if background is not None:
+        column = reference.per_row(background, logits).unsqueeze(-1).expand(*scaled.shape[:-1], 1)
+        return torch.log_softmax(torch.cat([scaled, column], dim=-1), -1)[..., :-1].max(-1).values.exp()
+    return torch.log_softmax(scaled, -1).max(-1).values.exp()
 
 
 @dataclass(frozen=True)

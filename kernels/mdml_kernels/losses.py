@@ -33,7 +33,7 @@ def of_confidence(s: Tensor, is_ood: Tensor, margin: float, form: Form) -> Tenso
     n_id, n_ood = _sizes(is_ood, s)
     if form == "hinge":
         gap = (torch.where(is_ood, 1 / n_ood, -1 / n_id) * s).sum(-1) + margin
-        return hinge(gap) * (n_ood * n_id > 0).squeeze(-1)
+        return hinge(gap * (n_ood * n_id > 0).squeeze(-1))
     terms = _missing_partners(s.detach(), is_ood, margin) * torch.where(is_ood, s, margin - s)
     return terms.sum(-1) / (n_ood * n_id).squeeze(-1).clamp(min=1)
 

@@ -36,14 +36,12 @@ def margin_loss(
     """The loss of each episode [...], by way of the odds or by what is faster."""
     if backend != "cpu" or confidence != "max" or form == "bce":
         return losses.of_odds(of_logits(logits, temperature, background, confidence, backend), is_ood, margin, form)
-    flat, labels = _flat(logits, 2), _flat(is_ood, 1)
+    if cpu_loss.is_small(logits):
+        return losses.of_confidence(cpu_loss.textbook_confidence(logits, temperature, background), is_ood, margin, form)
     tau = _per_episode(_inverse(temperature, logits), logits)
     log_background = None if background is None else _per_episode(background, logits)
-    if cpu_loss.is_small(flat):
-        s = cpu_loss.textbook_confidence(flat, tau, log_background)
-        loss = losses.of_confidence(s, labels, margin, form)
-    else:
-        loss = autograd.apply(cpu_loss.CpuMarginLoss(margin, form), flat, tau, log_background, labels)
+    op = cpu_loss.CpuMarginLoss(margin, form)
+    loss = autograd.apply(op, _flat(logits, 2), tau, log_background, _flat(is_ood, 1))
     return _unflat(loss, logits.shape[:-2])
 
 

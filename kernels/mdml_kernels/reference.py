@@ -28,10 +28,10 @@ def log_confidence(
     logits: Tensor, temperature: Scalar = 1.0, background: Scalar | None = None, confidence: Confidence = "max"
 ) -> tuple[Tensor, Tensor]:
     """log S and log(1 - S), each [..., N], of logits [..., N, K]; at ties of the maximum the first index counts."""
-    scaled = logits.to(accumulation_dtype(logits)) / _per_row(temperature, logits).unsqueeze(-1)
+    scaled = logits.to(accumulation_dtype(logits)) / per_row(temperature, logits).unsqueeze(-1)
     log_mass = torch.logsumexp(scaled, dim=-1)
     if background is not None:
-        log_background = _per_row(background, logits).expand_as(log_mass)
+        log_background = per_row(background, logits).expand_as(log_mass)
         log_total = torch.logaddexp(log_mass, log_background)
         if confidence == "mass":
             return log_mass - log_total, log_background - log_total
@@ -99,7 +99,7 @@ def accumulation_dtype(values: Tensor) -> torch.dtype:
     return torch.float32 if values.dtype in (torch.float16, torch.bfloat16) else values.dtype
 
 
-def _per_row(value: Scalar, logits: Tensor) -> Tensor:
+def per_row(value: Scalar, logits: Tensor) -> Tensor:
     """A scalar, or one value per episode [...], made to broadcast against rows [..., N]."""
     return torch.as_tensor(value, dtype=accumulation_dtype(logits), device=logits.device).unsqueeze(-1)
 

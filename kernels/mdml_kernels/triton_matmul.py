@@ -20,12 +20,12 @@ def matmul(a, b, acc, PRECISION: tl.constexpr):
             b = b.to(tl.float32)
         acc = tl.dot(a, b, acc)
     else:
-        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        acc = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision=PRECISION)
     return acc
 
 
 @triton.jit
 def load_tile(start, rows, cols, stride_row, stride_col, ROWS: tl.constexpr, COLS: tl.constexpr):
-    """float32 tile at rows [R, 1] x cols [1, C], zero outside ROWS x COLS."""
+    """The tile at rows [R, 1] x cols [1, C], zero outside ROWS x COLS."""
     keep = (rows < ROWS) & (cols < COLS)
-    return tl.load(start + rows * stride_row + cols * stride_col, mask=keep, other=0.0).to(tl.float32)
+    return tl.load(start + rows * stride_row + cols * stride_col, mask=keep, other=0.0)
