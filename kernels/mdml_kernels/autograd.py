@@ -49,9 +49,9 @@ class RowOp(Protocol):
 
 
 def apply(op: RowOp, *inputs: Tensor | None) -> Tensor:
-    """The operator's odds [E, N], differentiable any number of times, in forward and in reverse mode."""
-    odds: Tensor = _Forward.apply(op, *inputs)[0]
-    return odds
+    """The operator's value, differentiable any number of times, in forward and in reverse mode."""
+    value: Tensor = _Forward.apply(op, *inputs)[0]
+    return value
 
 
 def _signed(function: Any) -> Any:
@@ -79,7 +79,7 @@ class _Forward(Function):
         needs = tuple(ctx.needs_input_grad[1:])
         if not any(needs):
             return None, *(None for _ in needs)
-        return None, *_spread(_Backward.apply(ctx.op, needs, grad, *ctx.saved_tensors), needs)
+        return None, *spread(_Backward.apply(ctx.op, needs, grad, *ctx.saved_tensors), needs)
 
     @staticmethod
     def jvp(ctx: Any, _op: Any, *tangents: Tensor | None) -> tuple[Any, ...]:
@@ -110,9 +110,9 @@ class _Backward(Function):
         op, (grad, *tensors) = ctx.op, ctx.saved_tensors
         first = 3  # op, needs and grad come before the inputs
         needs = tuple(ctx.needs_input_grad[first : first + op.n_inputs])
-        *grads, along = _DoubleBackward.apply(op, needs, grad, *tensors, *_spread(cotangents, ctx.needs))
+        *grads, along = _DoubleBackward.apply(op, needs, grad, *tensors, *spread(cotangents, ctx.needs))
         # What Forward saved is a function of the inputs, and its share is in theirs.
-        return None, None, along, *_spread(grads, needs), *(None for _ in tensors[op.n_inputs :])
+        return None, None, along, *spread(grads, needs), *(None for _ in tensors[op.n_inputs :])
 
     @staticmethod
     def jvp(ctx: Any, _op: Any, _needs: Any, grad_tangent: Tensor | None, *tangents: Tensor | None) -> tuple[Any, ...]:
@@ -172,7 +172,7 @@ def _split(op: RowOp, tensors: tuple[Tensor | None, ...]) -> tuple[Inputs, Input
     return tensors[: op.n_inputs], tensors[op.n_inputs : -op.n_inputs], tensors[-op.n_inputs :]
 
 
-def _spread(values: Any, needs: Needs) -> list[Any]:
+def spread(values: Any, needs: Needs) -> list[Any]:
     """The values put where they are needed, None elsewhere."""
     rest = iter(values)
     return [next(rest) if need else None for need in needs]

@@ -53,6 +53,10 @@ def resolve(requested: str, device: str, dtype: torch.dtype, triton: str | None)
 
 def choose(requested: str, logits: Tensor) -> Choice:
     """`resolve` for these logits on this machine."""
+    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        if requested not in ("auto", "reference"):
+            raise ValueError(f"backend {requested!r} cannot serve torch.func inside torch.compile: leave it 'auto'")
+        return Choice("reference", "plain PyTorch, because no custom op survives torch.func inside torch.compile")
     return resolve(requested, logits.device.type, logits.dtype, triton_state())
 
 

@@ -1,4 +1,4 @@
-"""From the public arguments to an operator of the chosen backend: episodes in one dim, 1/T and background as tensors."""
+"""From the public arguments to an operator of the chosen backend: one dim of episodes, 1/T and background tensors."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ import math
 import torch
 from torch import Tensor
 
-from mdml_kernels import autograd, cpu_loss, losses
+from mdml_kernels import autograd, cpu_loss, losses, rows
+from mdml_kernels.autograd import RowOp
 from mdml_kernels.linear import CpuLinearLogOdds
 from mdml_kernels.reference import Confidence, Form, Scalar, accumulation_dtype
-from mdml_kernels.rows import CpuLogOdds, TritonLogOdds
 
 
 def of_logits(
@@ -19,8 +19,7 @@ def of_logits(
     """The log-odds [..., N] of logits [..., N, K]."""
     tau = _per_episode(_inverse(temperature, logits), logits)
     log_background = None if background is None else _per_episode(background, logits)
-    op = CpuLogOdds(confidence) if backend == "cpu" else TritonLogOdds(confidence)
-    return _unflat(autograd.apply(op, _flat(logits, 2), tau, log_background), logits.shape[:-1])
+    return _unflat(_apply(rows.operator(backend, confidence), _flat(logits, 2), tau, log_background), logits.shape[:-1])
 
 
 def margin_loss(
@@ -34,7 +33,7 @@ def margin_loss(
     backend: str,
 ) -> Tensor:
     """The loss of each episode [...], by way of the odds or by what is faster."""
-    if backend != "cpu" or confidence != "max" or form == "bce":
+    if backend != "cpu" or confidence != "max" or form == "bce" or torch.compiler.is_compiling():
         return losses.of_odds(of_logits(logits, temperature, background, confidence, backend), is_ood, margin, form)
     if cpu_loss.is_small(logits):
         return losses.of_confidence(cpu_loss.textbook_confidence(logits, temperature, background), is_ood, margin, form)
@@ -60,9 +59,9 @@ def of_head(
     A prototype head is a linear one, with ``1/T' = 1/(T scale²)``, weight c, bias ``-|c|²/2``, up to the row constant
     ``-|z|²/(2 T scale²)``, which only the background sees: it moves there with the opposite sign.
     """
-    rows = z.shape[:-1]
-    tau = _per_episode(_inverse(temperature, z), z).view(*rows[:-1], 1)
-    log_background = None if background is None else _per_episode(background, z).view(*rows[:-1], 1)
+    shape = z.shape[:-1]
+    tau = _per_episode(_inverse(temperature, z), z).view(*shape[:-1], 1)
+    log_background = None if background is None else _per_episode(background, z).view(*shape[:-1], 1)
     if centers is not None:
         tau = tau / torch.as_tensor(scale, dtype=tau.dtype, device=tau.device) ** 2
         weight, bias = centers, centers.to(tau.dtype).square().sum(-1) / -2
@@ -71,15 +70,23 @@ def of_head(
     assert weight is not None
     if torch.is_autocast_enabled(z.device.type):
         z, weight = (value.to(torch.get_autocast_dtype(z.device.type)) for value in (z, weight))
-    odds = autograd.apply(
+    odds = _apply(
         CpuLinearLogOdds(confidence),
-        z.reshape(1, math.prod(rows), z.shape[-1]),
+        z.reshape(1, math.prod(shape), z.shape[-1]),
         weight.unsqueeze(0),
         None if bias is None else bias.unsqueeze(0),
-        tau.expand(rows).reshape(1, math.prod(rows)),
-        None if log_background is None else log_background.expand(rows).reshape(1, math.prod(rows)),
+        tau.expand(shape).reshape(1, math.prod(shape)),
+        None if log_background is None else log_background.expand(shape).reshape(1, math.prod(shape)),
     )
-    return odds.view(rows)
+    return odds.view(shape)
+
+
+def _apply(op: RowOp, *inputs: Tensor | None) -> Tensor:
+    if torch.compiler.is_compiling():
+        from mdml_kernels import compiled  # registers custom ops: only where they are needed
+
+        return compiled.apply(op, *inputs)
+    return autograd.apply(op, *inputs)
 
 
 def _flat(rows: Tensor, n_last: int) -> Tensor:

@@ -1,4 +1,7 @@
-"""The log-odds of rows as an operator for `autograd`: inputs are logits [E, N, K], τ = 1/T [E], background [E] or None."""
+"""The log-odds of rows as an operator for `autograd`.
+
+Inputs: logits [E, N, K], τ = 1/T [E], background [E] or None.
+"""
 
 from __future__ import annotations
 
@@ -19,6 +22,7 @@ class _LogOdds:
     n_inputs = 3
 
     def define(self, *inputs: Tensor | None) -> Tensor:
+        """See `autograd.RowOp`."""
         logits, tau, background = inputs
         assert logits is not None
         assert tau is not None
@@ -33,18 +37,21 @@ class CpuLogOdds(_LogOdds):
     confidence: Confidence
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        """See `autograd.RowOp`."""
         logits, tau, background = inputs
         assert logits is not None
         assert tau is not None
         return cpu.forward(logits, tau, background, self.confidence)
 
     def backward(self, inputs: Inputs, saved: Inputs, grad: Tensor, needs: Needs) -> list[Tensor]:
+        """See `autograd.RowOp`."""
         logits, tau, background, *rest = _present(inputs, saved)
         return _needed(cpu.backward(logits, tau, background, rest, grad, self.confidence, needs[1]), needs)
 
     def double_backward(
         self, inputs: Inputs, saved: Inputs, grad: Tensor, tangents: Inputs, needs: Needs
     ) -> list[Tensor]:
+        """See `autograd.RowOp`."""
         logits, tau, background, *rest = _present(inputs, saved)
         *grads, along = cpu.double_backward(logits, tau, background, rest, grad, tangents, self.confidence)
         return [*_needed(grads, needs), along]
@@ -57,6 +64,7 @@ class TritonLogOdds(_LogOdds):
     confidence: Confidence
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        """See `autograd.RowOp`."""
         from mdml_kernels import triton_rows  # only here: triton may not be installed
 
         logits, tau, background = inputs
@@ -66,6 +74,7 @@ class TritonLogOdds(_LogOdds):
         return log_s - log_not_s, log_s, log_not_s, log_z, first
 
     def backward(self, inputs: Inputs, saved: Inputs, grad: Tensor, needs: Needs) -> list[Tensor]:
+        """See `autograd.RowOp`."""
         from mdml_kernels import triton_rows
 
         grads = triton_rows.rows_backward(*inputs, self.confidence, *saved, grad, -grad)
@@ -74,10 +83,16 @@ class TritonLogOdds(_LogOdds):
     def double_backward(
         self, inputs: Inputs, saved: Inputs, grad: Tensor, tangents: Inputs, needs: Needs
     ) -> list[Tensor]:
+        """See `autograd.RowOp`."""
         from mdml_kernels import triton_rows
 
         results = triton_rows.rows_double_backward(*inputs, self.confidence, *saved, grad, -grad, *tangents)
         return [*_needed([results[0], *_per_episode(results[1:3])], needs), results[3] - results[4]]
+
+
+def operator(backend: str, confidence: Confidence) -> CpuLogOdds | TritonLogOdds:
+    """The operator of a backend, ``cpu`` or ``triton``."""
+    return CpuLogOdds(confidence) if backend == "cpu" else TritonLogOdds(confidence)
 
 
 def _present(inputs: Inputs, saved: Inputs) -> Any:
