@@ -21,13 +21,17 @@ MAX_ROWS = 2**31 - 2**12  # row numbers are int32 inside the kernels; offsets in
 
 @dataclass(frozen=True)
 class LaunchConfig:
-    """The tile of one program and the warps that work on it."""
+    """The tile of one program and the warps that work on it.
+
+    block_inner is the depth of a product's tiles; block_out, in a backward kernel, the features of its result.
+    """
 
     block_rows: int
     block_cols: int
     num_warps: int
     num_stages: int = 1
     block_inner: int = 0
+    block_out: int = 0
 
     @property
     def options(self) -> dict[str, int | bool]:
@@ -105,20 +109,49 @@ def inner_loop_config(
     )
 
 
-def dot_precision(precision: Precision, arch: str) -> str:
-    """Triton's word for it. float32 on tensor cores is three to six products of parts; ``ieee`` would use none.
+def linear_forward_config(precision: Precision, arch: str) -> LaunchConfig:
+    """Tiles of the fused head's forward kernel."""
+    if arch == INTERPRETER:
+        return LaunchConfig(block_rows=32, block_cols=32, block_inner=32, num_warps=4)
+    edge = 64 if precision == "float32" else 128  # of the logits tile; float32 keeps the parts of its operands too
+    return LaunchConfig(block_rows=edge, block_cols=edge, block_inner=32, num_warps=8, num_stages=2)
 
-    On sm_80 and sm_90 six bfloat16 products take the registers that three tf32 products do not leave.
-    """
+
+def linear_backward_config(n_features: int, precision: Precision, arch: str) -> LaunchConfig:
+    """Tiles of the fused head's backward kernels; a result wider than block_out makes its logits again."""
+    if arch == INTERPRETER:
+        return LaunchConfig(block_rows=32, block_cols=32, block_inner=32, num_warps=4, block_out=32)
+    widest = 128 if precision == "float32" or is_amd(arch) else 256
+    return LaunchConfig(
+        block_rows=32 if precision == "float32" and not has_wgmma(arch) and not is_amd(arch) else 64,
+        block_cols=64,
+        block_inner=32,
+        num_warps=8,
+        num_stages=2,
+        block_out=min(max(16, next_power_of_2(n_features)), widest),
+    )
+
+
+def dot_precision(precision: Precision, arch: str) -> str:
+    """Triton's word for it. float32 on NVIDIA's tensor cores is three products of parts; ``ieee`` would use none."""
     if precision == "bfloat16":
         return "bf16"
     if arch == INTERPRETER:
         return "ieee"
     if precision == "tf32":
         return "tf32"
-    if is_amd(arch):
-        return "ieee"  # matrix cores multiply float32 as it is
-    return "tf32x3" if has_tensor_memory(arch) else "bf16x6"
+    return "ieee" if is_amd(arch) else "tf32x3"  # AMD's matrix cores multiply float32 as it is
+
+
+def inner_loop_precision(precision: Precision, arch: str) -> str:
+    """As `dot_precision`, but six products of bfloat16 parts where three of tf32 would not leave enough registers."""
+    word = dot_precision(precision, arch)
+    return "bf16x6" if word == "tf32x3" and not has_tensor_memory(arch) else word
+
+
+def has_wgmma(arch: str) -> bool:
+    """Whether products read their operands from shared memory (Hopper's wgmma, tcgen05)."""
+    return arch == "sm_90" or has_tensor_memory(arch)
 
 
 def has_tensor_memory(arch: str) -> bool:

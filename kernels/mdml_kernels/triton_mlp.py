@@ -21,6 +21,7 @@ from mdml_kernels.launch import (
     arch_of,
     dot_precision,
     inner_loop_config,
+    inner_loop_precision,
     layer_config,
     next_power_of_2,
     on_device_of,
@@ -294,7 +295,7 @@ def _adapt_whole(
             BLOCK_K=config.block_cols,
             STACKED=stacked,
             MASS=confidence == "mass",
-            PRECISION=dot_precision(precision, arch_of(support.device)),
+            PRECISION=inner_loop_precision(precision, arch_of(support.device)),
             **config.options,
         )
     return out_weights, out_biases

@@ -65,7 +65,7 @@ def log_odds(top, second, mass, log_background, MASS: tl.constexpr):
     reference = second + tl.log(mass) + tl.where(top < float("inf"), 0.0, float("nan"))
     if MASS:
         larger = tl.maximum(top, reference)
-        gap = tl.where(larger == float("-inf"), 0.0, tl.abs(top - reference))
+        gap = tl.where(top == reference, 0.0, tl.abs(top - reference))  # both may be -inf
         reference = larger + log1p_unit(tl.exp(-gap))
         return reference - log_background, reference
     return top - reference, reference

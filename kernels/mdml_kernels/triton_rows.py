@@ -322,5 +322,5 @@ def rows_double_backward(
     """`odds_double_backward`; right where grad_log_s = -grad_log_not_s, as the log-odds give them."""
     grad = grad_log_s * log_not_s.exp() - grad_log_not_s * log_s.exp()
     inputs = (logits, inv_temperature, background, confidence, reference, argmax, grad)
-    *first, along = odds_double_backward(*inputs, v_logits, v_inv_temperature, v_background)
-    return first[0], first[1], first[2], along * log_not_s.exp(), -along * log_s.exp()
+    out, out_tau, out_background, along = odds_double_backward(*inputs, v_logits, v_inv_temperature, v_background)
+    return out, out_tau, out_background, along * log_not_s.exp(), -along * log_s.exp()

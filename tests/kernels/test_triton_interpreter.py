@@ -18,6 +18,11 @@ KERNELS = {
         "rows_double_backward_kernel",
         "episode_sums_kernel",
     },
+    "check_linear.py": {
+        "linear_forward_kernel",
+        "linear_backward_rows_kernel",
+        "linear_backward_head_kernel",
+    },
     "check_mlp.py": {
         "inner_loop_kernel",
         "layer_forward_kernel",

@@ -160,9 +160,10 @@ def test_first_of_tied_maxima(n_cols):
 @pytest.mark.parametrize("bad", [torch.nan, torch.inf])
 @pytest.mark.parametrize("confidence", ["max", "mass"])
 @pytest.mark.parametrize("n_cols", [3, 5000])
-def test_nan_stays_in_its_row_and_fills_it(confidence, n_cols, bad):
+@pytest.mark.parametrize("all_of_it", [False, True])
+def test_nan_stays_in_its_row_and_fills_it(confidence, n_cols, bad, all_of_it):
     logits = torch.randn(1, 3, n_cols, generator=torch.Generator().manual_seed(0))
-    logits[0, 1, -1] = bad
+    logits[0, 1, slice(None) if all_of_it else -1] = bad
     ones, background = torch.ones(1), torch.zeros(1)
     odds, *saved = triton_rows.odds_forward(logits, ones, background, confidence)
     inputs = (logits, ones, background, confidence, *saved, torch.ones(1, 3))
