@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd import Function
 
-Inputs = tuple[Tensor | None, ...]
+Inputs = tuple[Any, ...]  # tensors, and None for those that are left out
 Needs = tuple[bool, ...]
 
 
@@ -44,8 +44,8 @@ class RowOp(Protocol):
     ) -> list[Tensor]:
         """∂(grad · J tangents)/∂inputs for the inputs that need it, then J tangents [E, N]. A tangent may be None."""
 
-    def define(self, *inputs: Tensor | None) -> Tensor:
-        """The odds in differentiable torch operations."""
+    def define(self, *inputs: Any) -> Tensor:
+        """The value in differentiable torch operations."""
 
 
 def apply(op: RowOp, *inputs: Tensor | None) -> Tensor:
@@ -100,7 +100,7 @@ class _Backward(Function):
         return tuple(op.backward(tensors[: op.n_inputs], tensors[op.n_inputs :], grad, needs))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004 - torch's name
         ctx.op, ctx.needs, *tensors = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
@@ -139,7 +139,7 @@ class _DoubleBackward(Function):
         return tuple(op.double_backward(inputs, saved, grad, tangents, needs))
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004 - torch's name
         ctx.op, ctx.needs, *tensors = inputs
         ctx.save_for_backward(*tensors)
         ctx.save_for_forward(*tensors)
@@ -148,7 +148,7 @@ class _DoubleBackward(Function):
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:
         grad, *tensors = ctx.saved_tensors
         function, positions, primals = _definition(ctx.op, ctx.needs, grad, tensors)
-        _, pull = torch.func.vjp(function, *primals)
+        _, pull = _vjp(function, primals)
         grads: list[Any] = [None] * (1 + len(tensors))
         for position, value in zip(positions, pull(cotangents), strict=True):
             grads[position] = value
@@ -195,6 +195,11 @@ def _is_smooth(value: Tensor | None) -> bool:
     return value is not None and value.is_floating_point()
 
 
+def _vjp(function: Any, primals: tuple[Tensor, ...]) -> Any:
+    """The function's value and its pullback."""
+    return torch.func.vjp(function, *primals)
+
+
 def _jvp(function: Any, primals: tuple[Tensor, ...], tangents: tuple[Tensor, ...]) -> Any:
     """J tangents. Forward mode writes tangents in the layout of their primals, so those must not be expanded views."""
     return torch.func.jvp(function, tuple(p.contiguous() for p in primals), tangents)[1]
@@ -225,7 +230,7 @@ def _definition(op: RowOp, needs: Needs, grad: Tensor, tensors: list[Tensor | No
             moved: Tensor = _jvp(odds, chosen, moves)
             return moved
 
-        result, pull = torch.func.vjp(along, *(inputs[i] for i in given))
+        result, pull = _vjp(along, tuple(inputs[i] for i in given))
         grads = dict(zip(given, pull(full[0]), strict=True))
         return *(grads[i] for i, need in enumerate(needs) if need), result
 

@@ -78,7 +78,7 @@ def second_order(
     logits: Tensor,
     v_logits: Tensor | None,
     first: Tensor | None,
-    columns: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    columns: tuple[Tensor, ...],
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Of D = g · J v: ∂D/∂x [..., K], ∂D/∂ẋ [..., K], ∂D/∂b and J v (columns), with ẋ = τ v_ℓ + v_τ ℓ.
 

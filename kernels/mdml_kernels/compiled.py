@@ -11,27 +11,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mdml_kernels import rows
+from mdml_kernels import linear, rows
 from mdml_kernels.autograd import RowOp, spread
-from mdml_kernels.linear import CpuLinearLogOdds
 
 
-def apply(op: RowOp, *inputs: Tensor | None) -> Tensor:
+def apply(op: rows.CpuLogOdds | linear.CpuLinearLogOdds, *inputs: Tensor | None) -> Tensor:
     """`autograd.apply` of an operator of log-odds, as one node of the compiler's graph."""
-    kind, confidence = _name(op)
-    odds: Tensor = _forward(list(inputs), kind, confidence)[0]
+    odds: Tensor = _forward(list(inputs), type(op).__name__, op.confidence)[0]
     return odds
 
 
-def _name(op: RowOp) -> tuple[str, str]:
-    if isinstance(op, CpuLinearLogOdds):
-        return "linear", op.confidence
-    assert isinstance(op, rows.CpuLogOdds | rows.TritonLogOdds)
-    return "cpu" if isinstance(op, rows.CpuLogOdds) else "triton", op.confidence
+_OPERATORS: dict[str, Any] = {
+    operator.__name__: operator
+    for operator in (rows.CpuLogOdds, rows.TritonLogOdds, linear.CpuLinearLogOdds, linear.TritonLinearLogOdds)
+}
 
 
-def _operator(kind: str, confidence: Any) -> RowOp:
-    return CpuLinearLogOdds(confidence) if kind == "linear" else rows.operator(kind, confidence)
+def _operator(kind: str, confidence: str) -> RowOp:
+    made: RowOp = _OPERATORS[kind](confidence)
+    return made
 
 
 @torch.library.custom_op("mdml_kernels::log_odds", mutates_args=())
@@ -41,15 +39,13 @@ def _forward(inputs: list[Tensor | None], kind: str, confidence: str) -> list[Te
 
 @_forward.register_fake
 def _(inputs: list[Tensor | None], kind: str, confidence: str) -> list[Tensor]:
-    like = inputs[3 if kind == "linear" else 1]
-    first = inputs[0]
-    assert like is not None
+    first, like = inputs[0], inputs[3 if "Linear" in kind else 1]  # τ has the dtype of the odds
     assert first is not None
-    n_float, index = (4, torch.int32) if kind == "triton" else (2, torch.int64)
+    assert like is not None
     shape = first.shape[:2]
-    has_index = confidence == "max" or kind == "linear"
-    indices = like.new_empty(shape if has_index else (shape[0], 0), dtype=index)
-    return [*(like.new_empty(shape) for _ in range(n_float)), indices]
+    index = torch.int32 if kind.startswith("Triton") else torch.int64
+    indices = like.new_empty(shape if confidence == "max" else (shape[0], 0), dtype=index)
+    return [like.new_empty(shape), like.new_empty(shape), indices]
 
 
 @torch.library.custom_op("mdml_kernels::log_odds_backward", mutates_args=())

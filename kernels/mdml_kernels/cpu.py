@@ -9,6 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,7 @@ def backward(
     logits: Tensor,
     tau: Tensor,
     background: Tensor | None,
-    saved: tuple[Tensor, Tensor],
+    saved: tuple[Any, ...],
     grad: Tensor,
     confidence: Confidence,
     needs_tau: bool,
@@ -100,9 +101,9 @@ def double_backward(
     logits: Tensor,
     tau: Tensor,
     background: Tensor | None,
-    saved: tuple[Tensor, Tensor],
+    saved: tuple[Any, ...],
     grad: Tensor,
-    tangents: tuple[Tensor | None, Tensor | None, Tensor | None],
+    tangents: tuple[Any, ...],
     confidence: Confidence,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """∂(grad · J v)/∂(logits, τ, b) as in `backward`, then J v [E, N]; v are the tangents, None for zero."""
@@ -153,7 +154,7 @@ class Plan:
         if self.single:
             yield tensors
             return
-        for parts in zip(*(tensor.split(self.episodes) for tensor in tensors), strict=True):
+        for parts in zip(*(torch.split(tensor, self.episodes) for tensor in tensors), strict=True):
             if self.whole:
                 yield parts
             else:
@@ -162,7 +163,7 @@ class Plan:
     def _rows_of(self, parts: tuple[Tensor, ...]) -> list[tuple[Tensor, ...]]:
         n_chunks = -(-max(part.shape[1] for part in parts) // self.rows)
         return [
-            tuple(itertools.repeat(part, n_chunks)) if part.shape[1] == 1 else part.split(self.rows, dim=1)
+            tuple(itertools.repeat(part, n_chunks)) if part.shape[1] == 1 else torch.split(part, self.rows, 1)
             for part in parts
         ]
 

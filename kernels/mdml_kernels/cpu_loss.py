@@ -8,6 +8,7 @@ derivative goes by the log-odds o as everything else does: ∂L/∂o and ∂²L/
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,20 +48,14 @@ class CpuMarginLoss:
     form: Form
     n_inputs = 4
 
-    def define(self, *inputs: Tensor | None) -> Tensor:
+    def define(self, *inputs: Any) -> Tensor:
         """See `autograd.RowOp`."""
         logits, tau, background, is_ood = inputs
-        assert logits is not None
-        assert tau is not None
-        assert is_ood is not None
         return reference.softmax_margin_loss(logits, is_ood, self.margin, 1 / tau, background, "max", self.form)
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, ...]:
         """The losses; then to save: ∂L/∂S, S, p_b, m."""
         logits, tau, background, is_ood = inputs
-        assert logits is not None
-        assert tau is not None
-        assert is_ood is not None
         n_episodes, n_rows, _ = logits.shape
         top, s = (tau.new_empty(n_episodes, n_rows, 1) for _ in range(2))
         first = torch.empty(n_episodes, n_rows, 1, dtype=torch.int64, device=logits.device)
@@ -82,12 +77,6 @@ class CpuMarginLoss:
         """See `autograd.RowOp`."""
         logits, tau, background, _ = inputs
         slope, s, dropped, first = saved
-        assert logits is not None
-        assert tau is not None
-        assert slope is not None
-        assert s is not None
-        assert dropped is not None
-        assert first is not None
         grad_s = grad[:, None] * slope * s
         scaled = grad_s * tau[:, None]
         at_rest = (scaled * (dropped - 1)).unsqueeze(-1)
@@ -107,9 +96,6 @@ class CpuMarginLoss:
         """See `autograd.RowOp`."""
         logits, tau, background, _ = inputs
         slope = saved[0]
-        assert logits is not None
-        assert tau is not None
-        assert slope is not None
         odds, *kept = cpu.forward(logits, tau, background, "max")
         s = odds.sigmoid()
         by_odds = slope * s * odds.neg().sigmoid()

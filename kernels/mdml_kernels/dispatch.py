@@ -23,7 +23,7 @@ class Choice(NamedTuple):
     reason: str
 
 
-def resolve(requested: str, device: str, dtype: torch.dtype, triton: str | None) -> Choice:
+def resolve(requested: str, device: str, dtype: torch.dtype, triton: str | None, *, linear: bool = False) -> Choice:
     """The backend of a call, by a pure function of its arguments.
 
     Args:
@@ -31,13 +31,18 @@ def resolve(requested: str, device: str, dtype: torch.dtype, triton: str | None)
         device: the logits' device type, ``cpu``, ``cuda`` (ROCm too) or another.
         dtype: the logits' dtype.
         triton: ``None`` where Triton is not installed, ``interpreter`` under ``TRITON_INTERPRET=1``, else ``compiler``.
+        linear: whether the call is `linear_softmax_confidence`, whose kernels have no float64.
 
     Raises:
         ValueError: the requested backend is unknown, or cannot serve this device and dtype.
     """
     if requested not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {requested!r}")
-    unmet = {"cpu": _unmet_cpu(device, dtype), "triton": _unmet_triton(device, dtype, triton), "reference": None}
+    unmet = {
+        "cpu": _unmet_cpu(device, dtype),
+        "triton": _unmet_triton(device, dtype, triton, linear),
+        "reference": None,
+    }
     if requested != "auto":
         reason = unmet[requested]
         if reason is not None:
@@ -51,13 +56,13 @@ def resolve(requested: str, device: str, dtype: torch.dtype, triton: str | None)
     return Choice("reference", f"plain PyTorch, because {unmet['triton'] if device == 'cuda' else unmet['cpu']}")
 
 
-def choose(requested: str, logits: Tensor) -> Choice:
-    """`resolve` for these logits on this machine."""
+def choose(requested: str, logits: Tensor, *, linear: bool = False) -> Choice:
+    """`resolve` for these logits (or embeddings) on this machine."""
     if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         if requested not in ("auto", "reference"):
             raise ValueError(f"backend {requested!r} cannot serve torch.func inside torch.compile: leave it 'auto'")
         return Choice("reference", "plain PyTorch, because no custom op survives torch.func inside torch.compile")
-    return resolve(requested, logits.device.type, logits.dtype, triton_state())
+    return resolve(requested, logits.device.type, logits.dtype, triton_state(), linear=linear)
 
 
 @functools.cache
@@ -74,12 +79,13 @@ def _unmet_cpu(device: str, dtype: torch.dtype) -> str | None:
     return None if dtype in _DTYPES else f"it has no {_name(dtype)}"
 
 
-def _unmet_triton(device: str, dtype: torch.dtype, triton: str | None) -> str | None:
+def _unmet_triton(device: str, dtype: torch.dtype, triton: str | None, linear: bool) -> str | None:
     if triton is None:
         return "Triton is not installed"
     if device != "cuda" and triton != "interpreter":
         return f"the logits are on {device!r}, and Triton needs a GPU (or TRITON_INTERPRET=1)"
-    return None if dtype in _DTYPES else f"it has no {_name(dtype)}"
+    missing = dtype not in _DTYPES or (linear and dtype == torch.float64)
+    return f"it has no {_name(dtype)}" if missing else None
 
 
 def _name(dtype: torch.dtype) -> str:

@@ -158,12 +158,12 @@ def linear_softmax_confidence(
         TypeError: a dtype does not fit.
     """
     checks.head(z, weight, bias, centers, scale, temperature, background, confidence)
-    chosen = dispatch.choose(backend, z).backend
+    chosen = dispatch.choose(backend, z, linear=True).backend
     if chosen == "reference":
         logits = reference.head_logits(z, weight, bias, centers, scale)
         log_s, _ = reference.log_confidence(logits, temperature, background, confidence)
         return log_s.exp()
-    return odds.of_head(z, weight, bias, centers, scale, temperature, background, confidence).sigmoid()
+    return odds.of_head(z, weight, bias, centers, scale, temperature, background, confidence, chosen).sigmoid()
 
 
 def explain(logits: Tensor, *, backend: Backend = "auto") -> str:

@@ -1,4 +1,4 @@
-"""The log-odds of a linear head on a CPU, the [N, K] logits being made and used chunk by chunk, forward and backward.
+"""The log-odds of a linear head, the [N, K] logits being made and used piece by piece, forward and backward.
 
 Letters: G groups (a head each), N rows, H features, K logits. Per group ℓ = z Wᵀ + c; τ = 1/T and the background b
 are one per row, so that a prototype head fits as well (`functional.linear_softmax_confidence`). Memory besides the
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -16,6 +17,7 @@ from torch import Tensor
 from mdml_kernels import chunks, reference
 from mdml_kernels.autograd import Inputs, Needs
 from mdml_kernels.reference import Confidence
+from mdml_kernels.rows import needed
 
 # Logits in a chunk: enough rows for the matrix product to run at full speed, few enough to stay in a shared cache.
 _CHUNK_ELEMENTS = 1 << 20
@@ -24,17 +26,17 @@ _LEAST_ROWS = 64
 
 @dataclass(frozen=True)
 class CpuLinearLogOdds:
-    """Inputs z [G, N, H], weight [G, K, H], bias [G, K] or None, τ [G, N], background [G, N] or None."""
+    """By chunks of rows.
+
+    Inputs: z [G, N, H], weight [G, K, H], bias [G, K] or None, τ [G, N], background [G, N] or None.
+    """
 
     confidence: Confidence
     n_inputs = 5
 
-    def define(self, *inputs: Tensor | None) -> Tensor:
+    def define(self, *inputs: Any) -> Tensor:
         """The odds in plain operations, the logits materialised; of third derivatives only."""
         z, weight, bias, tau, background = inputs
-        assert z is not None
-        assert weight is not None
-        assert tau is not None
         logits = z @ weight.mT + (0 if bias is None else bias.unsqueeze(-2))
         log_s, log_not_s = reference.log_confidence(
             logits.flatten(0, 1).unsqueeze(1),  # every row an episode, because τ and b are its own
@@ -48,7 +50,8 @@ class CpuLinearLogOdds:
         """See `autograd.RowOp`."""
         head = _Head(inputs, self.confidence)
         top, second, peak = head.tau.new_empty(3, *head.tau.shape)
-        first = torch.zeros(head.tau.shape, dtype=torch.int64, device=head.tau.device)
+        first_shape = head.tau.shape if self.confidence == "max" else (len(top), 0, 1)
+        first = torch.empty(first_shape, dtype=torch.int64, device=top.device)
         descending = torch.arange(head.n_classes, 0, -1, dtype=head.tau.dtype, device=head.tau.device)
         mark = torch.empty_like(head.scratch)
         for g, n in head.chunks():
@@ -120,14 +123,39 @@ class CpuLinearLogOdds:
         return [*totals.needed(inputs, needs), along.squeeze(-1)]
 
 
+@dataclass(frozen=True)
+class TritonLinearLogOdds(CpuLinearLogOdds):
+    """By the kernels of `triton_linear`; the second derivative, which has none, by chunks as on a CPU."""
+
+    def forward(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        """See `autograd.RowOp`."""
+        from mdml_kernels import triton_linear  # only here: Triton may not be installed
+
+        z, weight, bias, tau, background = inputs
+        return triton_linear.linear_odds_forward(z, weight, bias, tau, background, self.confidence)
+
+    def backward(self, inputs: Inputs, saved: Inputs, grad: Tensor, needs: Needs) -> list[Tensor]:
+        """See `autograd.RowOp`."""
+        from mdml_kernels import triton_linear
+
+        z, weight, bias, tau, background = inputs
+        arguments = (z, weight, bias, tau, background, self.confidence, saved[0], saved[1], grad)
+        return needed(triton_linear.linear_odds_backward(*arguments, head=needs[1] or needs[2]), needs)
+
+    def double_backward(
+        self, inputs: Inputs, saved: Inputs, grad: Tensor, tangents: Inputs, needs: Needs
+    ) -> list[Tensor]:
+        """See `autograd.RowOp`."""
+        del saved  # what the kernels saved is not what the chunks save
+        chunked = CpuLinearLogOdds(self.confidence)
+        return chunked.double_backward(inputs, chunked.forward(inputs)[1:], grad, tangents, needs)
+
+
 class _Head:
     """The inputs in the accumulation dtype, rows as columns [G, N, 1], and the logits of a chunk when asked."""
 
     def __init__(self, inputs: Inputs, confidence: Confidence, saved: Inputs = (), grad: Tensor | None = None) -> None:
         z, weight, bias, tau, background = inputs
-        assert z is not None
-        assert weight is not None
-        assert tau is not None
         self.confidence = confidence
         self.z, self.weight = z.to(tau.dtype), weight.to(tau.dtype)
         self.bias = None if bias is None else bias.to(tau.dtype)
@@ -139,8 +167,6 @@ class _Head:
         self.scratch = tau.new_empty(self.rows_per_chunk, self.n_classes)
         if grad is not None:
             log_sum, first = saved
-            assert log_sum is not None
-            assert first is not None
             self.first = first.unsqueeze(-1)
             kept = chunks.split_background(log_sum.unsqueeze(-1), self.background, confidence)
             self.kept, self.dropped, poison = kept

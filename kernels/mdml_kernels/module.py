@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from mdml_kernels import functional
+from mdml_kernels.dispatch import Backend
 from mdml_kernels.reference import Confidence, Form, Reduction
 
 
@@ -22,6 +23,7 @@ class SoftmaxMarginLoss(nn.Module):
         form: ``hinge``, ``pairwise`` or ``bce``.
         reduction: over episodes: ``mean``, ``sum`` or ``none``.
         learn_temperature: make log T a parameter (``log_temperature``).
+        backend: ``auto``, ``reference``, ``cpu`` or ``triton``, as in `softmax_margin_loss`.
 
     Example:
         >>> loss = SoftmaxMarginLoss(margin=0.5)
@@ -38,6 +40,7 @@ class SoftmaxMarginLoss(nn.Module):
         form: Form = "hinge",
         reduction: Reduction = "mean",
         learn_temperature: bool = False,
+        backend: Backend = "auto",
     ) -> None:
         super().__init__()
         if not temperature > 0:
@@ -47,6 +50,7 @@ class SoftmaxMarginLoss(nn.Module):
         self.confidence: Confidence = confidence
         self.form: Form = form
         self.reduction: Reduction = reduction
+        self.backend: Backend = backend
         self.fixed_temperature = temperature
         self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature))) if learn_temperature else None
 
@@ -66,6 +70,7 @@ class SoftmaxMarginLoss(nn.Module):
             confidence=self.confidence,
             form=self.form,
             reduction=self.reduction,
+            backend=self.backend,
         )
 
     def one_class(self, logits: Tensor) -> Tensor:
@@ -76,12 +81,17 @@ class SoftmaxMarginLoss(nn.Module):
             background=self.background,
             confidence=self.confidence,
             reduction=self.reduction,
+            backend=self.backend,
         )
 
     def log_odds(self, logits: Tensor) -> Tensor:
         """`softmax_log_odds` of the same settings: a score [..., N], higher for more normal rows."""
         return functional.softmax_log_odds(
-            logits, temperature=self.temperature, background=self.background, confidence=self.confidence
+            logits,
+            temperature=self.temperature,
+            background=self.background,
+            confidence=self.confidence,
+            backend=self.backend,
         )
 
     def extra_repr(self) -> str:

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from mdml_kernels import autograd, cpu_loss, losses, rows
-from mdml_kernels.autograd import RowOp
-from mdml_kernels.linear import CpuLinearLogOdds
+from mdml_kernels.linear import CpuLinearLogOdds, TritonLinearLogOdds
 from mdml_kernels.reference import Confidence, Form, Scalar, accumulation_dtype
+from mdml_kernels.rows import CpuLogOdds
 
 
 def of_logits(
@@ -53,6 +53,7 @@ def of_head(
     temperature: Scalar,
     background: Scalar | None,
     confidence: Confidence,
+    backend: str,
 ) -> Tensor:
     """The log-odds [..., N] of embeddings z [..., N, H] under a linear or a prototype head.
 
@@ -71,7 +72,7 @@ def of_head(
     if torch.is_autocast_enabled(z.device.type):
         z, weight = (value.to(torch.get_autocast_dtype(z.device.type)) for value in (z, weight))
     odds = _apply(
-        CpuLinearLogOdds(confidence),
+        CpuLinearLogOdds(confidence) if backend == "cpu" else TritonLinearLogOdds(confidence),
         z.reshape(1, math.prod(shape), z.shape[-1]),
         weight.unsqueeze(0),
         None if bias is None else bias.unsqueeze(0),
@@ -81,7 +82,7 @@ def of_head(
     return odds.view(shape)
 
 
-def _apply(op: RowOp, *inputs: Tensor | None) -> Tensor:
+def _apply(op: CpuLogOdds | CpuLinearLogOdds, *inputs: Tensor | None) -> Tensor:
     if torch.compiler.is_compiling():
         from mdml_kernels import compiled  # registers custom ops: only where they are needed
 
