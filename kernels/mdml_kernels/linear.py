@@ -17,7 +17,7 @@ from torch import Tensor
 from mdml_kernels import chunks, reference
 from mdml_kernels.autograd import Inputs, Needs
 from mdml_kernels.reference import Confidence
-from mdml_kernels.rows import needed
+from mdml_kernels.rows import dense, needed
 
 # Logits in a chunk: enough rows for the matrix product to run at full speed, few enough to stay in a shared cache.
 _CHUNK_ELEMENTS = 1 << 20
@@ -139,7 +139,7 @@ class TritonLinearLogOdds(CpuLinearLogOdds):
         from mdml_kernels import triton_linear
 
         z, weight, bias, tau, background = inputs
-        arguments = (z, weight, bias, tau, background, self.confidence, saved[0], saved[1], grad)
+        arguments = (z, weight, bias, tau, background, self.confidence, *dense((*saved, grad)))
         return needed(triton_linear.linear_odds_backward(*arguments, head=needs[1] or needs[2]), needs)
 
     def double_backward(

@@ -61,15 +61,15 @@ class TritonLogOdds(CpuLogOdds):
         """See `autograd.RowOp`."""
         from mdml_kernels import triton_rows
 
-        logits, tau, background = inputs
+        logits, tau, background = inputs[0], *dense(inputs[1:])
         return triton_rows.odds_forward(logits, tau, background, self.confidence)
 
     def backward(self, inputs: Inputs, saved: Inputs, grad: Tensor, needs: Needs) -> list[Tensor]:
         """See `autograd.RowOp`."""
         from mdml_kernels import triton_rows
 
-        logits, tau, background = inputs
-        first, *rest = triton_rows.odds_backward(logits, tau, background, self.confidence, saved[0], saved[1], grad)
+        logits, tau, background = inputs[0], *dense(inputs[1:])
+        first, *rest = triton_rows.odds_backward(logits, tau, background, self.confidence, *dense((*saved, grad)))
         return needed([first, *_per_episode(rest)], needs)
 
     def double_backward(
@@ -78,15 +78,22 @@ class TritonLogOdds(CpuLogOdds):
         """See `autograd.RowOp`."""
         from mdml_kernels import triton_rows
 
-        (logits, tau, background), (v_logits, v_tau, v_background) = inputs, tangents
-        arguments = (logits, tau, background, self.confidence, saved[0], saved[1], grad)
-        first, *rest, along = triton_rows.odds_double_backward(*arguments, v_logits, v_tau, v_background)
+        logits, tau, background = inputs[0], *dense(inputs[1:])
+        moves = (tangents[0], *dense(tangents[1:]))
+        first, *rest, along = triton_rows.odds_double_backward(
+            logits, tau, background, self.confidence, *dense((*saved, grad)), *moves
+        )
         return [*needed([first, *_per_episode(rest)], needs), along]
 
 
 def needed(grads: Iterable[Tensor | None], needs: Needs) -> list[Tensor]:
     """The gradients of those inputs that need one."""
     return [grad for grad, need in zip(grads, needs, strict=True) if need and grad is not None]
+
+
+def dense(tensors: Inputs) -> Inputs:
+    """The tensors contiguous: a vmap may have expanded what it did not batch, and kernels take no strides but K's."""
+    return tuple(None if value is None else value.contiguous() for value in tensors)
 
 
 def _per_episode(rows: Iterable[Tensor | None]) -> list[Tensor | None]:

@@ -3,7 +3,7 @@
 Tiled over the hidden units: the forward pass accumulates z over tiles of hidden units; the backward pass takes the
 tiles again, recomputes a tile's activations, and updates both of the tile's weight blocks in place, since nothing
 later in the step needs them. The weights live in the episode's own slice of the output, which stays in the L2 cache:
-support rows and initial weights are read once from memory, adapted weights written once.
+support rows and initial weights are read once from memory, adapted weights written back once.
 """
 
 # mypy: ignore-errors
@@ -28,6 +28,16 @@ def one_class_slope(x, cols, live, n_rows, log_background, K: tl.constexpr, MASS
     odds, reference = log_odds(top, second, mass, log_background, MASS)
     slope = tl.where(live, -tl.sigmoid(-odds) / n_rows, 0.0)
     return slope[:, None] * log_odds_gradient(x, cols, first[:, None], reference[:, None], MASS)
+
+
+@triton.jit
+def copy(source, target, SIZE: tl.constexpr):
+    """SIZE numbers, as float32."""
+    BLOCK: tl.constexpr = 1024
+    for start in range(0, SIZE, BLOCK):
+        offsets = start + tl.arange(0, BLOCK)
+        values = tl.load(source + offsets, mask=offsets < SIZE, other=0.0).to(tl.float32)
+        tl.store(target + offsets, values, mask=offsets < SIZE)
 
 
 @triton.jit
@@ -87,25 +97,20 @@ def inner_loop_kernel(
         k_line = tl.arange(0, BLOCK_K)
         logit_bias = tl.load(head_bias + which * K + k_line, mask=k_line < K, other=0.0)
 
-    for step in range(steps):
-        # The first step reads the initial weights, later ones what the step before wrote.
-        from_w1 = out_w1
-        from_b1 = out_b1
-        from_w2 = out_w2
-        from_b2 = out_b2
-        if step == 0:
-            from_w1 = w1 + which * (H * D)
-            from_b1 = b1 + which * H
-            from_w2 = w2 + which * (Z * H)
-            from_b2 = b2 + which * Z
-
-        bias2 = tl.load(from_b2 + z_line, mask=z_line < Z, other=0.0)
+    # From here on the episode's slice of the output holds its weights.
+    copy(w1 + which * (H * D), out_w1, H * D)
+    copy(b1 + which * H, out_b1, H)
+    copy(w2 + which * (Z * H), out_w2, Z * H)
+    copy(b2 + which * Z, out_b2, Z)
+    tl.debug_barrier()
+    for _ in range(steps):
+        bias2 = tl.load(out_b2 + z_line, mask=z_line < Z, other=0.0)
         z = tl.zeros([BLOCK_N, BLOCK_Z], tl.float32) + bias2[None, :]
         for start in range(0, H, BLOCK_H):
             h_line = start + tl.arange(0, BLOCK_H)
-            bias1 = tl.load(from_b1 + h_line, mask=h_line < H, other=0.0)
-            weight1 = load_tile(from_w1, d_rows, h_line[None, :], 1, D, D, H)
-            weight2 = load_tile(from_w2, z_rows, h_line[None, :], H, 1, Z, H)
+            bias1 = tl.load(out_b1 + h_line, mask=h_line < H, other=0.0)
+            weight1 = load_tile(out_w1, d_rows, h_line[None, :], 1, D, D, H)
+            weight2 = load_tile(out_w2, z_rows, h_line[None, :], H, 1, Z, H)
             pre = matmul(x, weight1, tl.zeros([BLOCK_N, BLOCK_H], tl.float32) + bias1[None, :], PRECISION)
             z = matmul(tl.maximum(pre, 0.0, propagate_nan=tl.PropagateNan.ALL), tl.trans(weight2), z, PRECISION)
 
@@ -119,9 +124,9 @@ def inner_loop_kernel(
 
         for start in range(0, H, BLOCK_H):
             h_line = start + tl.arange(0, BLOCK_H)
-            bias1 = tl.load(from_b1 + h_line, mask=h_line < H, other=0.0)
-            weight1 = load_tile(from_w1, d_rows, h_line[None, :], 1, D, D, H)
-            weight2 = load_tile(from_w2, z_rows, h_line[None, :], H, 1, Z, H)
+            bias1 = tl.load(out_b1 + h_line, mask=h_line < H, other=0.0)
+            weight1 = load_tile(out_w1, d_rows, h_line[None, :], 1, D, D, H)
+            weight2 = load_tile(out_w2, z_rows, h_line[None, :], H, 1, Z, H)
             pre = matmul(x, weight1, tl.zeros([BLOCK_N, BLOCK_H], tl.float32) + bias1[None, :], PRECISION)
             hidden = tl.maximum(pre, 0.0, propagate_nan=tl.PropagateNan.ALL)
             dh = matmul(dz, weight2, tl.zeros([BLOCK_N, BLOCK_H], tl.float32), PRECISION)
