@@ -17,6 +17,7 @@ from mdml_kernels import cpu, losses, reference
 from mdml_kernels.autograd import Inputs, Needs
 from mdml_kernels.chunks import first_max
 from mdml_kernels.reference import Form, Scalar
+from mdml_kernels.rows import needed
 
 # Below this many logits the calls cost more than the arithmetic, and the textbook formula is the fastest there is.
 _FEW_LOGITS = 1 << 17
@@ -54,57 +55,54 @@ class CpuMarginLoss:
         return reference.softmax_margin_loss(logits, is_ood, self.margin, 1 / tau, background, "max", self.form)
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """The losses; then to save: ∂L/∂S, S, p_b, m."""
+        """The losses; then to save: ∂L/∂S, S, 1 - S, p_b, m."""
         logits, tau, background, is_ood = inputs
         n_episodes, n_rows, _ = logits.shape
-        top, s = (tau.new_empty(n_episodes, n_rows, 1) for _ in range(2))
+        top, s, rest = (tau.new_empty(n_episodes, n_rows, 1) for _ in range(3))
         first = torch.empty(n_episodes, n_rows, 1, dtype=torch.int64, device=logits.device)
         plan = cpu.Plan(logits, tau)
-        for chunk, t, top_c, first_c, s_c in plan.pieces(logits, tau[:, None, None], top, first, s):
+        for chunk, t, top_c, first_c, s_c, rest_c in plan.pieces(logits, tau[:, None, None], top, first, s, rest):
             x = torch.mul(chunk, t, out=plan.scratch(0, chunk))
             first_max(x, top_c, first_c, plan.scratch(1, chunk), plan.descending)
             torch.gather(torch.softmax(x, -1, out=x), -1, first_c, out=s_c)
-        s, first = s.squeeze(-1), first.squeeze(-1)
+            torch.sum(x.scatter_(-1, first_c, 0.0), -1, keepdim=True, out=rest_c)  # 1 - S would lose what S rounds off
+        top, s, rest, first = (column.squeeze(-1) for column in (top, s, rest, first))
         if background is None:
             dropped = s.new_zeros(n_episodes, 1)
         else:
-            dropped = torch.sigmoid(background[:, None] + s.log() - top.squeeze(-1))
-            s = s * (1 - dropped)
+            log_sum = top - s.log()
+            dropped, kept = torch.sigmoid(background[:, None] - log_sum), torch.sigmoid(log_sum - background[:, None])
+            s, rest = s * kept, rest * kept + dropped
         loss, slope = losses.value_and_slope(s, is_ood, self.margin, self.form)
-        return loss, slope, s, dropped, first
+        return loss, slope, s, rest, dropped, first
 
     def backward(self, inputs: Inputs, saved: Inputs, grad: Tensor, needs: Needs) -> list[Tensor]:
         """See `autograd.RowOp`."""
         logits, tau, background, _ = inputs
-        slope, s, dropped, first = saved
+        slope, s, rest, dropped, first = saved
         grad_s = grad[:, None] * slope * s
         scaled = grad_s * tau[:, None]
-        at_rest = (scaled * (dropped - 1)).unsqueeze(-1)
-        at_first = (scaled * (1 - s)).unsqueeze(-1)
-        recipe = cpu.Recipe(at_rest, at_first, first.unsqueeze(-1), drops_first=False)
+        recipe = cpu.Recipe(
+            (scaled * (dropped - 1)).unsqueeze(-1),
+            (scaled * rest).unsqueeze(-1),
+            first.unsqueeze(-1),
+            drops_first=False,
+        )
         grad_logits, grad_tau = cpu.pull_back(logits, tau, recipe, needs[1])
         grad_background = None if background is None else -(grad_s * dropped).sum(1)
-        return [
-            value
-            for value, need in zip((grad_logits, grad_tau, grad_background, None), needs, strict=True)
-            if need and value is not None
-        ]
+        return needed((grad_logits, grad_tau, grad_background, None), needs)
 
     def double_backward(
         self, inputs: Inputs, saved: Inputs, grad: Tensor, tangents: Inputs, needs: Needs
     ) -> list[Tensor]:
         """See `autograd.RowOp`."""
         logits, tau, background, _ = inputs
-        slope = saved[0]
         odds, *kept = cpu.forward(logits, tau, background, "max")
         s = odds.sigmoid()
-        by_odds = slope * s * odds.neg().sigmoid()
-        rows = (kept[0], kept[1])
-        moves = tangents[:3]
-        *grads, moved = cpu.double_backward(
-            logits, tau, background, rows, grad[:, None] * by_odds, (moves[0], moves[1], moves[2]), "max"
-        )
-        curved = grad[:, None] * by_odds * (1 - 2 * s) * moved
-        others = cpu.backward(logits, tau, background, rows, curved, "max", needs[1])
-        sums = [a + b for a, b, need in zip(grads, others, needs[:3], strict=True) if need and b is not None]
-        return [*sums, (by_odds * moved).sum(1)]
+        by_odds = saved[0] * s * odds.neg().sigmoid()
+        weighted = grad[:, None] * by_odds
+        *grads, moved = cpu.double_backward(logits, tau, background, tuple(kept), weighted, tangents[:3], "max")
+        curved = weighted * (1 - 2 * s) * moved
+        others = cpu.backward(logits, tau, background, tuple(kept), curved, "max", needs[1])
+        sums = (b if b is None else a + b for a, b in zip(grads, others, strict=True))
+        return [*needed(sums, needs[:3]), (by_odds * moved).sum(1)]

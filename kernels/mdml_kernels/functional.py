@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from mdml_kernels import checks, dispatch, odds, reference
+from mdml_kernels import checks, dispatch, losses, odds, reference
 from mdml_kernels.dispatch import Backend
 from mdml_kernels.reference import Confidence, Form, Reduction, Scalar
 
@@ -163,7 +162,8 @@ def linear_softmax_confidence(
         logits = reference.head_logits(z, weight, bias, centers, scale)
         log_s, _ = reference.log_confidence(logits, temperature, background, confidence)
         return log_s.exp()
-    return odds.of_head(z, weight, bias, centers, scale, temperature, background, confidence, chosen).sigmoid()
+    rows = odds.of_head(z, weight, bias, centers, scale, temperature, background, confidence, chosen)
+    return losses.log_sigmoid(rows).exp()
 
 
 def explain(logits: Tensor, *, backend: Backend = "auto") -> str:
@@ -183,4 +183,4 @@ def _log_s(
     chosen = dispatch.choose(backend, logits).backend
     if chosen == "reference":
         return reference.log_confidence(logits, temperature, background, confidence)[0]
-    return F.logsigmoid(odds.of_logits(logits, temperature, background, confidence, chosen))
+    return losses.log_sigmoid(odds.of_logits(logits, temperature, background, confidence, chosen))

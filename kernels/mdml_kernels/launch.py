@@ -44,13 +44,15 @@ def next_power_of_2(value: int) -> int:
     return 1 << max(value - 1, 0).bit_length()
 
 
-def rows_config(n_cols: int, dtype: torch.dtype, arch: str) -> LaunchConfig:
-    """Tiles of the row kernels: whole rows while they fit, then a loop over tiles of one row."""
-    # 16 elements a thread: four 128-bit loads in flight in float32, two in half precision. Unmeasured.
+def rows_config(n_cols: int, dtype: torch.dtype, arch: str, per_thread: int = 16) -> LaunchConfig:
+    """Tiles of the row kernels: whole rows while they fit, then a loop over tiles of one row.
+
+    16 elements a thread are four 128-bit loads in flight in float32, two in half precision (unmeasured).
+    """
     widest = 8192 if dtype.itemsize == 2 else 4096
     block_cols = min(next_power_of_2(n_cols), widest)
     elements = max(2048, block_cols)
-    threads = elements // 16
+    threads = elements // per_thread
     return LaunchConfig(
         block_rows=elements // block_cols,
         block_cols=block_cols,
@@ -84,9 +86,9 @@ def _warp_size(arch: str) -> int:
 
 
 def layer_config(arch: str) -> LaunchConfig:
-    """Tiles of the layer kernels: 64 x 64, 32 deep; the largest that spill nowhere in any precision."""
-    del arch
-    return LaunchConfig(block_rows=64, block_cols=64, block_inner=32, num_warps=4)
+    """Tiles of the layer kernels: 64 x 64, 32 deep, which spill nowhere in any precision."""
+    edge = 32 if arch == INTERPRETER else 64
+    return LaunchConfig(block_rows=edge, block_cols=edge, block_inner=32, num_warps=8)
 
 
 def inner_loop_config(
@@ -100,7 +102,7 @@ def inner_loop_config(
     most_rows = 64 if has_tensor_memory(arch) else 128
     if block_rows > most_rows or max(n_features, n_out, n_classes) > 64:
         return None
-    wide = has_tensor_memory(arch) or block_rows > 64
+    wide = has_tensor_memory(arch) or (block_rows > 64 and not is_amd(arch))
     return LaunchConfig(
         block_rows=block_rows,
         block_cols=max(16, next_power_of_2(n_classes)),
@@ -114,7 +116,7 @@ def linear_forward_config(precision: Precision, arch: str) -> LaunchConfig:
     if arch == INTERPRETER:
         return LaunchConfig(block_rows=32, block_cols=32, block_inner=32, num_warps=4)
     edge = 64 if precision == "float32" else 128  # of the logits tile; float32 keeps the parts of its operands too
-    return LaunchConfig(block_rows=edge, block_cols=edge, block_inner=32, num_warps=8, num_stages=2)
+    return LaunchConfig(edge, edge, num_warps=8, num_stages=2, block_inner=_depth(precision))
 
 
 def linear_backward_config(n_features: int, precision: Precision, arch: str) -> LaunchConfig:
@@ -125,11 +127,15 @@ def linear_backward_config(n_features: int, precision: Precision, arch: str) -> 
     return LaunchConfig(
         block_rows=32 if precision == "float32" and not has_wgmma(arch) and not is_amd(arch) else 64,
         block_cols=64,
-        block_inner=32,
+        block_inner=_depth(precision),
         num_warps=8,
         num_stages=2,
         block_out=min(max(16, next_power_of_2(n_features)), widest),
     )
+
+
+def _depth(precision: Precision) -> int:
+    return 64 if precision == "bfloat16" else 32  # 128 bytes, so that every load is one of 128 bits
 
 
 def dot_precision(precision: Precision, arch: str) -> str:

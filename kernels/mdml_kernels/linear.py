@@ -139,7 +139,8 @@ class TritonLinearLogOdds(CpuLinearLogOdds):
         from mdml_kernels import triton_linear
 
         z, weight, bias, tau, background = inputs
-        arguments = (z, weight, bias, tau, background, self.confidence, *dense((*saved, grad)))
+        log_sum, first, grad = dense((*saved, grad))
+        arguments = (z, weight, bias, tau, background, self.confidence, log_sum, first, grad)
         return needed(triton_linear.linear_odds_backward(*arguments, head=needs[1] or needs[2]), needs)
 
     def double_backward(

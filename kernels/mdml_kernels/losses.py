@@ -13,7 +13,6 @@ so PyTorch differentiates them at the cost of one number a row.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mdml_kernels.reference import Form, hinge
@@ -22,10 +21,10 @@ from mdml_kernels.reference import Form, hinge
 def of_odds(odds: Tensor, is_ood: Tensor, margin: float, form: Form) -> Tensor:
     """The loss of each episode; what it means is said in `functional.softmax_margin_loss`."""
     if form != "bce":
-        return of_confidence(odds.sigmoid(), is_ood, margin, form)
+        return of_confidence(log_sigmoid(odds).exp(), is_ood, margin, form)
     n_id, n_ood = _sizes(is_ood, odds)
     mean = torch.where(is_ood, 1 / n_ood, 1 / n_id)
-    return -(mean * F.logsigmoid(torch.where(is_ood, -odds, odds))).sum(-1)
+    return -(mean * log_sigmoid(torch.where(is_ood, -odds, odds))).sum(-1)
 
 
 def of_confidence(s: Tensor, is_ood: Tensor, margin: float, form: Form) -> Tensor:
@@ -36,6 +35,12 @@ def of_confidence(s: Tensor, is_ood: Tensor, margin: float, form: Form) -> Tenso
         return hinge(gap * (n_ood * n_id > 0).squeeze(-1))
     terms = _missing_partners(s.detach(), is_ood, margin) * torch.where(is_ood, s, margin - s)
     return terms.sum(-1) / (n_ood * n_id).squeeze(-1).clamp(min=1)
+
+
+def log_sigmoid(odds: Tensor) -> Tensor:
+    """log S; PyTorch's own has s (1 - s) in its second derivative, and nothing is left of that where s rounds to 1."""
+    positive = odds > 0
+    return torch.where(positive, 0.0, odds) - torch.where(positive, -odds, odds).exp().log1p()
 
 
 def value_and_slope(s: Tensor, is_ood: Tensor, margin: float, form: Form) -> tuple[Tensor, Tensor]:

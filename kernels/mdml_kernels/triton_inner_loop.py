@@ -80,6 +80,13 @@ def inner_loop_kernel(
     out_w2 += episode * (Z * H)
     out_b2 += episode * Z
 
+    # From here on the episode's slice of the output holds its weights.
+    copy(w1 + which * (H * D), out_w1, H * D)
+    copy(b1 + which * H, out_b1, H)
+    copy(w2 + which * (Z * H), out_w2, Z * H)
+    copy(b2 + which * Z, out_b2, Z)
+    tl.debug_barrier()
+
     rows = tl.arange(0, BLOCK_N)[:, None]
     live = tl.arange(0, BLOCK_N) < N
     d_rows = tl.arange(0, BLOCK_D)[:, None]
@@ -97,12 +104,6 @@ def inner_loop_kernel(
         k_line = tl.arange(0, BLOCK_K)
         logit_bias = tl.load(head_bias + which * K + k_line, mask=k_line < K, other=0.0)
 
-    # From here on the episode's slice of the output holds its weights.
-    copy(w1 + which * (H * D), out_w1, H * D)
-    copy(b1 + which * H, out_b1, H)
-    copy(w2 + which * (Z * H), out_w2, Z * H)
-    copy(b2 + which * Z, out_b2, Z)
-    tl.debug_barrier()
     for _ in range(steps):
         bias2 = tl.load(out_b2 + z_line, mask=z_line < Z, other=0.0)
         z = tl.zeros([BLOCK_N, BLOCK_Z], tl.float32) + bias2[None, :]

@@ -132,7 +132,7 @@ def odds_double_backward(
     Raises:
         ValueError, TypeError: as `odds_forward`.
     """
-    rows, config = _prepare(logits, inv_temperature, background, confidence)
+    rows, config = _prepare(logits, inv_temperature, background, confidence, per_thread=8)
     shape, zero = logits.shape, torch.zeros((), dtype=reference.dtype, device=logits.device)
     # A missing tangent is one zero seen through strides of 0: no memory, and the reads stay in cache.
     v_logits = zero.expand(shape) if v_logits is None else v_logits
@@ -249,7 +249,11 @@ class _Rows:
 
 
 def _prepare(
-    logits: Tensor, inv_temperature: Tensor, background: Tensor | None, confidence: Confidence
+    logits: Tensor,
+    inv_temperature: Tensor,
+    background: Tensor | None,
+    confidence: Confidence,
+    per_thread: int = 16,
 ) -> tuple[_Rows, dict[str, Any]]:
     if logits.ndim != 3:
         raise ValueError(f"logits must be [E, N, K], got {list(logits.shape)}")
@@ -263,7 +267,7 @@ def _prepare(
         if value is not None and (value.shape != logits.shape[:1] or not value.is_contiguous()):
             raise ValueError(f"{name} must be contiguous [E] = {[logits.shape[0]]}, got {list(value.shape)}")
     check_device("logits", logits)
-    config = rows_config(logits.shape[2], logits.dtype, arch_of(logits.device))
+    config = rows_config(logits.shape[2], logits.dtype, arch_of(logits.device), per_thread)
     tile = {"BLOCK_N": config.block_rows, "BLOCK_K": config.block_cols, **config.options}
     return _Rows(logits, config), tile
 
