@@ -1,0 +1,73 @@
+"""The offline compile report: its limits hold, it is of these sources, and a part of it compiles to the same again."""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("triton", reason="the triton backend is optional")
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "static_report.py"
+WITHOUT_INTERPRETER = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+
+
+@pytest.fixture(scope="module")
+def static_report():
+    spec = importlib.util.spec_from_file_location("static_report", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def stored(static_report):
+    return json.loads(static_report.REPORT.read_text())
+
+
+def test_a_part_compiles_to_what_is_stored():
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--check"], env=WITHOUT_INTERPRETER, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+def test_limits_hold_on_every_chip(static_report, stored):
+    assert {row["arch"] for row in stored["rows"]} == {"sm_80", "sm_90", "sm_100", "gfx942"}
+    broken = {(row["arch"], row["case"]): static_report.broken_limits(row) for row in stored["rows"]}
+    assert {name: words for name, words in broken.items() if words} == {}
+
+
+@pytest.mark.parametrize(
+    ("case", "change", "words"),
+    [
+        ("rows_forward K=512 fp32", {"stack_bytes": 8}, "bytes of stack"),
+        ("rows_forward K=512 fp32", {"registers": 200}, "registers"),
+        ("rows_forward K=512 fp32", {"loads": {"32": 20}}, "no load of 128 bits"),
+        ("rows_forward K=512 fp32", {"loads": {"64": 8, "128": 1}}, "narrower than 128"),
+        ("inner_loop n=64 64-128-64-16 tf32", {"stack_bytes": 40}, "bytes of stack"),
+        ("inner_loop n=64 64-128-64-16 tf32", {"shared_bytes": 300_000}, "shared memory"),
+        ("inner_loop n=64 64-128-64-16 tf32", {"dots_on_tensor_cores": 7}, "7 of 8 dots"),
+        ("linear_forward 16384x256x8192 tf32", {"tensor_core": {}}, "dots on tensor cores"),
+    ],
+)
+def test_a_regression_breaks_a_limit(static_report, stored, case, change, words):
+    row = next(row for row in stored["rows"] if (row["arch"], row["case"]) == ("sm_90", case))
+    assert static_report.broken_limits(row) == []
+    (complaint,) = static_report.broken_limits({**row, **change})
+    assert words in complaint
+
+
+def test_a_process_of_the_interpreter_is_refused():
+    done = subprocess.run(
+        [sys.executable, str(SCRIPT), "--check"],
+        env={**WITHOUT_INTERPRETER, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode != 0
+    assert "without TRITON_INTERPRET" in done.stderr
