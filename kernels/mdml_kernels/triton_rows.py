@@ -9,7 +9,6 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from mdml_kernels import triton_row_kernels as kernels
@@ -281,50 +280,3 @@ def _interpreted() -> type[Any]:
     from triton.runtime.interpreter import InterpretedFunction
 
     return InterpretedFunction  # type: ignore[no-any-return]
-
-
-def rows_forward(
-    logits: Tensor, inv_temperature: Tensor, background: Tensor | None, confidence: Confidence
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`odds_forward` as (log S, log(1 - S), reference, argmax)."""
-    odds, reference, argmax = odds_forward(logits, inv_temperature, background, confidence)
-    return F.logsigmoid(odds), F.logsigmoid(-odds), reference, argmax
-
-
-def rows_backward(
-    logits: Tensor,
-    inv_temperature: Tensor,
-    background: Tensor | None,
-    confidence: Confidence,
-    log_s: Tensor,
-    log_not_s: Tensor,
-    reference: Tensor,
-    argmax: Tensor,
-    grad_log_s: Tensor,
-    grad_log_not_s: Tensor,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """`odds_backward` from the gradients of log S and log(1 - S)."""
-    grad = grad_log_s * log_not_s.exp() - grad_log_not_s * log_s.exp()
-    return odds_backward(logits, inv_temperature, background, confidence, reference, argmax, grad)
-
-
-def rows_double_backward(
-    logits: Tensor,
-    inv_temperature: Tensor,
-    background: Tensor | None,
-    confidence: Confidence,
-    log_s: Tensor,
-    log_not_s: Tensor,
-    reference: Tensor,
-    argmax: Tensor,
-    grad_log_s: Tensor,
-    grad_log_not_s: Tensor,
-    v_logits: Tensor | None,
-    v_inv_temperature: Tensor | None,
-    v_background: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor, Tensor]:
-    """`odds_double_backward`; right where grad_log_s = -grad_log_not_s, as the log-odds give them."""
-    grad = grad_log_s * log_not_s.exp() - grad_log_not_s * log_s.exp()
-    inputs = (logits, inv_temperature, background, confidence, reference, argmax, grad)
-    out, out_tau, out_background, along = odds_double_backward(*inputs, v_logits, v_inv_temperature, v_background)
-    return out, out_tau, out_background, along * log_not_s.exp(), -along * log_s.exp()
