@@ -97,6 +97,7 @@ class _Backward(Function):
     @staticmethod
     @_signed
     def forward(op: RowOp, needs: Needs, grad: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
+        _refuse_legacy_vmap(grad)
         return tuple(op.backward(tensors[: op.n_inputs], tensors[op.n_inputs :], grad, needs))
 
     @staticmethod
@@ -136,6 +137,8 @@ class _DoubleBackward(Function):
     @_signed
     def forward(op: RowOp, needs: Needs, grad: Tensor, *tensors: Tensor | None) -> tuple[Tensor, ...]:
         inputs, saved, tangents = _split(op, tensors)
+        for value in (grad, *tangents):
+            _refuse_legacy_vmap(value)
         return tuple(op.double_backward(inputs, saved, grad, tangents, needs))
 
     @staticmethod
@@ -165,6 +168,12 @@ class _DoubleBackward(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         return _folded(_DoubleBackward, info, in_dims, args)
+
+
+def _refuse_legacy_vmap(value: Tensor | None) -> None:
+    """`is_grads_batched` and `vectorize=True` go by a vmap of before `torch.func`, which knows no rule of ours."""
+    if value is not None and torch._C._functorch.is_legacy_batchedtensor(value):
+        raise RuntimeError("is_grads_batched=True and vectorize=True are not supported: use torch.func (vmap, jacrev)")
 
 
 def _split(op: RowOp, tensors: tuple[Tensor | None, ...]) -> tuple[Inputs, Inputs, Inputs]:

@@ -1,0 +1,328 @@
+"""All that a GPU alone can show of the Triton backend, in one go: python benchmarks/gpu_acceptance.py
+
+Correctness against float64, bandwidth against a copy, speed against eager and `torch.compile`, determinism, CUDA-graph
+capture, peak memory, and the inner loop against the vmapped PyTorch path. Prints the findings, writes them to
+results/<gpu>.json, and exits 1 if something is wrong, 0 otherwise (goals missed are said, not punished), 3 without GPU.
+Times are medians over calls, each after the L2 cache was flushed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mdml_kernels
+import torch
+import torch.nn.functional as F
+from mdml_kernels import parity, reference
+from torch import Tensor, nn
+
+RESULTS = Path(__file__).parent / "results"
+GOALS = {"of_copy": 0.85, "over_compile": 1.5, "over_vmap": 5.0}
+LARGE = (64, 1024, 512)
+EPISODES, SUPPORT, SIZES, CLASSES, STEPS, LR = 64, 64, (64, 128, 64), 16, 5, 0.1  # the engine's reference workload
+
+Timer = Callable[[Callable[[], Any]], float]
+
+
+def median_ms(call: Callable[[], Any], repeats: int = 50) -> float:
+    """Median milliseconds of a call on the GPU, on a cold L2 cache."""
+    flush = torch.empty(512 * 2**20, dtype=torch.uint8, device="cuda")
+    for _ in range(5):
+        call()
+    times = []
+    for _ in range(repeats):
+        flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return statistics.median(times)
+
+
+def correctness(problems: int = 200) -> dict[str, Any]:
+    """Every form, confidence and order of derivative, by `mdml_kernels.parity`, for each dtype; nothing may miss."""
+    worst = []
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        worst += parity.compare(parity.problems(problems, seed=0, dtype=dtype), ["triton"])
+    rows = [
+        {
+            "form": found.form,
+            "confidence": found.confidence,
+            "dtype": str(found.dtype),
+            "ours": found.ours,
+            "eager": found.eager,
+            "missed": found.missed,
+        }
+        for found in worst
+    ]
+    return {
+        "kinds": rows,
+        "wrong": [row for row in rows if row["missed"]] or ([] if rows else ["nothing was compared"]),
+    }
+
+
+def large_logits(device: str, shape: tuple[int, int, int] = LARGE) -> dict[str, Tensor]:
+    """Rows that are partly confident, and a fifth of them anomalous, by dtype."""
+    generator = torch.Generator().manual_seed(0)
+    logits = 3 * torch.randn(shape, generator=generator)
+    return {name: logits.to(device, getattr(torch, name)) for name in ("float32", "bfloat16")}
+
+
+def bandwidth(device: str, timer: Timer, shape: tuple[int, int, int] = LARGE) -> dict[str, Any]:
+    """Bytes a second of the row kernels, over those of a copy: logits read once; read once and a gradient written."""
+    from mdml_kernels import triton_rows
+
+    found = {}
+    for dtype, logits in large_logits(device, shape).items():
+        ones = torch.ones(shape[0], device=device)
+        _, *saved = triton_rows.odds_forward(logits, ones, None, "max")
+        grad, target = torch.ones_like(saved[0]), torch.empty_like(logits)
+        copy = 2 * logits.nbytes / timer(lambda target=target, logits=logits: target.copy_(logits))
+
+        def forward(logits: Tensor = logits, ones: Tensor = ones) -> Any:
+            return triton_rows.odds_forward(logits, ones, None, "max")
+
+        def backward(logits: Tensor = logits, ones: Tensor = ones, saved: Any = saved, grad: Tensor = grad) -> Any:
+            return triton_rows.odds_backward(logits, ones, None, "max", *saved, grad)
+
+        row = {
+            "copy_gb_per_s": copy / 1e6,
+            "forward_of_copy": logits.nbytes / timer(forward) / copy,
+            "backward_of_copy": 2 * logits.nbytes / timer(backward) / copy,
+        }
+        found[dtype] = {**row, "goal_met": min(row["forward_of_copy"], row["backward_of_copy"]) >= GOALS["of_copy"]}
+    return found
+
+
+def speed(device: str, timer: Timer, shape: tuple[int, int, int] = LARGE, compiled: bool = True) -> dict[str, Any]:
+    """Forward and backward of the loss, over eager PyTorch and over `torch.compile` of it."""
+    found = {}
+    is_ood = (torch.arange(shape[1], device=device) % 5 == 0).expand(shape[:2])
+    for dtype, logits in large_logits(device, shape).items():
+        leaf = logits.clone().requires_grad_()
+
+        def both(loss: Callable[..., Tensor], backend: str, leaf: Tensor = leaf) -> Callable[[], Any]:
+            return lambda: torch.autograd.grad(loss(leaf, is_ood, backend=backend), leaf)
+
+        ours = timer(both(mdml_kernels.softmax_margin_loss, "triton"))
+        eager = timer(both(mdml_kernels.softmax_margin_loss, "reference"))
+        row = {"ours_ms": ours, "eager_ms": eager, "over_eager": eager / ours}
+        if compiled:
+            row["compile_ms"] = timer(both(torch.compile(mdml_kernels.softmax_margin_loss), "reference"))
+            row["over_compile"] = row["compile_ms"] / ours
+            row["goal_met"] = row["over_compile"] >= GOALS["over_compile"]
+        found[dtype] = row
+    return found
+
+
+def determinism(device: str, shape: tuple[int, int, int] = (8, 300, 100)) -> dict[str, Any]:
+    """Two runs of every kernel with a reduction give the same bits."""
+    from mdml_kernels import triton_linear, triton_mlp, triton_rows
+
+    logits = large_logits(device, shape)["float32"]
+    ones = torch.ones(shape[0], device=device)
+    is_ood = (torch.arange(shape[1], device=device) % 5 == 0).expand(shape[:2])
+    head = torch.randn(1, 40, shape[2], generator=torch.Generator().manual_seed(1)).to(device)
+    rows = logits.reshape(1, -1, shape[2])
+    row_ones = torch.ones(rows.shape[:2], device=device)
+
+    def run() -> list[Tensor]:
+        odds, *saved = triton_rows.odds_forward(logits, ones, None, "max")
+        outs = [odds, *triton_rows.odds_backward(logits, ones, None, "max", *saved, odds)]
+        outs += triton_rows.episode_statistics(odds, is_ood)
+        odds, *saved = triton_linear.linear_odds_forward(rows, head, None, row_ones, None, "max")
+        outs += triton_linear.linear_odds_backward(rows, head, None, row_ones, None, "max", *saved, odds)
+        adapted = triton_mlp.adapt_mlp(**mlp(device), steps=STEPS, lr=LR)
+        return [out for out in (*outs, *adapted[0], *adapted[1]) if isinstance(out, Tensor)]
+
+    differ = sum(not torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
+    return {"wrong": [f"{differ} outputs differ between two runs"] if differ else []}
+
+
+def cuda_graph() -> dict[str, Any]:
+    """Forward and backward of the loss in a CUDA graph, replayed on other logits."""
+    logits = large_logits("cuda", (8, 128, 64))["float32"].requires_grad_()
+    is_ood = (torch.arange(128, device="cuda") % 5 == 0).expand(8, 128)
+
+    def run() -> tuple[Tensor, Tensor]:
+        loss = mdml_kernels.softmax_margin_loss(logits, is_ood, backend="triton")
+        return loss.detach(), torch.autograd.grad(loss, logits)[0]
+
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        run()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run()
+    with torch.no_grad():
+        logits.copy_(torch.randn_like(logits))
+    graph.replay()
+    same = all(torch.equal(a, b) for a, b in zip(captured, run(), strict=True))
+    return {"wrong": [] if same else ["a replayed graph does not give what the call gives"]}
+
+
+def peak_memory(n: int = 16384, h: int = 256, k: int = 8192) -> dict[str, Any]:
+    """Bytes at the peak of forward and backward, without the inputs, of the loss and of the fused linear head."""
+    logits = large_logits("cuda")["float32"].requires_grad_()
+    is_ood = (torch.arange(LARGE[1], device="cuda") % 5 == 0).expand(LARGE[:2])
+    z, weight = (torch.randn(rows, h, device="cuda").requires_grad_() for rows in (n, k))
+
+    def peak(call: Callable[[], Tensor], *leaves: Tensor) -> int:
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        torch.autograd.grad(call(), leaves)
+        return torch.cuda.max_memory_allocated() - before
+
+    found = {}
+    for backend in ("triton", "reference"):
+        found[f"loss_{backend}"] = peak(
+            lambda backend=backend: mdml_kernels.softmax_margin_loss(logits, is_ood, backend=backend), logits
+        )
+        found[f"linear_{backend}"] = peak(
+            lambda backend=backend: mdml_kernels.linear_softmax_confidence(z, weight, backend=backend).mean(), z, weight
+        )
+    gradients, logits_of_head = 4 * (n * h + k * h), 4 * n * k
+    too_much = found["linear_triton"] > gradients * 2 + logits_of_head // 8
+    return {**found, "wrong": ["the fused head holds an eighth of its logits or more"] if too_much else []}
+
+
+def mlp(device: str, episodes: int = EPISODES) -> dict[str, Any]:
+    """Arguments of `adapt_mlp`: the engine's reference workload, weights shared by all episodes."""
+    generator = torch.Generator().manual_seed(2)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).to(device)
+
+    pairs = list(zip(SIZES[1:], SIZES[:-1], strict=True))
+    return {
+        "support": randn(episodes, SUPPORT, SIZES[0]),
+        "weights": [randn(1, o, i) / i**0.5 for o, i in pairs],
+        "biases": [0.1 * randn(1, o) for o, _ in pairs],
+        "head_weight": randn(1, CLASSES, SIZES[-1]) / SIZES[-1] ** 0.5,
+    }
+
+
+def vmapped(arguments: dict[str, Any]) -> Callable[[], list[Tensor]]:
+    """The same inner loop as `vmap(grad(functional_call))` on a module, which is how PyTorch users write it."""
+    first, second = (nn.Linear(i, o) for o, i in zip(SIZES[1:], SIZES[:-1], strict=True))
+    model = nn.Sequential(first, nn.ReLU(), second).to(arguments["support"])
+    head = arguments["head_weight"][0]
+    start = {}
+    for layer, name in ((0, "0"), (1, "2")):
+        start[f"{name}.weight"] = arguments["weights"][layer][0]
+        start[f"{name}.bias"] = arguments["biases"][layer][0]
+
+    def loss(parameters: dict[str, Tensor], support: Tensor) -> Tensor:
+        logits = F.linear(torch.func.functional_call(model, parameters, (support,)), head)
+        return -reference.log_confidence(logits)[0].mean()
+
+    def adapt(support: Tensor) -> dict[str, Tensor]:
+        parameters = start
+        for _ in range(STEPS):
+            grads = torch.func.grad(loss)(parameters, support)
+            parameters = {name: parameters[name] - LR * grads[name] for name in parameters}
+        return parameters
+
+    def run() -> list[Tensor]:
+        adapted = torch.func.vmap(adapt)(arguments["support"])
+        return [adapted[name] for name in ("0.weight", "2.weight", "0.bias", "2.bias")]
+
+    return run
+
+
+def inner_loop(device: str, timer: Timer, episodes: tuple[int, ...] = (EPISODES, 1024)) -> dict[str, Any]:
+    """`adapt_mlp` in every precision, right against float64 and timed over the vmapped PyTorch path."""
+    from mdml_kernels import triton_mlp
+
+    found: dict[str, Any] = {"wrong": []}
+    # Of the size of the update; float32 is further held to the vmapped path's own error.
+    bars = {"float32": 1e-5, "tf32": 3e-2, "bfloat16": 2e-1}
+    for count in episodes:
+        arguments = mlp(device, count)
+        path = vmapped(arguments)
+        wide = {
+            name: [v.double() for v in value] if isinstance(value, list) else value.double()
+            for name, value in arguments.items()
+        }
+        exact, start = vmapped(wide)(), [*wide["weights"], *wide["biases"]]
+
+        def error(values: list[Tensor], exact: list[Tensor] = exact, start: list[Tensor] = start) -> float:
+            pairs = zip(values, exact, start, strict=True)
+            return max(float((v.double() - e).abs().max() / (e - s).abs().max()) for v, e, s in pairs)
+
+        torch_ms, of_vmap = timer(path), error(path())
+        rows: dict[str, Any] = {"vmap_ms": torch_ms, "vmap_error": of_vmap}
+        for precision, bar in bars.items():
+            for whole in (True, False):
+
+                def run(arguments: Any = arguments, precision: Any = precision, whole: bool = whole) -> list[Tensor]:
+                    adapted = triton_mlp.adapt_mlp(**arguments, steps=STEPS, lr=LR, precision=precision, whole=whole)
+                    return [*adapted[0], *adapted[1]]
+
+                name, off = f"{precision} {'whole' if whole else 'by layers'}", error(run())
+                rows[name] = {"over_vmap": torch_ms / timer(run), "error": off}
+                if not off <= bar + of_vmap:
+                    found["wrong"].append(f"inner loop, {name}, {count} episodes: off by {off:.1e} of the update")
+        rows["goal_met"] = rows["float32 whole"]["over_vmap"] >= GOALS["over_vmap"]
+        found[f"{count} episodes"] = rows
+    return found
+
+
+def environment() -> dict[str, Any]:
+    """What the numbers were seen on."""
+    import triton
+
+    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
+    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
+    versions = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
+    return {"gpu": torch.cuda.get_device_name(), "commit": commit, **versions}
+
+
+def wrong_in(findings: Any) -> list[Any]:
+    """All that any part of the findings calls wrong."""
+    if not isinstance(findings, dict):
+        return []
+    return [*findings.get("wrong", []), *(found for value in findings.values() for found in wrong_in(value))]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args(arguments)  # fmt: skip
+    if not torch.cuda.is_available():
+        print("gpu_acceptance: PyTorch finds no GPU here, so there is nothing to accept")
+        return 3
+    findings: dict[str, Any] = {"environment": environment(), "goals": GOALS}
+    for name, part in (
+        ("correctness", correctness),
+        ("determinism", lambda: determinism("cuda")),
+        ("cuda_graph", cuda_graph),
+        ("peak_memory", peak_memory),
+        ("bandwidth", lambda: bandwidth("cuda", median_ms)),
+        ("speed", lambda: speed("cuda", median_ms)),
+        ("inner_loop", lambda: inner_loop("cuda", median_ms)),
+    ):
+        findings[name] = part()
+        print(name, json.dumps(findings[name], indent=2), flush=True)
+    RESULTS.mkdir(exist_ok=True)
+    slug = "".join(c if c.isalnum() else "-" for c in findings["environment"]["gpu"].lower())
+    (RESULTS / f"{slug}.json").write_text(json.dumps(findings, indent=2) + "\n")
+    wrong = wrong_in(findings)
+    print(f"{len(wrong)} findings are wrong" + "".join(f"\n  {found}" for found in wrong))
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

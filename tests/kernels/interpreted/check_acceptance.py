@@ -1,0 +1,64 @@
+"""The parts of the GPU acceptance script that the interpreter can run, at small sizes: they run, and can fail."""
+
+import importlib.util
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+SCRIPT = Path(__file__).parents[3] / "benchmarks" / "gpu_acceptance.py"
+
+
+@pytest.fixture(scope="module")
+def acceptance():
+    spec = importlib.util.spec_from_file_location("gpu_acceptance", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def timer():
+    def once(call):
+        start = time.perf_counter()
+        call()
+        return time.perf_counter() - start
+
+    return once
+
+
+def test_correctness(acceptance, monkeypatch):
+    # The interpreter cuts bfloat16 off where a GPU rounds it.
+    monkeypatch.setitem(acceptance.parity.TOLERANCE, torch.bfloat16, 2**-6)
+    found = acceptance.correctness(problems=4)
+    assert found["kinds"]
+    assert found["wrong"] == []
+
+
+def test_determinism(acceptance, monkeypatch):
+    assert acceptance.determinism("cpu", (2, 20, 10)) == {"wrong": []}
+    from mdml_kernels import triton_rows
+
+    monkeypatch.setattr(triton_rows, "odds_backward", lambda logits, *_: (torch.rand_like(logits), None, None))
+    assert acceptance.determinism("cpu", (2, 20, 10))["wrong"]
+
+
+def test_bandwidth_and_speed(acceptance, timer):
+    for found in (
+        *acceptance.bandwidth("cpu", timer, (2, 6, 20)).values(),
+        *acceptance.speed("cpu", timer, (2, 6, 20), compiled=False).values(),
+    ):
+        assert all(value > 0 for value in found.values() if not isinstance(value, bool))
+
+
+def test_inner_loop(acceptance, timer, monkeypatch):
+    found = acceptance.inner_loop("cpu", timer, (2,))
+    assert found["wrong"] == []
+    assert found["2 episodes"]["float32 whole"]["error"] < 1e-5 + found["2 episodes"]["vmap_error"]
+    monkeypatch.setattr(acceptance, "LR", 0.1)
+    from mdml_kernels import triton_mlp
+
+    adapt = triton_mlp.adapt_mlp
+    monkeypatch.setattr(triton_mlp, "adapt_mlp", lambda *a, **k: adapt(*a, **{**k, "steps": k["steps"] - 1}))
+    assert len(acceptance.inner_loop("cpu", timer, (2,))["wrong"]) >= 4
