@@ -17,7 +17,9 @@ from mdml_kernels.autograd import RowOp, spread
 
 def apply(op: rows.CpuLogOdds | linear.CpuLinearLogOdds, *inputs: Tensor | None) -> Tensor:
     """`autograd.apply` of an operator of log-odds, as one node of the compiler's graph."""
-    odds: Tensor = _forward(list(inputs), type(op).__name__, op.confidence)[0]
+    # A list with a None in it would carry no gradient, so the list is of those present, with a mask of which they are.
+    given = [value for value in inputs if value is not None]
+    odds: Tensor = _forward(given, [value is not None for value in inputs], type(op).__name__, op.confidence)[0]
     return odds
 
 
@@ -33,16 +35,14 @@ def _operator(kind: str, confidence: str) -> RowOp:
 
 
 @torch.library.custom_op("mdml_kernels::log_odds", mutates_args=())
-def _forward(inputs: list[Tensor | None], kind: str, confidence: str) -> list[Tensor]:
-    return list(_operator(kind, confidence).forward(tuple(inputs)))
+def _forward(given: list[Tensor], mask: list[bool], kind: str, confidence: str) -> list[Tensor]:
+    return list(_operator(kind, confidence).forward(tuple(spread(given, tuple(mask)))))
 
 
 @_forward.register_fake
-def _(inputs: list[Tensor | None], kind: str, confidence: str) -> list[Tensor]:
-    first, like = inputs[0], inputs[3 if "Linear" in kind else 1]  # τ has the dtype of the odds
-    assert first is not None
-    assert like is not None
-    shape = first.shape[:2]
+def _(given: list[Tensor], mask: list[bool], kind: str, confidence: str) -> list[Tensor]:
+    like = spread(given, tuple(mask))[3 if "Linear" in kind else 1]  # τ, which has the dtype of the odds
+    shape = given[0].shape[:2]
     index = torch.int32 if kind.startswith("Triton") else torch.int64
     indices = like.new_empty(shape if confidence == "max" else (shape[0], 0), dtype=index)
     return [like.new_empty(shape), like.new_empty(shape), indices]
@@ -50,31 +50,29 @@ def _(inputs: list[Tensor | None], kind: str, confidence: str) -> list[Tensor]:
 
 @torch.library.custom_op("mdml_kernels::log_odds_backward", mutates_args=())
 def _backward(
-    inputs: list[Tensor | None], saved: list[Tensor], grad: Tensor, needs: list[bool], kind: str, confidence: str
+    given: list[Tensor], mask: list[bool], saved: list[Tensor], grad: Tensor, kind: str, confidence: str
 ) -> list[Tensor]:
-    return list(_operator(kind, confidence).backward(tuple(inputs), tuple(saved), grad.contiguous(), tuple(needs)))
+    inputs, needs = tuple(spread(given, tuple(mask))), tuple(mask)
+    return list(_operator(kind, confidence).backward(inputs, tuple(saved), grad.contiguous(), needs))
 
 
 @_backward.register_fake
 def _(
-    inputs: list[Tensor | None], saved: list[Tensor], grad: Tensor, needs: list[bool], kind: str, confidence: str
+    given: list[Tensor], mask: list[bool], saved: list[Tensor], grad: Tensor, kind: str, confidence: str
 ) -> list[Tensor]:
-    del saved, grad, kind, confidence
-    contiguous = torch.contiguous_format
-    pairs = zip(inputs, needs, strict=True)
-    return [torch.empty_like(value, memory_format=contiguous) for value, need in pairs if need and value is not None]
+    del mask, saved, grad, kind, confidence
+    return [torch.empty_like(value, memory_format=torch.contiguous_format) for value in given]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    tensors, ctx.kind, ctx.confidence = inputs
-    ctx.n_inputs = len(tensors)
-    ctx.save_for_backward(*tensors, *output[1:])
+    given, ctx.mask, ctx.kind, ctx.confidence = inputs
+    ctx.n_given = len(given)
+    ctx.save_for_backward(*given, *output[1:])
 
 
 def _pull(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
-    inputs, saved = list(ctx.saved_tensors[: ctx.n_inputs]), list(ctx.saved_tensors[ctx.n_inputs :])
-    needs = [value is not None for value in inputs]
-    return spread(_backward(inputs, saved, grads[0], needs, ctx.kind, ctx.confidence), tuple(needs)), None, None
+    given, saved = list(ctx.saved_tensors[: ctx.n_given]), list(ctx.saved_tensors[ctx.n_given :])
+    return _backward(given, ctx.mask, saved, grads[0], ctx.kind, ctx.confidence), None, None, None
 
 
 torch.library.register_autograd("mdml_kernels::log_odds", _pull, setup_context=_setup)

@@ -1,7 +1,6 @@
 """How the CPU backend is made to take each of its ways on problems small enough for a test."""
 
 import pytest
-
 from mdml_kernels import cpu, cpu_loss, linear
 
 WAYS = ("textbook", "operator", "rows of one episode")

@@ -4,7 +4,6 @@ import itertools
 
 import pytest
 import torch
-
 from mdml_kernels import linear_softmax_confidence, softmax_log_odds, softmax_margin_loss
 
 FORMS = ("hinge", "pairwise", "bce")
@@ -42,7 +41,8 @@ def options_of(inputs, background):
 
 @pytest.mark.parametrize(("form", "confidence", "background", "temperature"), GRID)
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
-def test_margin_loss(form, confidence, background, temperature, backend, operators):
+@pytest.mark.usefixtures("operators")
+def test_margin_loss(form, confidence, background, temperature, backend):
     inputs = inputs_of(background, temperature)
     is_ood = torch.tensor([[True, False, False, True, False], [False, True, False, False, False]])
 

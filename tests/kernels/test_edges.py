@@ -1,0 +1,192 @@
+"""Ties, NaN, empty sides, nothing at all, odd strides and dtypes: every way of the CPU against the definition."""
+
+import pytest
+import torch
+from mdml_kernels import (
+    SoftmaxMarginLoss,
+    one_class_loss,
+    softmax_confidence,
+    softmax_log_odds,
+    softmax_margin_loss,
+)
+
+FORMS = ("hinge", "pairwise", "bce")
+pytestmark = pytest.mark.usefixtures("cpu_way")
+
+
+def normal(*size, seed=0):
+    return torch.randn(size, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def labels(*size, seed=0):
+    return torch.rand(size, generator=torch.Generator().manual_seed(seed)) < 0.4
+
+
+def value_and_gradient(backend, logits, is_ood, **options):
+    leaf = logits.detach().clone(memory_format=torch.preserve_format).requires_grad_()
+    losses = softmax_margin_loss(leaf, is_ood, margin=0.9, reduction="none", backend=backend, **options)
+    (gradient,) = torch.autograd.grad(losses.sum(), leaf)
+    return losses.detach(), gradient
+
+
+def assert_same(logits, is_ood, rtol=1e-9, atol=1e-11, **options):
+    ours = value_and_gradient("cpu", logits, is_ood, **options)
+    theirs = value_and_gradient("reference", logits, is_ood, **options)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=rtol, atol=atol, equal_nan=True)
+    return ours
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("background", [None, 0.5])
+def test_the_first_of_equals_takes_the_gradient(form, background):
+    logits = torch.tensor([[[1.0, 2, 2, 2], [3, 3, 0, 0], [0, 1, 0, 1]]], dtype=torch.float64)
+    _, gradient = assert_same(logits, torch.tensor([[False, True, False]]), form=form, background=background)
+    largest = gradient.abs().argmax(-1)
+    assert largest.tolist() == [[1, 0, 1]]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("where", [0, 3, 4])
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_bad_row_is_never_silently_zero(form, where, bad):
+    logits, is_ood = normal(3, 6, 5), labels(3, 6)
+    logits[1, 2, where] = bad
+    losses, gradient = value_and_gradient("cpu", logits, is_ood, form=form)
+    assert losses.isnan().tolist() == [False, True, False]
+    assert gradient[1, 2].isnan().all()
+    assert not gradient[[0, 2]].isnan().any()
+    assert softmax_confidence(logits).isnan().nonzero().tolist() == [[1, 2]]
+
+
+def test_a_bad_row_without_a_loss():
+    logits = normal(1, 3, 5)
+    logits[0, 1, 4] = float("nan")
+    leaf = logits.requires_grad_()
+    (gradient,) = torch.autograd.grad(softmax_log_odds(leaf).sum(), leaf)
+    assert gradient[0, 1].isnan().all()
+    assert not gradient[0, [0, 2]].isnan().any()
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("side", [True, False])
+def test_an_empty_side(form, side):
+    is_ood = labels(3, 6)
+    is_ood[1] = side
+    losses, gradient = assert_same(normal(3, 6, 5), is_ood, form=form)
+    assert (losses[1] == 0) == (form != "bce")
+    assert (gradient[1] == 0).all() == (form != "bce")
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("size", [(3, 0, 5), (0, 6, 5), (2, 0, 4, 5), (6, 5), (2, 3, 6, 5)])
+def test_any_number_of_dims_and_none_of_some(form, size):
+    losses, gradient = assert_same(normal(*size), labels(*size[:-1]), form=form)
+    assert losses.shape == size[:-2]
+    assert gradient.shape == size
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("confidence", ["max", "mass"])
+@pytest.mark.parametrize("n_classes", [1, 2, 31, 32, 33])
+def test_number_of_classes(form, confidence, n_classes):
+    assert_same(normal(2, 6, n_classes), labels(2, 6), form=form, confidence=confidence, background=0.3)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_a_masked_class(form):
+    logits = normal(2, 6, 5)
+    logits[..., 1] = -torch.inf
+    _, gradient = assert_same(logits, labels(2, 6), form=form)
+    assert (gradient[..., 1] == 0).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_odd_strides(form):
+    logits = normal(5, 3, 6).permute(1, 2, 0)  # K is the outermost in memory
+    assert not logits.is_contiguous()
+    assert_same(logits, labels(3, 6), form=form)
+    assert_same(normal(3, 12, 10)[:, ::2, 1::2], labels(3, 6), form=form)
+    assert_same(normal(1, 6, 5).expand(3, 6, 5), labels(3, 6), form=form)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(("dtype", "rounding"), [(torch.bfloat16, 2**-8), (torch.float16, 2**-11)])
+def test_half_precision_accumulates_in_float32(form, dtype, rounding):
+    logits = normal(3, 6, 5).to(dtype)
+    losses, gradient = assert_same(logits, labels(3, 6), form=form, rtol=rounding, atol=rounding / 100)
+    assert losses.dtype == torch.float32
+    assert gradient.dtype == dtype
+    exact, _ = value_and_gradient("reference", logits.double(), labels(3, 6), form=form)
+    torch.testing.assert_close(losses.double(), exact, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("background", [None, 0.5])
+def test_nothing_saturates(background):
+    logits = torch.tensor([[[400.0, 0, -50], [-400, 400, 0], [0, 0, 1]]], dtype=torch.float32)
+    is_ood = torch.tensor([[True, True, False]])
+    losses, gradient = value_and_gradient("cpu", logits, is_ood, form="bce", background=background)
+    exact, expected = value_and_gradient("reference", logits.double(), is_ood, form="bce", background=background)
+    torch.testing.assert_close(losses.double(), exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(gradient.double(), expected, rtol=1e-5, atol=1e-7)
+
+
+def test_the_sides_of_one_keep_their_digits():
+    """log S and its derivative where S rounds to 1: PyTorch's logsigmoid has nothing left in the second derivative."""
+    logits = torch.tensor([[[25.0, 0, 1]]], requires_grad=True)
+    exact = logits.detach().double().requires_grad_()
+    for leaf in (logits, exact):
+        loss = one_class_loss(leaf)
+        (first,) = torch.autograd.grad(loss, leaf, create_graph=True)
+        (leaf.second,) = torch.autograd.grad(first[..., 0].sum(), leaf)
+        leaf.first = first.detach()
+    torch.testing.assert_close(logits.first.double(), exact.first, rtol=1e-5, atol=0)
+    torch.testing.assert_close(logits.second.double(), exact.second, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_nothing_of_the_callers_is_written_to(form):
+    logits, is_ood = normal(3, 6, 5).requires_grad_(), labels(3, 6)
+    temperature, background = torch.tensor(0.7).double().requires_grad_(), normal(3).requires_grad_()
+    tensors = (logits, temperature, background, is_ood)
+    before = [tensor.detach().clone() for tensor in tensors]
+    loss = softmax_margin_loss(logits, is_ood, form=form, temperature=temperature, background=background)
+    first = torch.autograd.grad(loss, tensors[:3], retain_graph=True)
+    again = torch.autograd.grad(loss, tensors[:3])
+    for a, b in zip((*tensors, *first), (*before, *again), strict=True):
+        assert torch.equal(a, b)
+    assert [tensor._version for tensor in tensors] == [0, 0, 0, 0]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("reduction", ["mean", "sum"])
+def test_reductions(form, reduction):
+    logits, is_ood = normal(3, 6, 5), labels(3, 6)
+    losses = softmax_margin_loss(logits, is_ood, form=form, reduction="none")
+    torch.testing.assert_close(
+        softmax_margin_loss(logits, is_ood, form=form, reduction=reduction), getattr(losses, reduction)()
+    )
+
+
+def test_pairwise_counts_every_pair():
+    """Against the definition's N² pairs, with pairs that just meet the margin, which do not count."""
+    s = torch.tensor([0.9, 0.65, 0.4, 0.4, 0.15, 0.9], dtype=torch.float64)
+    logits = torch.stack([s.log(), (1 - s).log()], dim=-1)[None]
+    # For two classes S is the larger of s and 1 - s: 0.9, 0.65, 0.6, 0.6, 0.85, 0.9.
+    _, gradient = assert_same(logits, torch.tensor([[False, False, True, True, False, True]]), form="pairwise")
+    assert gradient.abs().max() > 0
+
+
+def test_module_is_the_function():
+    logits, is_ood = normal(3, 6, 5).float(), labels(3, 6)
+    module = SoftmaxMarginLoss(margin=0.7, temperature=2.0, background=0.1, form="bce", learn_temperature=True)
+    loss = module(logits, is_ood)
+    options = {"temperature": 2.0, "background": 0.1}
+    torch.testing.assert_close(loss, softmax_margin_loss(logits, is_ood, margin=0.7, form="bce", **options))
+    torch.testing.assert_close(module.one_class(logits), one_class_loss(logits, **options))
+    torch.testing.assert_close(module.log_odds(logits), softmax_log_odds(logits, **options))
+    loss.backward()
+    assert module.log_temperature.grad.abs() > 0
+    with pytest.raises(ValueError, match="'triton' cannot serve"):
+        SoftmaxMarginLoss(backend="triton").log_odds(logits)

@@ -1,0 +1,158 @@
+"""Every transform of torch.func, and their nestings, give with the CPU backend what they give with the definition."""
+
+import pytest
+import torch
+from mdml_kernels import linear_softmax_confidence, one_class_loss, softmax_margin_loss
+from torch.autograd import forward_ad
+from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
+from torch.utils import _pytree as pytree
+
+GENERATOR = torch.Generator().manual_seed(0)
+BATCH, EPISODES, ROWS, CLASSES = 2, 3, 6, 5
+
+
+def double(*size):
+    return torch.randn(size, generator=GENERATOR, dtype=torch.float64)
+
+
+X = double(BATCH, EPISODES, ROWS, CLASSES)
+T, TB = torch.tensor(0.7, dtype=torch.float64), double(BATCH).abs() + 0.5
+B, BB = double(EPISODES), double(BATCH, EPISODES)
+OOD, OODB = (torch.rand(size, generator=GENERATOR) < 0.4 for size in ((EPISODES, ROWS), (BATCH, EPISODES, ROWS)))
+
+
+def loss_of(backend, form, reduction="mean"):
+    def loss(x, t=T, b=B, is_ood=OOD):
+        return softmax_margin_loss(
+            x, is_ood, margin=0.9, temperature=t, background=b, form=form, reduction=reduction, backend=backend
+        )
+
+    return loss
+
+
+def thrice(loss):
+    """The gradient of the second derivative along two directions."""
+
+    def second(x):
+        return (grad(lambda y: (grad(loss)(y) * X[1]).sum())(x) * X[1]).sum()
+
+    return grad(second)
+
+
+def dual(loss):
+    with forward_ad.dual_level():
+        return forward_ad.unpack_dual(loss(forward_ad.make_dual(X[0], X[1]))).tangent
+
+
+def twice_by_autograd(loss):
+    x = X[0].clone().requires_grad_()
+    (first,) = torch.autograd.grad(loss(x), x, create_graph=True)
+    return torch.autograd.grad(first.square().sum(), x)
+
+
+def meta(loss, backend):
+    """Two inner steps per episode under vmap, then the outer gradient and its Jacobian through them."""
+    z, w = X[..., :4], X[0, 0, :4]
+
+    def one(z, w):
+        for inner in (loss, lambda y: one_class_loss(y, temperature=T, backend=backend)):
+            w = w - 0.5 * grad(lambda w, inner=inner: inner(z @ w))(w)
+        return loss(z @ w)
+
+    outer = grad(lambda w: vmap(one, in_dims=(0, None))(z, w).mean())
+    return outer(w), jacrev(outer)(w)
+
+
+TRANSFORMS = {
+    "grad": lambda f: grad(f, argnums=(0, 1, 2))(X[0], T, B),
+    "vjp": lambda f: vjp(f, X[0])[1](torch.tensor(2.0, dtype=torch.float64)),
+    "vmap": lambda f: vmap(f)(X),
+    "vmap grad": lambda f: vmap(grad(f))(X),
+    "vmap grad, is_ood batched": lambda f: vmap(grad(f, argnums=(0, 1, 2)), (0, None, None, 0))(X, T, B, OODB),
+    "vmap grad, only is_ood batched": lambda f: vmap(grad(f, argnums=(0, 1)), (None, None, None, 0))(X[0], T, B, OODB),
+    "vmap grad, only scalings batched": lambda f: vmap(grad(f, argnums=(0, 1, 2)), (None, 0, 0))(X[0], TB, BB),
+    "vmap vmap grad": lambda f: vmap(vmap(grad(f, argnums=(0, 1)), (0, None)), (None, 0))(X, TB),
+    "vmap grad, other dims": lambda f: vmap(grad(f), in_dims=3, out_dims=1)(X.movedim(0, 3)),
+    "vmap grad, chunks": lambda f: vmap(grad(f), chunk_size=1)(X),
+    "jacrev": lambda f: jacrev(f.each, argnums=(0, 1, 2))(X[0], T, B),
+    "jacfwd": lambda f: jacfwd(f.each, argnums=(0, 1, 2))(X[0], T, B),
+    "jvp": lambda f: jvp(f, (X[0], T, B), (X[1], T, B)),
+    "jvp jvp": lambda f: jvp(lambda y: jvp(f, (y,), (X[1],))[1], (X[0],), (X[1],)),
+    "forward mode of autograd": lambda f: dual(f),
+    "hessian": lambda f: hessian(f, argnums=(0, 1, 2))(X[0], T, B),
+    "vmap hessian": lambda f: vmap(hessian(f))(X),
+    "jacrev jacrev": lambda f: jacrev(jacrev(f))(X[0]),
+    "jacrev jacfwd": lambda f: jacrev(jacfwd(f))(X[0]),
+    "jacfwd jacfwd": lambda f: jacfwd(jacfwd(f))(X[0]),
+    "third derivative": lambda f: thrice(f)(X[0]),
+    "jvp of the third derivative": lambda f: jvp(thrice(f), (X[0],), (X[1],)),
+    "create_graph": lambda f: twice_by_autograd(f),
+}
+
+
+def assert_same(ours, theirs):
+    for a, b in zip(pytree.tree_leaves(ours), pytree.tree_leaves(theirs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("form", ["hinge", "pairwise", "bce"])
+@pytest.mark.parametrize("name", TRANSFORMS)
+@pytest.mark.usefixtures("operators")
+def test_transform(name, form):
+    def run(backend):
+        loss = loss_of(backend, form)
+        loss.each = loss_of(backend, form, "none")
+        return TRANSFORMS[name](loss)
+
+    theirs = run("reference")
+    assert any(leaf.abs().max() > 1e-3 for leaf in pytree.tree_leaves(theirs)), "nothing to compare"
+    assert_same(run("cpu"), theirs)
+
+
+@pytest.mark.parametrize("form", ["hinge", "pairwise", "bce"])
+@pytest.mark.usefixtures("cpu_way")
+def test_meta_gradient(form):
+    assert_same(meta(loss_of("cpu", form), "cpu"), meta(loss_of("reference", form), "reference"))
+
+
+@pytest.mark.parametrize("form", ["hinge", "pairwise", "bce"])
+@pytest.mark.usefixtures("cpu_way")
+def test_vmap_is_a_loop(form):
+    gradient = grad(loss_of("cpu", form), argnums=(0, 1, 2))
+    together = vmap(gradient, (0, 0, 0, 0))(X, TB, BB, OODB)
+    one_by_one = [gradient(X[i], TB[i], BB[i], OODB[i]) for i in range(BATCH)]
+    assert_same(together, tuple(torch.stack(parts) for parts in zip(*one_by_one, strict=True)))
+
+
+HEADS = {
+    "grad": lambda f, w: grad(lambda *a: f(*a).square().sum(), argnums=(0, 1, 2, 3))(X[0], w[0], T, B),
+    "vmap over z": lambda f, w: vmap(grad(lambda *a: f(*a).square().sum(), argnums=(0, 1)), (0, None))(X, w[0]),
+    "vmap over the head": lambda f, w: vmap(grad(lambda *a: f(*a).square().sum(), argnums=(0, 1)), (None, 0))(X[0], w),
+    "vmap over both": lambda f, w: vmap(grad(lambda *a: f(*a).square().sum(), argnums=(0, 1)))(X, w),
+    "jacrev": lambda f, w: jacrev(f, argnums=(0, 1, 2, 3))(X[0], w[0], T, B),
+    "jacfwd": lambda f, w: jacfwd(f, argnums=(0, 1, 2, 3))(X[0], w[0], T, B),
+    "hessian": lambda f, w: hessian(lambda *a: f(*a).square().sum(), argnums=(0, 1))(X[0], w[0], T, B),
+    "third derivative": lambda f, w: thrice(lambda x: f(x, w[0]).square().sum())(X[0]),
+}
+
+
+@pytest.mark.parametrize("head", ["weight", "centers"])
+@pytest.mark.parametrize("name", HEADS)
+def test_head(name, head):
+    heads = double(BATCH, 4, CLASSES)
+
+    def run(backend):
+        def confidence(z, w, t=T, b=B):
+            return linear_softmax_confidence(z, **{head: w}, temperature=t, background=b, backend=backend)
+
+        return HEADS[name](confidence, heads)
+
+    assert_same(run("cpu"), run("reference"))
+
+
+@pytest.mark.usefixtures("operators")
+def test_the_vmap_of_before_torch_func_is_refused():
+    x = X[0].clone().requires_grad_()
+    losses = loss_of("cpu", "hinge", "none")(x)
+    with pytest.raises(RuntimeError, match=r"use torch\.func"):
+        torch.autograd.grad(losses, x, torch.eye(EPISODES, dtype=torch.float64), is_grads_batched=True)
