@@ -49,11 +49,11 @@ def median_ms(call: Callable[[], Any], repeats: int = 50) -> float:
     return statistics.median(times)
 
 
-def correctness(problems: int = 200) -> dict[str, Any]:
+def correctness(problems: int = 200, largest: int = 600) -> dict[str, Any]:
     """Every form, confidence and order of derivative, by `mdml_kernels.parity`, for each dtype; nothing may miss."""
     worst = []
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        worst += parity.compare(parity.problems(problems, seed=0, dtype=dtype), ["triton"])
+        worst += parity.compare(parity.problems(problems, 0, dtype, largest), ["triton"])
     rows = [
         {
             "form": found.form,
@@ -125,7 +125,7 @@ def speed(device: str, timer: Timer, shape: tuple[int, int, int] = LARGE, compil
     return found
 
 
-def determinism(device: str, shape: tuple[int, int, int] = (8, 300, 100)) -> dict[str, Any]:
+def determinism(device: str, shape: tuple[int, int, int] = (8, 300, 100), episodes: int = EPISODES) -> dict[str, Any]:
     """Two runs of every kernel with a reduction give the same bits."""
     from mdml_kernels import triton_linear, triton_mlp, triton_rows
 
@@ -142,7 +142,7 @@ def determinism(device: str, shape: tuple[int, int, int] = (8, 300, 100)) -> dic
         outs += triton_rows.episode_statistics(odds, is_ood)
         odds, *saved = triton_linear.linear_odds_forward(rows, head, None, row_ones, None, "max")
         outs += triton_linear.linear_odds_backward(rows, head, None, row_ones, None, "max", *saved, odds)
-        adapted = triton_mlp.adapt_mlp(**mlp(device), steps=STEPS, lr=LR)
+        adapted = triton_mlp.adapt_mlp(**mlp(device, episodes), steps=STEPS, lr=LR)
         return [out for out in (*outs, *adapted[0], *adapted[1]) if isinstance(out, Tensor)]
 
     differ = sum(not torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
@@ -198,7 +198,7 @@ def peak_memory(n: int = 16384, h: int = 256, k: int = 8192) -> dict[str, Any]:
     return {**found, "wrong": ["the fused head holds an eighth of its logits or more"] if too_much else []}
 
 
-def mlp(device: str, episodes: int = EPISODES) -> dict[str, Any]:
+def mlp(device: str, episodes: int) -> dict[str, Any]:
     """Arguments of `adapt_mlp`: the engine's reference workload, weights shared by all episodes."""
     generator = torch.Generator().manual_seed(2)
 

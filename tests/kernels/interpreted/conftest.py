@@ -51,14 +51,17 @@ def _fenced_outputs(monkeypatch):
 
     real_new_empty = torch.Tensor.new_empty
 
-    def kin(self, shape=None, dtype=None, **for_the_interpreter):
+    def new_empty(self, *shape, dtype=None, **for_the_interpreter):
         if for_the_interpreter:
-            return real_new_empty(self, shape, dtype=dtype, **for_the_interpreter)
-        return poisoned(self.shape if shape is None else shape, dtype=dtype or self.dtype, device=self.device)
+            return real_new_empty(self, *shape, dtype=dtype, **for_the_interpreter)
+        return poisoned(*shape, dtype=dtype or self.dtype, device=self.device)
+
+    def empty_like(tensor, **_):
+        return poisoned(tensor.shape, dtype=tensor.dtype, device=tensor.device)
 
     monkeypatch.setattr(torch, "empty", poisoned)
-    monkeypatch.setattr(torch, "empty_like", kin)
-    monkeypatch.setattr(torch.Tensor, "new_empty", kin)
+    monkeypatch.setattr(torch, "empty_like", empty_like)
+    monkeypatch.setattr(torch.Tensor, "new_empty", new_empty)
     yield
     for pair in fences:
         for fence in pair:
