@@ -104,7 +104,9 @@ def problems(count: int, seed: int, dtype: torch.dtype = torch.float32, largest:
     for _ in range(count):
         confidence = rng.choice(("max", "mass"))
         background = rng.choice(("number", "scalar", "episode", *([None] * 2 if confidence == "max" else [])))
-        n_classes = rng.choice((rng.randint(1, 8), rng.randint(9, 64), rng.randint(65, largest)))
+        n_classes = rng.choice(
+            (rng.randint(1, 8), rng.randint(9, max(9, largest // 9)), rng.randint(largest // 2, largest))
+        )
         yield Problem(
             form=rng.choice(("hinge", "pairwise", "bce", "linear", "prototype")),
             confidence=confidence,

@@ -51,6 +51,7 @@ def test_limits_hold_on_every_chip(static_report, stored):
         ("inner_loop n=64 64-128-64-16 tf32", {"stack_bytes": 40}, "bytes of stack"),
         ("inner_loop n=64 64-128-64-16 tf32", {"shared_bytes": 300_000}, "shared memory"),
         ("inner_loop n=64 64-128-64-16 tf32", {"dots_on_tensor_cores": 7}, "7 of 8 dots"),
+        ("inner_loop n=64 64-128-64-16 tf32", {"barriers": 3}, "3 barriers"),
         ("linear_forward 16384x256x8192 tf32", {"tensor_core": {}}, "dots on tensor cores"),
     ],
 )

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
-from mdml_kernels import reference, triton_mlp
+from mdml_kernels import reference, triton_layers, triton_mlp
 
 
 def stack(seed, *shapes, scale=0.3):
@@ -142,15 +142,15 @@ def test_layers(relu, fenced):
     wide = [t.double().requires_grad_() for t in (x, weight, bias)]
     out = wide[0] @ wide[1].mT + wide[2].unsqueeze(1)
     out = F.relu(out) if relu else out
-    assert relative_error(triton_mlp.layer_forward(*map(fenced, (x, weight, bias)), relu=relu), out.detach()) < 1e-6
+    assert relative_error(triton_layers.layer_forward(*map(fenced, (x, weight, bias)), relu=relu), out.detach()) < 1e-6
     masked = torch.where(out == 0, 0.0, grad.double()).float() if relu else grad
     expected = torch.autograd.grad(out, wide, grad.double())
-    got = triton_mlp.layer_backward(fenced(masked), fenced(weight), fenced(x))
+    got = triton_layers.layer_backward(fenced(masked), fenced(weight), fenced(x))
     assert relative_error(got, torch.where(x <= 0, 0.0, expected[0])) < 1e-6
-    got_weight, got_bias = triton_mlp.layer_gradient(fenced(masked), fenced(x))
+    got_weight, got_bias = triton_layers.layer_gradient(fenced(masked), fenced(x))
     assert relative_error(got_weight, expected[1]) < 1e-6
     assert relative_error(got_bias, expected[2]) < 1e-6
-    new_weight, new_bias = triton_mlp.layer_update(fenced(masked), fenced(x), fenced(weight), fenced(bias), 0.5)
+    new_weight, new_bias = triton_layers.layer_update(fenced(masked), fenced(x), fenced(weight), fenced(bias), 0.5)
     assert relative_error(new_weight, weight.double() - 0.5 * expected[1]) < 1e-6
     assert relative_error(new_bias, bias.double() - 0.5 * expected[2]) < 1e-6
 
