@@ -69,7 +69,8 @@ def compile_report(case: Case, arch: str) -> dict[str, Any]:
 
     Returns:
         registers and stack_bytes a thread (a stack is where spills go), shared_bytes a program, global loads by width
-        in bits, dots and how many of them are on tensor cores, tensor-core instructions by name.
+        in bits, dots and how many of them are on tensor cores, tensor-core instructions by name, and the barriers
+        that the kernel's text asks for.
 
     Raises:
         RuntimeError: in a process where TRITON_INTERPRET is set.
@@ -89,6 +90,7 @@ def compile_report(case: Case, arch: str) -> dict[str, Any]:
         "shared_bytes": compiled.metadata.shared,
         "dots": dots,
         "dots_on_tensor_cores": dots_on_tensor_cores,
+        "barriers": len(re.findall(r"\b(?:ttg|gpu)\.barrier\b", compiled.asm["ttgir"])),
     }
 
 

@@ -144,7 +144,7 @@ def dot_precision(precision: Precision, arch: str) -> str:
         return "bf16"
     if arch == INTERPRETER:
         return "ieee"
-    if precision == "tf32":
+    if precision == "tf32" and (not is_amd(arch) or arch == "gfx942"):  # the one AMD chip that has it
         return "tf32"
     return "ieee" if is_amd(arch) else "tf32x3"  # AMD's matrix cores multiply float32 as it is
 

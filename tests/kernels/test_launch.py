@@ -43,6 +43,7 @@ def test_the_inner_loop_is_whole_where_it_fits(arch, precision):
         ("float32", launch.INTERPRETER, "ieee", "ieee"),
         ("tf32", "sm_90", "tf32", "tf32"),
         ("tf32", "gfx942", "tf32", "tf32"),
+        ("tf32", "gfx90a", "ieee", "ieee"),
         ("bfloat16", "gfx942", "bf16", "bf16"),
         ("bfloat16", "sm_90", "bf16", "bf16"),
     ],
