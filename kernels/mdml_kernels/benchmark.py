@@ -32,7 +32,7 @@ _MARGIN = 0.5
 
 @dataclass(frozen=True)
 class Case:
-    """A margin loss of logits [E, N, K], or (form ``linear``) the confidence of z [N, 256] under a head of K classes."""
+    """A margin loss of logits [E, N, K], or (form ``linear``) the confidence of z [E, N, 256] under K classes."""
 
     form: str
     shape: tuple[int, int, int]

@@ -1,0 +1,57 @@
+"""The benchmark refuses a wrong kernel, and a plain pytest runs none."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from mdml_kernels import benchmark, cpu_loss
+
+ROOT = Path(__file__).parents[2]
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("form", ["hinge", "bce", "pairwise", "linear"])
+def test_a_small_case(form, tmp_path):
+    row = benchmark.run(benchmark.Case(form, (2, 40, 16), compiled=False), CPU, rounds=3)
+    assert set(row.ratios) == {"eager"}
+    assert row.seconds["ours"] > 0
+    assert f"{row.ratios['eager']:.2f}" in benchmark.table([row])
+    benchmark.write([row], CPU, tmp_path / "deep" / "result.json")
+    written = json.loads((tmp_path / "deep" / "result.json").read_text())
+    assert written["rows"][0]["case"] == f"{form} [2, 40, 16]"
+    assert written["environment"]["torch"] == torch.__version__
+
+
+def test_a_wrong_kernel_is_not_timed(monkeypatch):
+    right = cpu_loss.textbook_confidence
+    monkeypatch.setattr(cpu_loss, "textbook_confidence", lambda *arguments: right(*arguments) * 1.001)
+    with pytest.raises(AssertionError, match="relative error"):
+        benchmark.run(benchmark.Case("hinge", (2, 40, 16), compiled=False), CPU, rounds=1)
+
+
+def test_command(capsys, tmp_path):
+    threads = torch.get_num_threads()
+    try:
+        arguments = ["--case", "[64, 80, 16]", "--rounds", "1", "--no-compile", "--out", str(tmp_path / "out.json")]
+        assert benchmark.main(arguments) == 0
+    finally:
+        torch.set_num_threads(threads)
+    assert "hinge [64, 80, 16]" in capsys.readouterr().out
+    assert (tmp_path / "out.json").exists()
+
+
+def collected(*arguments):
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+    return [line for line in done.stdout.splitlines() if "::" in line]
+
+
+def test_pytest_runs_benchmarks_when_asked_and_only_then():
+    asked = collected("--benchmark")
+    assert len(asked) == len(benchmark.CASES)
+    assert all(line.startswith("benchmarks/test_kernels.py::") for line in asked)
+    assert collected("benchmarks", "tests/kernels/test_readme.py")[0].startswith("tests/")
+    assert not any(line.startswith("benchmarks/") for line in collected("benchmarks", "tests/kernels/test_readme.py"))
