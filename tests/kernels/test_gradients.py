@@ -60,8 +60,9 @@ def test_margin_loss(form, confidence, background, temperature, backend):
         )
 
     assert (loss(*inputs.values()) > 0).all(), "a loss of zero would make the check empty"
-    assert torch.autograd.gradcheck(loss, tuple(inputs.values()), check_forward_ad=True, fast_mode=True)
-    assert torch.autograd.gradgradcheck(loss, tuple(inputs.values()), check_fwd_over_rev=True, fast_mode=True)
+    ours = backend == "cpu"  # PyTorch's own forward mode is not what is tested
+    assert torch.autograd.gradcheck(loss, tuple(inputs.values()), check_forward_ad=ours, fast_mode=True)
+    assert torch.autograd.gradgradcheck(loss, tuple(inputs.values()), check_fwd_over_rev=ours, fast_mode=True)
 
 
 @pytest.mark.parametrize("confidence", ["max", "mass"])

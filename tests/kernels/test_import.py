@@ -32,7 +32,7 @@ def probe(hide="", use=""):
 
 
 def test_cost():
-    shares = [ours / torch_alone for torch_alone, ours, _ in (probe() for _ in range(3))]
+    shares = [ours / torch_alone for torch_alone, ours, _ in (probe() for _ in range(2))]
     assert min(shares) < 0.05, f"import mdml_kernels took {shares} of import torch"
 
 
