@@ -67,11 +67,11 @@ def split_background(
     return -torch.sigmoid(log_sum - background), torch.sigmoid(background - log_sum), poison
 
 
-def pull_back(x: Tensor, first: Tensor | None, at_rest: Tensor, at_first: Tensor) -> None:
-    """Turn the scaled logits x in place into at_rest * softmax, and at_first at the entry first (None: no such)."""
-    torch.softmax(x, -1, out=x).mul_(at_rest)
+def pull_back(x: Tensor, first: Tensor | None, at_rest: Tensor, at_first: Tensor, out: Tensor | None = None) -> None:
+    """at_rest * softmax of scaled logits x, at_first at the entry first (None: no such); in place of x, or in out."""
+    out = torch.softmax(x, -1, out=x if out is None else out).mul_(at_rest)
     if first is not None:
-        x.scatter_(-1, first, at_first)
+        out.scatter_(-1, first, at_first)
 
 
 def second_order(

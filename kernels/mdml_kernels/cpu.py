@@ -66,13 +66,14 @@ def backward(
 class Recipe:
     """A gradient with respect to logits: at_rest * softmax, but at_first at the index first. Columns [E, N, 1].
 
-    With drops_first the softmax is one over the other entries alone.
+    With drops_first the softmax is one over the other entries alone. unscaled: the host knows that τ is 1.
     """
 
     at_rest: Tensor
     at_first: Tensor
     first: Tensor | None
     drops_first: bool
+    unscaled: bool = False
 
 
 def pull_back(logits: Tensor, tau: Tensor, recipe: Recipe, needs_tau: bool) -> tuple[Tensor, Tensor | None]:
@@ -86,10 +87,12 @@ def pull_back(logits: Tensor, tau: Tensor, recipe: Recipe, needs_tau: bool) -> t
     for chunk, t, result, rest_c, at_first_c, first_c, tau_c in plan.pieces(
         logits, tau[:, None, None], grad_logits, *columns
     ):
-        x = torch.mul(chunk, t, out=result if direct else plan.scratch(0, chunk))
+        x = result if direct else plan.scratch(0, chunk)
+        untouched = direct and recipe.unscaled and not recipe.drops_first  # dropping writes
+        scaled = chunk if untouched else torch.mul(chunk, t, out=x)
         if recipe.first is not None and recipe.drops_first:
-            chunks.drop(x, first_c)
-        chunks.pull_back(x, None if recipe.first is None else first_c, rest_c, at_first_c)
+            chunks.drop(scaled, first_c)
+        chunks.pull_back(scaled, None if recipe.first is None else first_c, rest_c, at_first_c, out=x)
         if not direct:
             result.copy_(x)
         if needs_tau:

@@ -43,10 +43,14 @@ def textbook_confidence(logits: Tensor, temperature: Scalar, background: Scalar 
 
 @dataclass(frozen=True)
 class CpuMarginLoss:
-    """Inputs logits [E, N, K], τ [E], background [E] or None, is_ood bool [E, N]; output losses [E]."""
+    """Inputs logits [E, N, K], τ [E], background [E] or None, is_ood bool [E, N]; output losses [E].
+
+    unscaled: the host knows that τ is 1, and a pass is saved.
+    """
 
     margin: float
     form: Form
+    unscaled: bool = False
     n_inputs = 4
 
     def define(self, *inputs: Any) -> Tensor:
@@ -62,10 +66,11 @@ class CpuMarginLoss:
         first = torch.empty(n_episodes, n_rows, 1, dtype=torch.int64, device=logits.device)
         plan = cpu.Plan(logits, tau)
         for chunk, t, top_c, first_c, s_c, rest_c in plan.pieces(logits, tau[:, None, None], top, first, s, rest):
-            x = torch.mul(chunk, t, out=plan.scratch(0, chunk))
+            p = plan.scratch(0, chunk)
+            x = chunk if self.unscaled and chunk.dtype == tau.dtype else torch.mul(chunk, t, out=p)
             first_max(x, top_c, first_c, plan.scratch(1, chunk), plan.descending)
-            torch.gather(torch.softmax(x, -1, out=x), -1, first_c, out=s_c)
-            torch.sum(x.scatter_(-1, first_c, 0.0), -1, keepdim=True, out=rest_c)  # 1 - S would lose what S rounds off
+            torch.gather(torch.softmax(x, -1, out=p), -1, first_c, out=s_c)
+            torch.sum(p.scatter_(-1, first_c, 0.0), -1, keepdim=True, out=rest_c)  # 1 - S would lose what S rounds off
         top, s, rest, first = (column.squeeze(-1) for column in (top, s, rest, first))
         if background is None:
             dropped = s.new_zeros(n_episodes, 1)
@@ -82,12 +87,8 @@ class CpuMarginLoss:
         slope, s, rest, dropped, first = saved
         grad_s = grad[:, None] * slope * s
         scaled = grad_s * tau[:, None]
-        recipe = cpu.Recipe(
-            (scaled * (dropped - 1)).unsqueeze(-1),
-            (scaled * rest).unsqueeze(-1),
-            first.unsqueeze(-1),
-            drops_first=False,
-        )
+        at_rest, at_first = (scaled * (dropped - 1)).unsqueeze(-1), (scaled * rest).unsqueeze(-1)
+        recipe = cpu.Recipe(at_rest, at_first, first.unsqueeze(-1), drops_first=False, unscaled=self.unscaled)
         grad_logits, grad_tau = cpu.pull_back(logits, tau, recipe, needs[1])
         grad_background = None if background is None else -(grad_s * dropped).sum(1)
         return needed((grad_logits, grad_tau, grad_background, None), needs)
