@@ -84,8 +84,8 @@ def _accumulable(values: Tensor) -> Tensor:
 
 def _per_row(value: Scalar, logits: Tensor) -> Tensor:
     """A scalar, or one value per episode [...], made to broadcast against rows [..., N]."""
-    value = torch.as_tensor(value, device=logits.device)
-    return _accumulable(value if value.is_floating_point() else value.float()).unsqueeze(-1)
+    dtype = _accumulable(logits).dtype
+    return torch.as_tensor(value, dtype=dtype, device=logits.device).unsqueeze(-1)
 
 
 def _hinge(gap: Tensor) -> Tensor:
