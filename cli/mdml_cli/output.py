@@ -33,13 +33,19 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int, str], None]]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[detail]}"),
     )
-    with Progress(*columns, console=Console(stderr=True)) as progress:
-        task = progress.add_task(what, total=None, detail="")
+    progress = Progress(*columns, console=Console(stderr=True))
+    task = progress.add_task(what, total=None, detail="")
 
-        def update(done: int, total: int, detail: str) -> None:
-            progress.update(task, completed=done, total=total, detail=detail)
+    def update(done: int, total: int, detail: str) -> None:
+        # Shown from the first step on: input that is refused before that gets its one line alone.
+        progress.start()
+        progress.update(task, completed=done, total=total, detail=detail)
 
+    try:
         yield update
+    finally:
+        if progress.live.is_started:
+            progress.stop()
 
 
 def print_results(results: Mapping[str, Any]) -> None:

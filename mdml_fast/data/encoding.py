@@ -223,6 +223,12 @@ def _column_from_json(document: dict[str, Any]) -> Column:
     return CategoricalColumn(document["name"], tuple(document["categories"]))
 
 
+def check_columns(table: pa.Table) -> None:
+    """Raise InputError for a column of no usable type, or with infinities; rows are counted in this table."""
+    for name in table.column_names:
+        _column(table, name)
+
+
 def row_ids(table: pa.Table) -> npt.NDArray[np.intp]:
     """A number [N] for each row: two rows have the same number when they agree in every column."""
     codes = [_codes(_column(table, name)) for name in table.column_names]
