@@ -5,19 +5,15 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Protocol
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 from sklearn.ensemble import IsolationForest
 from sklearn.neighbors import NearestNeighbors
 
 from mdml_fast.data import FeatureEncoder, LabelledTable
-from mdml_fast.data.encoding import Rows
+from mdml_fast.data.encoding import Floats, Rows
 from mdml_fast.detector import MDMLDetector
 from mdml_fast.errors import InputError
 from mdml_fast.meta.paper import PaperConfig
-
-Floats = npt.NDArray[np.float64]
 
 
 class Scorer(Protocol):

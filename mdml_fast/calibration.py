@@ -8,10 +8,10 @@ import numpy as np
 import numpy.typing as npt
 from sklearn.model_selection import GroupShuffleSplit
 
+from mdml_fast.data.encoding import Floats
 from mdml_fast.data.labelled import Names
 from mdml_fast.errors import InputError
 
-Floats = npt.NDArray[np.float64]
 Positions = npt.NDArray[np.intp]
 
 # The share of the normals that is kept out of training to calibrate on.

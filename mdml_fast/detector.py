@@ -17,14 +17,12 @@ from sklearn.utils.validation import check_is_fitted
 from mdml_fast.artifact import load_artifact, save_artifact
 from mdml_fast.calibration import ConformalCalibration, calibration_split
 from mdml_fast.data import FeatureEncoder, as_table
-from mdml_fast.data.encoding import check_columns
+from mdml_fast.data.encoding import Floats
 from mdml_fast.data.labelled import Names, check_normals, class_names
 from mdml_fast.errors import ArtifactError, InputError
 from mdml_fast.meta.paper import PaperConfig, PaperModel, TrainingRows
 from mdml_fast.meta.training import Progress
 from mdml_fast.presets import preset_config
-
-Floats = npt.NDArray[np.float64]
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
@@ -100,7 +98,6 @@ class MDMLDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         if not 0 < self.false_alarm_rate < 1:
             raise InputError(f"false_alarm_rate must be between 0 and 1, got {self.false_alarm_rate}")
         table = as_table(X)
-        check_columns(table)
         labels, normal_classes = _labels(y, self.normal if normal is None else normal, table.num_rows)
         seed = int(check_random_state(self.random_state).randint(2**31))
 
@@ -110,7 +107,7 @@ class MDMLDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         train, calibration = calibration_split(len(normals), self.false_alarm_rate, group_names, seed)
 
         used = np.concatenate([normals[train], anomalies])
-        self.encoder_ = FeatureEncoder.fit(table.take(used), is_normal[used])
+        self.encoder_ = FeatureEncoder.fit(table, is_normal, used)
         rows = self.encoder_.transform(table)
         training = TrainingRows(rows[normals[train]], labels[normals[train]], rows[anomalies], labels[anomalies])
         self.model_ = PaperModel.fit(

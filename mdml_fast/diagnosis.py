@@ -42,7 +42,6 @@ def loop_meta_gradients(
     encoder, head, loss = (engine.modules[name] for name in ("encoder", "head", "loss"))
     assert isinstance(loss, SoftmaxMarginLoss)
     shared = engine.parameters()
-    meta = [shared[name] for name in shared]
     totals = {name: torch.zeros_like(value) for name, value in shared.items()}
     losses = []
     for rows, queries, mask in zip(support, query, is_ood, strict=True):
@@ -55,7 +54,7 @@ def loop_meta_gradients(
                 own = {name: value.detach().requires_grad_() for name, value in own.items()}
         outer = loss(head(functional_call(encoder, own, (queries,))), mask)
         at = [own[name.removeprefix("encoder.")] if name.startswith("encoder.") else shared[name] for name in shared]
-        grads = torch.autograd.grad(outer, at if engine.first_order else meta)
+        grads = torch.autograd.grad(outer, at if engine.first_order else list(shared.values()))
         for name, gradient in zip(shared, grads, strict=True):
             totals[name] += gradient / len(support)
         losses.append(outer.detach())

@@ -8,17 +8,14 @@ from dataclasses import asdict, dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 from sklearn.metrics import average_precision_score, roc_auc_score
 
 from mdml_fast.baselines import Method
-from mdml_fast.calibration import split_by_group
-from mdml_fast.data.encoding import row_ids
+from mdml_fast.calibration import Positions, split_by_group
+from mdml_fast.data.encoding import Floats, row_ids
 from mdml_fast.data.labelled import MIN_NORMALS, LabelledTable
 from mdml_fast.errors import InputError
 
-Floats = npt.NDArray[np.float64]
-Positions = npt.NDArray[np.intp]
 METRICS = ("auroc", "auprc", "fpr95")
 
 
@@ -70,7 +67,7 @@ def evaluate(
 
     Every split is the same for all methods. A test row that equals a training row in all features is dropped. Each
     metric is taken for every class against all test normals, then averaged over the classes with at least
-    `min_class_rows` rows (all of them, where none is that large), then over the splits.
+    `min_class_rows` test rows (all of them, where none is that large), then over the splits.
 
     Args:
         data: the table.
@@ -171,8 +168,8 @@ def _run(data: LabelledTable, method: Method, split: Split, protocol: Evaluation
 
     anomaly = -scores
     normals = anomaly[test.is_normal]
-    by_class = {name: class_metrics(normals, anomaly[test.labels == name]) for name in test.anomaly_classes()}
     rows = test.anomaly_classes()
+    by_class = {name: class_metrics(normals, anomaly[test.labels == name]) for name in rows}
     return _Run(
         unseen=_class_mean({name: by_class[name] for name in split.unseen if name in by_class}, rows, protocol),
         seen=_class_mean({name: by_class[name] for name in split.seen if name in by_class}, rows, protocol),

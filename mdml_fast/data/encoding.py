@@ -86,26 +86,32 @@ class FeatureEncoder:
     constant: tuple[str, ...] = ()
 
     @classmethod
-    def fit(cls, table: pa.Table, is_normal: npt.NDArray[np.bool_]) -> FeatureEncoder:
+    def fit(
+        cls, table: pa.Table, is_normal: npt.NDArray[np.bool_], rows: npt.NDArray[np.intp] | None = None
+    ) -> FeatureEncoder:
         """Learn the encoding from training rows: scales from the normals, categories from all.
 
         Args:
             table: the feature columns, N rows.
             is_normal: bool [N].
+            rows: positions of the rows to learn from; None is all. The others are checked, and nothing else.
 
         Raises:
             InputError: a column is of no usable type or holds infinities, or all columns are constant.
         """
+        learned_normal = is_normal if rows is None else is_normal[rows]
         columns: list[Column] = []
         constant = []
         for name in table.column_names:
             values = _column(table, name)
+            if rows is not None:
+                values = values.take(pa.array(rows))
             if len(values.unique()) <= 1:
                 constant.append(name)
             elif pa.types.is_string(values.type):
                 columns.append(_fit_categorical(name, values))
             else:
-                columns.append(_fit_numeric(name, values.to_numpy(), is_normal))
+                columns.append(_fit_numeric(name, values.to_numpy(), learned_normal))
         if not columns:
             raise InputError("all feature columns are constant; there is nothing to learn from")
         return cls(tuple(columns), tuple(constant))
@@ -221,12 +227,6 @@ def _column_from_json(document: dict[str, Any]) -> Column:
     if document["kind"] == "numeric":
         return NumericColumn(**document)
     return CategoricalColumn(document["name"], tuple(document["categories"]))
-
-
-def check_columns(table: pa.Table) -> None:
-    """Raise InputError for a column of no usable type, or with infinities; rows are counted in this table."""
-    for name in table.column_names:
-        _column(table, name)
 
 
 def row_ids(table: pa.Table) -> npt.NDArray[np.intp]:

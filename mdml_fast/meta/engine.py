@@ -11,6 +11,9 @@ from torch.func import functional_call, grad, vmap
 
 Parameters = dict[str, Tensor]
 
+# What the inner loop adapts, by the beginning of its name; all else is shared by the episodes.
+ADAPTED = ("encoder.", "decoder.")
+
 
 class MetaGradients(NamedTuple):
     """Attributes:
@@ -130,7 +133,7 @@ class MetaEngine:
 
     def _adapt(self, params: Parameters, support: Tensor) -> Parameters:
         """One episode's inner loop."""
-        own = {name: value for name, value in params.items() if name.startswith(("encoder.", "decoder."))}
+        own = {name: value for name, value in params.items() if name.startswith(ADAPTED)}
         shared = {name: value for name, value in params.items() if name not in own}
         for _ in range(self.inner_steps):
             steps = grad(self._inner_loss)(own, shared, support)

@@ -26,7 +26,7 @@ from mdml_fast.episodes import (
     synthetic_rows,
 )
 from mdml_fast.meta.checkpoint import Checkpoint
-from mdml_fast.meta.engine import MetaEngine, Parameters
+from mdml_fast.meta.engine import ADAPTED, MetaEngine, Parameters
 from mdml_fast.meta.training import Progress, train
 
 # Rows that are embedded at once, so that memory does not grow with the table.
@@ -37,7 +37,9 @@ SCORING_ROWS = 65_536
 class PaperConfig:
     """The constants of the paper's algorithm.
 
-    The paper leaves sizes and rates open. These are plain choices for standardised rows, none tuned to a data set.
+    The paper leaves sizes and rates open. inner_lr, margin and the encoder's Tanh were the better of a few tried, by
+    the mean AUROC on unseen classes of digits and four open tables; figures on those five flatter them to that extent.
+    The other constants are plain choices for standardised rows.
     """
 
     hidden: int = 128
@@ -154,9 +156,7 @@ class PaperModel:
         engine.modules.load_state_dict({name: tensors[name] for name in engine.parameters()})
         engine.modules.to(device)
         adapted = {
-            name: tensors[f"adapted.{name}"].to(device)
-            for name in engine.parameters()
-            if name.startswith(("encoder.", "decoder."))
+            name: tensors[f"adapted.{name}"].to(device) for name in engine.parameters() if name.startswith(ADAPTED)
         }
         return cls(config, engine, adapted, [])
 
