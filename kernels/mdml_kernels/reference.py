@@ -1,4 +1,4 @@
-"""The definition that every backend is held against: plain PyTorch, any float dtype, differentiable at will.
+"""The definition that every backend is held against: plain PyTorch, any float dtype, any number of derivatives.
 
 Letters: E episodes (any leading dims), N rows, K logits.
 

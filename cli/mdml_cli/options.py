@@ -1,0 +1,88 @@
+"""Options that several commands share, and what they have in common to do with them."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from mdml_fast.data import LabelledTable
+
+
+class Preset(StrEnum):
+    """The detector's algorithms."""
+
+    DEFAULT = "default"
+    PAPER = "paper"
+
+
+class Device(StrEnum):
+    """Where to compute."""
+
+    AUTO = "auto"
+    CPU = "cpu"
+    CUDA = "cuda"
+
+
+class Dtype(StrEnum):
+    """What the networks compute in."""
+
+    FLOAT32 = "float32"
+    BFLOAT16 = "bfloat16"
+
+
+DataArgument = Annotated[
+    Path | None,
+    typer.Argument(
+        metavar="[DATA]",
+        show_default=False,
+        help="A table: .parquet, .csv, .csv.gz, .arrow, .feather or .npz. Without it: the embedded digits, 0-4 normal.",
+    ),
+]
+LabelOption = Annotated[str | None, typer.Option(metavar="COLUMN", help="The column of classes.")]
+NormalOption = Annotated[list[str] | None, typer.Option(metavar="CLASS", help="A normal class; repeat for more.")]
+IgnoreOption = Annotated[
+    list[str] | None, typer.Option(metavar="COLUMN", help="A column that is no feature; repeat for more.")
+]
+GroupOption = Annotated[
+    str | None,
+    typer.Option(metavar="COLUMN", help="Normals that share a value here stay together in every split; no feature."),
+]
+PresetOption = Annotated[Preset, typer.Option(help="The algorithm; 'default' is the recommended one.")]
+DeviceOption = Annotated[Device, typer.Option(help="'auto' takes a GPU where there is one.")]
+DtypeOption = Annotated[Dtype, typer.Option(help="What the networks compute in; weights stay float32.")]
+ThreadsOption = Annotated[int | None, typer.Option(min=1, metavar="N", help="CPU threads; all cores by default.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="One JSON document on standard output, nothing else there.")]
+
+
+def load_data(
+    path: Path | None, label: str | None, normal: list[str] | None, ignore: list[str] | None, group: str | None
+) -> LabelledTable:
+    """The labelled table that the command line names; without a path the embedded digits.
+
+    Raises:
+        InputError: it cannot be read or used.
+    """
+    from mdml_fast.data import digits_table, label_table, read_table
+    from mdml_fast.data.digits import DIGITS_LABEL, DIGITS_NORMAL
+
+    if path is None:
+        return label_table(digits_table(), label or DIGITS_LABEL, normal or DIGITS_NORMAL, ignore or (), group)
+    table = read_table(path)
+    if label is None:
+        columns = ", ".join(table.column_names)
+        raise typer.BadParameter(f"give --label, the column of classes; the columns are {columns}")
+    return label_table(table, label, normal or (), ignore or (), group)
+
+
+def set_threads(threads: int | None) -> None:
+    """Bound the CPU threads of torch, and of what scikit-learn runs."""
+    if threads is not None:
+        import torch
+        from threadpoolctl import threadpool_limits
+
+        torch.set_num_threads(threads)
+        threadpool_limits(threads)

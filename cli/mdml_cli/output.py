@@ -1,0 +1,71 @@
+"""What commands print: results on standard output, progress and notes on standard error."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import typer
+
+
+def print_json(document: Mapping[str, Any]) -> None:
+    """One JSON document on standard output."""
+    typer.echo(json.dumps(document, indent=1, allow_nan=False))
+
+
+def note(message: str) -> None:
+    """A line on standard error."""
+    typer.echo(message, err=True)
+
+
+@contextlib.contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int, str], None]]:
+    """A progress bar on standard error; the function takes (done, in all, detail)."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[detail]}"),
+    )
+    progress = Progress(*columns, console=Console(stderr=True))
+    task = progress.add_task(what, total=None, detail="")
+
+    def update(done: int, total: int, detail: str) -> None:
+        # Shown from the first step on: input that is refused before that gets its one line alone.
+        progress.start()
+        progress.update(task, completed=done, total=total, detail=detail)
+
+    try:
+        yield update
+    finally:
+        if progress.live.is_started:
+            progress.stop()
+
+
+def print_results(results: Mapping[str, Any]) -> None:
+    """The table of an evaluation: for each method the metrics on unseen and on seen classes."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(
+        title="Anomaly classes never labelled (unseen) and labelled (seen)", caption="mean ± spread over splits"
+    )
+    table.add_column("method")
+    table.add_column("anomaly classes")
+    for name in ("AUROC", "AUPRC", "FPR at 95 % TPR"):
+        table.add_column(name, justify="right")
+    for method, result in results.items():
+        for side in ("unseen", "seen"):
+            table.add_row(method, side, *(_cell(result[side][metric]) for metric in ("auroc", "auprc", "fpr95")))
+        table.add_section()
+    Console().print(table)
+
+
+def _cell(spread: Mapping[str, float | None]) -> str:
+    return "–" if spread["mean"] is None else f"{spread['mean']:.3f} ± {spread['std']:.3f}"

@@ -1,0 +1,241 @@
+"""Columns of numbers and text to float32 features, scaled by the normal rows."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+from sklearn.preprocessing import RobustScaler, StandardScaler
+
+from mdml_fast.errors import InputError
+
+Floats = npt.NDArray[np.float64]
+Rows = npt.NDArray[np.float32]
+
+# A column whose normals reach this many robust deviations from their median spans decades: it goes on a log scale.
+HEAVY_TAIL = 20.0
+# Beyond this many deviations a value is strange, and how strange matters only on a log scale.
+SOFT_CLIP = 10.0
+# Categories rarer than the 64 most frequent share one indicator, so that an identifier can't swamp the features.
+MAX_CATEGORIES = 64
+
+
+@dataclass(frozen=True)
+class NumericColumn:
+    """One numeric column: `soft_clip((g((x - center) / scale) - mean) / deviation)`, g = asinh where heavy-tailed."""
+
+    name: str
+    center: float
+    scale: float
+    heavy_tailed: bool
+    mean: float
+    deviation: float
+    has_missing: bool
+    kind: str = "numeric"
+
+    @property
+    def feature_names(self) -> list[str]:
+        """The features that this column becomes."""
+        return [self.name, f"{self.name} is missing"] if self.has_missing else [self.name]
+
+    def encode(self, values: Floats) -> list[Floats]:
+        """Values [N] to features, each [N]; a missing value becomes the normals' mean."""
+        scaled = (values - self.center) / self.scale
+        if self.heavy_tailed:
+            scaled = np.arcsinh(scaled)
+        encoded = np.nan_to_num(soft_clip((scaled - self.mean) / self.deviation), nan=0.0)
+        return [encoded, np.isnan(values).astype(np.float64)] if self.has_missing else [encoded]
+
+
+@dataclass(frozen=True)
+class CategoricalColumn:
+    """One text column: an indicator for each category, and one for every other value, missing ones included."""
+
+    name: str
+    categories: tuple[str, ...]
+    kind: str = "categorical"
+
+    @property
+    def feature_names(self) -> list[str]:
+        """The features that this column becomes."""
+        return [*(f"{self.name} = {category}" for category in self.categories), f"{self.name} is another"]
+
+    def encode(self, values: pa.ChunkedArray) -> list[Floats]:
+        """Values [N] to features, each [N]."""
+        codes = pc.index_in(values, value_set=pa.array(self.categories, pa.string())).fill_null(len(self.categories))
+        return list(np.eye(len(self.categories) + 1)[codes.to_numpy()].T)
+
+
+Column = NumericColumn | CategoricalColumn
+
+
+@dataclass(frozen=True)
+class FeatureEncoder:
+    """The fitted transformation of a table's columns to float32 rows [N, d]; part of the model.
+
+    Attributes:
+        columns: the columns used, in order.
+        constant: columns dropped because all training rows agree in them.
+    """
+
+    columns: tuple[Column, ...]
+    constant: tuple[str, ...] = ()
+
+    @classmethod
+    def fit(
+        cls, table: pa.Table, is_normal: npt.NDArray[np.bool_], rows: npt.NDArray[np.intp] | None = None
+    ) -> FeatureEncoder:
+        """Learn the encoding from training rows: scales from the normals, categories from all.
+
+        Args:
+            table: the feature columns, N rows.
+            is_normal: bool [N].
+            rows: positions of the rows to learn from; None is all. The others are checked, and nothing else.
+
+        Raises:
+            InputError: a column is of no usable type or holds infinities, or all columns are constant.
+        """
+        learned_normal = is_normal if rows is None else is_normal[rows]
+        columns: list[Column] = []
+        constant = []
+        for name in table.column_names:
+            values = _column(table, name)
+            if rows is not None:
+                values = values.take(pa.array(rows))
+            if len(values.unique()) <= 1:
+                constant.append(name)
+            elif pa.types.is_string(values.type):
+                columns.append(_fit_categorical(name, values))
+            else:
+                columns.append(_fit_numeric(name, values.to_numpy(), learned_normal))
+        if not columns:
+            raise InputError("all feature columns are constant; there is nothing to learn from")
+        return cls(tuple(columns), tuple(constant))
+
+    def transform(self, table: pa.Table) -> Rows:
+        """Encode rows: a table with the trained columns (others are ignored) to float32 [N, d].
+
+        Raises:
+            InputError: a column is missing, of another type than in training, or holds infinities.
+        """
+        encoded = [feature for column in self.columns for feature in column.encode(_values(table, column))]
+        return np.stack(encoded, axis=1).astype(np.float32)
+
+    @property
+    def feature_names(self) -> list[str]:
+        """The names of the d features."""
+        return [feature for column in self.columns for feature in column.feature_names]
+
+    def notes(self) -> list[str]:
+        """What was done to the columns that a user should know, a line each."""
+        missing = [column.name for column in self.columns if isinstance(column, NumericColumn) and column.has_missing]
+        notes = []
+        if self.constant:
+            notes.append(f"dropped {len(self.constant)} constant column(s): {', '.join(self.constant)}")
+        if missing:
+            notes.append(f"missing values filled with the normals' mean, and marked, in: {', '.join(missing)}")
+        return notes
+
+    def to_json(self) -> dict[str, Any]:
+        """The encoding as plain JSON values."""
+        return {"columns": [asdict(column) for column in self.columns], "constant": list(self.constant)}
+
+    @classmethod
+    def from_json(cls, document: dict[str, Any]) -> FeatureEncoder:
+        """The inverse of `to_json`."""
+        return cls(tuple(map(_column_from_json, document["columns"])), tuple(document["constant"]))
+
+
+def soft_clip(values: Floats) -> Floats:
+    """Values within ±10 as they are, and what lies beyond on a log scale: monotone, so nothing is made equal."""
+    size = np.abs(values)
+    clipped: Floats = np.sign(values) * (np.minimum(size, SOFT_CLIP) + np.log1p(np.maximum(size - SOFT_CLIP, 0.0)))
+    return clipped
+
+
+def _fit_numeric(name: str, values: Floats, is_normal: npt.NDArray[np.bool_]) -> NumericColumn:
+    # Where the normals have no value at all, all rows have to do.
+    normals = values[is_normal] if not np.isnan(values[is_normal]).all() else values
+    robust = RobustScaler(unit_variance=True).fit(normals[:, None])
+    scaled = robust.transform(normals[:, None])
+    heavy_tailed = bool(np.nanmax(np.abs(scaled)) > HEAVY_TAIL)
+    standard = StandardScaler().fit(np.arcsinh(scaled) if heavy_tailed else scaled)
+    return NumericColumn(
+        name=name,
+        center=float(robust.center_[0]),
+        scale=float(robust.scale_[0]),
+        heavy_tailed=heavy_tailed,
+        mean=float(standard.mean_[0]),
+        deviation=float(standard.scale_[0]),
+        has_missing=bool(np.isnan(values).any()),
+    )
+
+
+def _fit_categorical(name: str, values: pa.ChunkedArray) -> CategoricalColumn:
+    counts = pc.value_counts(values.drop_null())
+    # Most frequent first, ties by name, so that the order of the rows does not matter.
+    ranked = sorted(counts.to_pylist(), key=lambda entry: (-entry["counts"], entry["values"]))
+    return CategoricalColumn(name, tuple(sorted(entry["values"] for entry in ranked[:MAX_CATEGORIES])))
+
+
+def _values(table: pa.Table, column: Column) -> Any:
+    if column.name not in table.column_names:
+        raise InputError(f"the data has no column {column.name!r}, which the model was trained with")
+    values = _column(table, column.name)
+    if isinstance(column, NumericColumn):
+        if pa.types.is_string(values.type):
+            raise InputError(f"column {column.name!r} holds text; the model was trained with numbers there")
+        return values.to_numpy()
+    if not pa.types.is_string(values.type):
+        if values.null_count < len(values):
+            raise InputError(f"column {column.name!r} holds numbers; the model was trained with text there")
+        return values.cast(pa.string())
+    return values
+
+
+def _column(table: pa.Table, name: str) -> pa.ChunkedArray:
+    """A column as text, or as float64 whose missing values are NaN."""
+    values = table[name]
+    if pa.types.is_dictionary(values.type):
+        values = values.cast(values.type.value_type)
+    kind = values.type
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
+        return values.cast(pa.string())
+    if pa.types.is_boolean(kind):
+        values = values.cast(pa.uint8())
+    elif not _is_number(kind):
+        raise InputError(f"column {name!r} holds {kind}; features are numbers or text: convert it or ignore it")
+    values = values.cast(pa.float64(), safe=False).fill_null(np.nan)
+    infinite = np.flatnonzero(np.isinf(values.to_numpy()))
+    if len(infinite):
+        first = int(infinite[0]) + 1
+        raise InputError(f"column {name!r} has {len(infinite)} infinite values (first in row {first}); replace them")
+    return values
+
+
+def _is_number(kind: pa.DataType) -> bool:
+    types = pa.types
+    checks = (types.is_integer, types.is_floating, types.is_decimal, types.is_null)
+    return any(check(kind) for check in checks)
+
+
+def _column_from_json(document: dict[str, Any]) -> Column:
+    if document["kind"] == "numeric":
+        return NumericColumn(**document)
+    return CategoricalColumn(document["name"], tuple(document["categories"]))
+
+
+def row_ids(table: pa.Table) -> npt.NDArray[np.intp]:
+    """A number [N] for each row: two rows have the same number when they agree in every column."""
+    codes = [_codes(_column(table, name)) for name in table.column_names]
+    _, ids = np.unique(np.stack(codes, axis=1), axis=0, return_inverse=True)
+    return ids.reshape(-1)
+
+
+def _codes(values: pa.ChunkedArray) -> npt.NDArray[np.int64]:
+    indices = pa.concat_arrays(values.chunks).dictionary_encode(null_encoding="encode").indices
+    return np.asarray(indices.to_numpy(zero_copy_only=False), dtype=np.int64)

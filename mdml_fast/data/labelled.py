@@ -1,0 +1,121 @@
+"""A table whose rows have a class, some classes being the normal ones."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from mdml_fast.errors import InputError
+
+MIN_NORMALS = 20
+
+Names = npt.NDArray[np.object_]
+
+
+@dataclass(frozen=True)
+class LabelledTable:
+    """Features, and for each row its class and, where given, its group.
+
+    Attributes:
+        features: N rows, only the columns that are features.
+        labels: class name of each row [N].
+        normal: the names of the normal classes; every other class is an anomaly class.
+        groups: what must not be on both sides of a split [N], or None.
+    """
+
+    features: pa.Table
+    labels: Names
+    normal: tuple[str, ...]
+    groups: Names | None = None
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def is_normal(self) -> npt.NDArray[np.bool_]:
+        """Whether each row [N] belongs to a normal class."""
+        return np.isin(self.labels.astype(str), self.normal)
+
+    def take(self, rows: npt.NDArray[np.intp]) -> LabelledTable:
+        """The table of these rows, in this order."""
+        groups = None if self.groups is None else self.groups[rows]
+        return LabelledTable(self.features.take(pa.array(rows)), self.labels[rows], self.normal, groups)
+
+    def anomaly_classes(self) -> dict[str, int]:
+        """Each anomaly class and its number of rows, by name."""
+        names, counts = np.unique(self.labels[~self.is_normal].astype(str), return_counts=True)
+        return dict(zip(names.tolist(), counts.tolist(), strict=True))
+
+
+def label_table(
+    table: pa.Table, label: str, normal: Sequence[str], ignore: Sequence[str] = (), group: str | None = None
+) -> LabelledTable:
+    """Split a table into features, classes and groups.
+
+    Args:
+        table: the data.
+        label: the column of classes.
+        normal: the classes that are normal.
+        ignore: columns that are no features.
+        group: a column whose values must not be on both sides of a split; no feature either.
+
+    Raises:
+        InputError: a column or a class does not occur, a value is missing, or fewer than 20 rows are normal.
+    """
+    for role, column in [("label", label), ("group", group), *(("ignored", name) for name in ignore)]:
+        if column is not None and column not in table.column_names:
+            raise InputError(f"there is no {role} column {column!r}; the columns are {_listed(table.column_names)}")
+    features = table.drop_columns([name for name in {label, group, *ignore} if name is not None])
+    if not features.num_columns:
+        raise InputError("no feature column is left; give a table with more columns or ignore fewer")
+    groups = None if group is None else class_names(table[group], f"group column {group!r}")
+    labels = class_names(table[label], f"label column {label!r}")
+    check_normals(labels, normal)
+    return LabelledTable(features, labels, tuple(normal), groups)
+
+
+def class_names(values: Any, what: str) -> Names:
+    """Class labels of any kind as strings [N].
+
+    Raises:
+        InputError: a value is missing, or the values are no labels.
+    """
+    if isinstance(values, (pa.Array, pa.ChunkedArray)):
+        column = values
+    else:
+        array = np.asarray(values)
+        if array.ndim != 1:
+            raise InputError(f"{what} must hold one label per row, got an array of shape {list(array.shape)}")
+        try:
+            column = pa.array(array, from_pandas=True)
+        except (pa.ArrowException, TypeError) as error:
+            raise InputError(f"{what} must hold labels of one kind: numbers or text") from error
+    if column.null_count:
+        first = int(np.flatnonzero(np.asarray(column.is_null()))[0])
+        raise InputError(f"{what} has {column.null_count} missing values (first in row {first + 1}); drop those rows")
+    if pa.types.is_nested(column.type):
+        raise InputError(f"{what} holds {column.type}; labels must be numbers or text")
+    return np.asarray(column.cast(pa.string()).to_pylist(), dtype=object)
+
+
+def check_normals(labels: Names, normal: Sequence[str]) -> None:
+    """Raise InputError unless every class in `normal` occurs and together they have at least 20 rows."""
+    present, counts = np.unique(labels.astype(str), return_counts=True)
+    if not normal:
+        raise InputError(f"name the normal classes; the classes are {_listed(present)}")
+    for name in normal:
+        if name not in present:
+            raise InputError(f"there is no row of the normal class {name!r}; the classes are {_listed(present)}")
+    total = int(counts[np.isin(present, list(normal))].sum())
+    if total < MIN_NORMALS:
+        raise InputError(f"only {total} normal rows; at least {MIN_NORMALS} are needed")
+
+
+def _listed(names: Sequence[str] | npt.NDArray[np.str_], most: int = 30) -> str:
+    shown = ", ".join(map(str, names[:most]))
+    return shown if len(names) <= most else f"{shown}, … ({len(names)} in all)"

@@ -1,0 +1,255 @@
+"""The detector: scikit-learn's interface over encoding, meta-learning and calibration."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from sklearn.base import BaseEstimator, OutlierMixin
+from sklearn.utils import check_random_state
+from sklearn.utils.validation import check_is_fitted
+
+from mdml_fast.artifact import load_artifact, save_artifact
+from mdml_fast.calibration import ConformalCalibration, calibration_split
+from mdml_fast.data import FeatureEncoder, as_table
+from mdml_fast.data.encoding import Floats
+from mdml_fast.data.labelled import Names, check_normals, class_names
+from mdml_fast.errors import ArtifactError, InputError
+from mdml_fast.meta.paper import PaperConfig, PaperModel, TrainingRows
+from mdml_fast.meta.training import Progress
+from mdml_fast.presets import preset_config
+
+DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
+
+
+class MDMLDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
+    """Find anomalies of classes that were never labelled, from normals and a few labelled anomalies of other classes.
+
+    Args:
+        preset: ``default``, ``paper``, or a `PaperConfig`.
+        normal: the names of the normal classes in y. None: 1 where y is of 1 and -1, 0 where it is of 0 and 1.
+        false_alarm_rate: the share of normals, in (0, 1), that `predict` may flag.
+        random_state: an int makes `fit` repeatable to the bit.
+        device: ``auto`` (a GPU where there is one), ``cpu`` or ``cuda``.
+        dtype: ``float32`` or ``bfloat16``, which the networks compute in; weights stay float32.
+
+    Attributes:
+        encoder_: the fitted `FeatureEncoder`.
+        model_: the trained model.
+        calibration_: the `ConformalCalibration`.
+        normal_classes_: names of the normal classes.
+        anomaly_classes_: names of the anomaly classes seen in training.
+        notes_: what a user should know about this fit, a line each.
+
+    Example:
+        >>> detector = MDMLDetector(random_state=0).fit(X, y, normal=["ok"])
+        >>> alarms = detector.predict(X_new) == -1
+    """
+
+    def __init__(
+        self,
+        preset: str | PaperConfig = "default",
+        *,
+        normal: Sequence[Any] | None = None,
+        false_alarm_rate: float = 0.01,
+        random_state: int | np.random.RandomState | None = None,
+        device: str = "auto",
+        dtype: str = "float32",
+    ) -> None:
+        self.preset = preset
+        self.normal = normal
+        self.false_alarm_rate = false_alarm_rate
+        self.random_state = random_state
+        self.device = device
+        self.dtype = dtype
+
+    def fit(
+        self,
+        X: Any,
+        y: Any = None,
+        *,
+        normal: Sequence[Any] | None = None,
+        groups: Any = None,
+        progress: Progress | None = None,
+        checkpoint: Path | None = None,
+        resume: bool = False,
+    ) -> Self:
+        """Learn from normals and labelled anomalies.
+
+        Args:
+            X: N rows: a pyarrow, pandas or polars table, or an array [N, d].
+            y: class of each row [N]; None means that all are normal. Without anomalies it learns from normals alone.
+            normal: the names of the normal classes; overrides the constructor's.
+            groups: group of each row [N]: training and calibration normals share none.
+            progress: told after each outer step.
+            checkpoint: a file for the state of the run, which stays when the run is cut off.
+            resume: go on from that file, where there is one.
+
+        Raises:
+            InputError: the rows, classes or settings can't be used; the message says what to do.
+        """
+        config = preset_config(self.preset)
+        device, dtype = resolve_device(self.device), _dtype(self.dtype)
+        if not 0 < self.false_alarm_rate < 1:
+            raise InputError(f"false_alarm_rate must be between 0 and 1, got {self.false_alarm_rate}")
+        table = as_table(X)
+        labels, normal_classes = _labels(y, self.normal if normal is None else normal, table.num_rows)
+        seed = int(check_random_state(self.random_state).randint(2**31))
+
+        is_normal = np.isin(labels.astype(str), normal_classes)
+        normals, anomalies = np.flatnonzero(is_normal), np.flatnonzero(~is_normal)
+        group_names = None if groups is None else class_names(groups, "groups")[normals]
+        train, calibration = calibration_split(len(normals), self.false_alarm_rate, group_names, seed)
+
+        used = np.concatenate([normals[train], anomalies])
+        self.encoder_ = FeatureEncoder.fit(table, is_normal, used)
+        rows = self.encoder_.transform(table)
+        training = TrainingRows(rows[normals[train]], labels[normals[train]], rows[anomalies], labels[anomalies])
+        self.model_ = PaperModel.fit(
+            training,
+            config,
+            seed=seed,
+            device=device,
+            dtype=dtype,
+            progress=progress,
+            checkpoint=checkpoint,
+            resume=resume,
+        )
+        self.calibration_ = ConformalCalibration(self.model_.score(rows[normals[calibration]]))
+        self.normal_classes_ = list(normal_classes)
+        self.anomaly_classes_ = np.unique(labels[anomalies].astype(str)).tolist()
+        self.n_features_in_ = table.num_columns
+        self.feature_names_in_ = np.array(table.column_names, dtype=object)
+        self.notes_ = self._notes()
+        return self
+
+    def score_samples(self, X: Any) -> Floats:
+        """The score of each row [N]: the log-odds of its confidence, higher is more normal."""
+        check_is_fitted(self)
+        return self.model_.score(self.encoder_.transform(as_table(X)))
+
+    def p_value(self, X: Any) -> Floats:
+        """The conformal p-value [N] of "this row is normal", in (0, 1]."""
+        return self.calibration_.p_value(self.score_samples(X))
+
+    def decision_function(self, X: Any) -> Floats:
+        """The p-value less the false-alarm rate [N]: above 0 for rows that `predict` passes, up to 0 for alarms."""
+        return self.p_value(X) - self.false_alarm_rate
+
+    def predict(self, X: Any) -> npt.NDArray[np.int64]:
+        """-1 for rows whose p-value is at most the false-alarm rate (alarms), 1 for the others [N]."""
+        return np.where(self.decision_function(X) <= 0, -1, 1)
+
+    def save(self, path: Path | str, metrics: Mapping[str, Any] | None = None) -> None:
+        """Write the model to a folder, with what was measured of it, where given.
+
+        Raises:
+            InputError: there is something else at that path.
+        """
+        check_is_fitted(self)
+        document = {
+            "preset": self.preset if isinstance(self.preset, str) else "custom",
+            "config": asdict(self.model_.config),
+            "false_alarm_rate": self.false_alarm_rate,
+            "dtype": self.dtype,
+            "normal_classes": self.normal_classes_,
+            "anomaly_classes": self.anomaly_classes_,
+            "columns": self.feature_names_in_.tolist(),
+            "features": self.encoder_.to_json(),
+            "metrics": dict(metrics or {}),
+        }
+        calibration = {"calibration.scores": torch.from_numpy(self.calibration_.scores)}
+        save_artifact(Path(path), document, self.model_.to_tensors() | calibration)
+
+    @classmethod
+    def load(cls, path: Path | str, device: str = "auto") -> MDMLDetector:
+        """The detector that was saved to a folder.
+
+        Raises:
+            InputError: there is no model, or it is damaged, foreign or of another version.
+        """
+        path = Path(path)
+        document, tensors = load_artifact(path)
+        target = resolve_device(device)
+        try:
+            config = PaperConfig(**document["config"])
+            named = document["preset"] != "custom"
+            detector = cls(
+                document["preset"] if named else config,
+                normal=document["normal_classes"],
+                false_alarm_rate=document["false_alarm_rate"],
+                device=device,
+                dtype=document["dtype"],
+            )
+            detector.calibration_ = ConformalCalibration(tensors.pop("calibration.scores").numpy())
+            detector.model_ = PaperModel.from_tensors(config, tensors, target, _dtype(document["dtype"]))
+            detector.encoder_ = FeatureEncoder.from_json(document["features"])
+            detector.normal_classes_ = document["normal_classes"]
+            detector.anomaly_classes_ = document["anomaly_classes"]
+            detector.feature_names_in_ = np.array(document["columns"], dtype=object)
+            detector.n_features_in_ = len(document["columns"])
+        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
+            raise ArtifactError(
+                f"{path} is damaged: its parts do not fit together ({error}); train it again"
+            ) from error
+        detector.notes_ = detector._notes()
+        return detector
+
+    def _notes(self) -> list[str]:
+        notes = self.encoder_.notes()
+        if not self.anomaly_classes_:
+            notes.append("no labelled anomalies: learned from normals alone, with synthetic anomalies")
+        if self.calibration_.lowest_rate > self.false_alarm_rate:
+            notes.append(
+                f"a false-alarm rate of {self.false_alarm_rate:g} can't be promised with "
+                f"{len(self.calibration_.scores)} calibration normals; "
+                f"the lowest attainable is {self.calibration_.lowest_rate:.2g}"
+            )
+        return notes
+
+
+def resolve_device(name: str) -> torch.device:
+    """The torch device of ``auto``, ``cpu`` or ``cuda``.
+
+    Raises:
+        InputError: it is none of these, or there is no GPU.
+    """
+    if name not in ("auto", "cpu", "cuda"):
+        raise InputError(f"device must be auto, cpu or cuda, got {name!r}")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("device cuda was asked for, but torch finds no GPU; use auto or cpu")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def _dtype(name: str) -> torch.dtype | None:
+    if name not in DTYPES:
+        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
+    return DTYPES[name]
+
+
+def _labels(y: Any, normal: Sequence[Any] | None, n_rows: int) -> tuple[Names, tuple[str, ...]]:
+    """The class of each row, and the names of the normal classes."""
+    if y is None:
+        labels: Names = np.full(n_rows, "normal", dtype=object)
+        normal = ["normal"]
+    else:
+        labels = class_names(y, "y")
+    if len(labels) != n_rows:
+        raise InputError(f"y has {len(labels)} labels for {n_rows} rows")
+    if normal is None:
+        normal = _conventional_normal(set(labels))
+    names = tuple(class_names(list(normal), "normal"))
+    check_normals(labels, names)
+    return labels, names
+
+
+def _conventional_normal(present: set[str]) -> list[str]:
+    """The normal class of scikit-learn's 1 / -1 and of the usual 0 / 1; [] where the labels are neither."""
+    if "-1" in present and present <= {"1", "-1"}:
+        return ["1"]
+    return ["0"] if "0" in present and present <= {"0", "1"} else []

@@ -1,0 +1,123 @@
+"""Drawing many episodes at once, on the device, each a pure function of (seed, episode number)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mdml_fast.episodes.directions import Direction
+from mdml_fast.episodes.families import Families
+from mdml_fast.episodes.random import uniform
+
+
+class EpisodeBatch(NamedTuple):
+    """E episodes.
+
+    Attributes:
+        support: normal rows of the inner loop [E, n, d].
+        query: normal, then anomalous rows of the outer step [E, q, d].
+        is_ood: which query rows are anomalous, bool [E, q].
+        direction: the number of each episode's direction, int64 [E].
+    """
+
+    support: Tensor
+    query: Tensor
+    is_ood: Tensor
+    direction: Tensor
+
+
+class EpisodeSampler:
+    """Episodes of a fixed size over fixed rows and directions.
+
+    Episode e learns from direction e mod D. A row is drawn by drawing a family of the direction, then one of its rows.
+    Support and ID query never share a row (unless a family has only one): each episode cuts each family's rows, in a
+    shuffled order, into two halves at a place of its own.
+
+    Args:
+        rows: all rows that episodes may hold, float [N, d], on the device that shall sample.
+        id_families: positions in rows of each ID family.
+        ood_families: positions in rows of each OOD family.
+        directions: pairings of the two.
+        n_support: support rows per episode.
+        n_query_id: normal query rows per episode.
+        n_query_ood: anomalous query rows per episode.
+        seed: any int.
+    """
+
+    def __init__(
+        self,
+        rows: Tensor,
+        id_families: Families,
+        ood_families: Families,
+        directions: Sequence[Direction],
+        *,
+        n_support: int,
+        n_query_id: int,
+        n_query_ood: int,
+        seed: int,
+    ) -> None:
+        self.rows = rows
+        self.n_support, self.n_query_id, self.n_query_ood = n_support, n_query_id, n_query_ood
+        self.seed = seed
+        self.n_directions = len(directions)
+        rng = np.random.default_rng(seed)
+        self._id = _FamilyTable(id_families, [direction.id_families for direction in directions], rng, rows.device)
+        self._ood = _FamilyTable(ood_families, [direction.ood_families for direction in directions], rng, rows.device)
+
+    def batch(self, first: int, n_episodes: int) -> EpisodeBatch:
+        """Episodes first, …, first + n_episodes - 1."""
+        episode = torch.arange(first, first + n_episodes, device=self.rows.device).unsqueeze(-1)
+        direction = episode % self.n_directions
+        # Each kind of draw has numbers of its own: two for each row, and the cut of each family.
+        sizes = [self.n_support, self.n_query_id, self.n_query_ood]
+        support, query_id, query_ood = torch.arange(sum(sizes), device=self.rows.device).split(sizes)  # type: ignore[no-untyped-call]
+        support_rows = self._id.draw(self.seed, episode, direction, support, half=0)
+        query_rows = torch.cat(
+            [
+                self._id.draw(self.seed, episode, direction, query_id, half=1),
+                self._ood.draw(self.seed, episode, direction, query_ood, half=None),
+            ],
+            dim=1,
+        )
+        is_ood = torch.arange(query_rows.shape[1], device=self.rows.device) >= self.n_query_id
+        return EpisodeBatch(
+            self.rows[support_rows],
+            self.rows[query_rows],
+            is_ood.expand(n_episodes, -1),
+            direction.squeeze(-1),
+        )
+
+
+class _FamilyTable:
+    """Families as flat tensors, so that a draw is arithmetic and one gather."""
+
+    def __init__(
+        self, families: Families, chosen: Sequence[Sequence[int]], rng: np.random.Generator, device: torch.device
+    ) -> None:
+        sizes = np.array([len(rows) for rows in families.rows])
+        widest = max(map(len, chosen))
+        padded = [[*choice, *[choice[0]] * (widest - len(choice))] for choice in chosen]
+        self.rows = torch.as_tensor(np.concatenate([rng.permutation(rows) for rows in families.rows]), device=device)
+        self.size = torch.as_tensor(sizes, device=device)  # [F]
+        self.offset = torch.as_tensor(np.cumsum(sizes) - sizes, device=device)  # [F]
+        self.choice = torch.as_tensor(padded, device=device)  # [D, widest]
+        self.n_choices = torch.as_tensor([len(choice) for choice in chosen], device=device)  # [D]
+
+    def draw(self, seed: int, episode: Tensor, direction: Tensor, draw: Tensor, half: int | None) -> Tensor:
+        """Positions of rows, int64 [E, len(draw)]; half 0 or 1 of each family's rows, None for all of them."""
+        slot = (uniform(seed, episode, 2 * draw) * self.n_choices[direction]).long()
+        family = self.choice[direction, slot]
+        size = self.size[family]
+        place = uniform(seed, episode, 2 * draw + 1)
+        if half is None:
+            return self.rows[self.offset[family] + (place * size).long()]
+        # Negative draw numbers belong to the cuts: one for each family, whatever rows the episode draws.
+        cut = (uniform(seed, episode, -1 - family) * size).long()
+        first_half = (size // 2).clamp(min=1)
+        start, length = (0, first_half) if half == 0 else (first_half, (size - first_half).clamp(min=1))
+        within = cut + start + (place * length).long()
+        return self.rows[self.offset[family] + within % size]

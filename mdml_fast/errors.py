@@ -1,0 +1,9 @@
+"""What goes wrong for reasons that the user can mend."""
+
+
+class InputError(ValueError):
+    """Bad input: one line that says what is wrong, where, and what to do."""
+
+
+class ArtifactError(InputError):
+    """A model directory or checkpoint that is damaged, foreign or made by another version."""

@@ -1,0 +1,220 @@
+"""preset="paper": the published algorithm of Roy, Mili, Boker, arXiv 2601.19833."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from mdml_kernels import SoftmaxMarginLoss
+from torch import Tensor, nn
+
+from mdml_fast.data.encoding import Rows
+from mdml_fast.data.labelled import Names
+from mdml_fast.episodes import (
+    EpisodeSampler,
+    Families,
+    anomaly_families,
+    make_directions,
+    normal_families,
+    synthetic_rows,
+)
+from mdml_fast.meta.checkpoint import Checkpoint
+from mdml_fast.meta.engine import ADAPTED, MetaEngine, Parameters
+from mdml_fast.meta.training import Progress, train
+
+# Rows that are embedded at once, so that memory does not grow with the table.
+SCORING_ROWS = 65_536
+
+
+@dataclass(frozen=True)
+class PaperConfig:
+    """The constants of the paper's algorithm.
+
+    The paper leaves sizes and rates open. inner_lr, margin and the encoder's Tanh were the better of a few tried, by
+    the mean AUROC on unseen classes of digits and four open tables; figures on those five flatter them to that extent.
+    The other constants are plain choices for standardised rows.
+    """
+
+    hidden: int = 128
+    embedding: int = 64
+    # Logits whose largest softmax probability is the confidence; they need not be classes.
+    n_logits: int = 16
+    inner_steps: int = 5
+    inner_lr: float = 0.3
+    # A gap of 1 can't be reached; 0.9 still pulls when normals and seen anomalies are well apart.
+    margin: float = 0.9
+    temperature: float = 1.0
+    learn_temperature: bool = False
+    # 0 leaves the decoder out.
+    reconstruction_weight: float = 0.0
+    second_order: bool = False
+    n_directions: int = 8
+    outer_steps: int = 200
+    episodes_per_step: int = 16
+    outer_lr: float = 1e-3
+    n_support: int = 64
+    n_query_id: int = 64
+    n_query_ood: int = 16
+    # The final inner loop sees at most so many normals: its gradient is a mean that more rows hardly move.
+    n_adaptation: int = 2_000
+
+
+class TrainingRows(NamedTuple):
+    """Encoded training rows: normals [N, d] with classes [N], anomalies [M, d] with classes [M]; M may be 0."""
+
+    normals: Rows
+    normal_labels: Names
+    anomalies: Rows
+    anomaly_labels: Names
+
+
+class PaperModel:
+    """Encoder, linear head and temperature, with the encoder adapted to all training normals."""
+
+    def __init__(self, config: PaperConfig, engine: MetaEngine, adapted: Parameters, losses: list[float]) -> None:
+        self.config, self.losses = config, losses
+        self._engine = engine
+        self._adapted = adapted
+
+    @classmethod
+    def fit(
+        cls,
+        rows: TrainingRows,
+        config: PaperConfig,
+        *,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        progress: Progress | None = None,
+        checkpoint: Path | None = None,
+        resume: bool = False,
+    ) -> PaperModel:
+        """Meta-train on episodes of the rows, then adapt the encoder to the normals.
+
+        Without anomalies, synthetic ones stand in for them in the outer step.
+
+        Args:
+            rows: the training rows.
+            config: the constants.
+            seed: of families, directions, episodes and initial weights.
+            device: where to train.
+            dtype: of the networks' computation; None is float32.
+            progress: told after each outer step.
+            checkpoint: a file for the state of the run; it stays when the run is cut off.
+            resume: go on from that file.
+        """
+        engine = _engine(config, rows.normals.shape[1], seed, dtype)
+        engine.modules.to(device)
+        losses = train(
+            engine,
+            _sampler(rows, config, seed, device),
+            n_steps=config.outer_steps,
+            episodes_per_step=config.episodes_per_step,
+            outer_lr=config.outer_lr,
+            progress=progress,
+            checkpoint=Checkpoint(checkpoint, _fingerprint(rows, config, seed, dtype), resume) if checkpoint else None,
+        )
+        chosen = np.random.default_rng(seed).permutation(len(rows.normals))[: config.n_adaptation]
+        normals = torch.as_tensor(rows.normals[chosen], device=device)
+        return cls(config, engine, engine.adapt(normals.unsqueeze(0)), losses)
+
+    def score(self, rows: Rows) -> npt.NDArray[np.float64]:
+        """log(S / (1 - S)) of each row [N, d] -> [N]; higher is more normal."""
+        loss = self._engine.modules["loss"]
+        assert isinstance(loss, SoftmaxMarginLoss)
+        device = next(iter(self._adapted.values())).device
+        scores = [np.empty(0)]
+        with torch.inference_mode():
+            for start in range(0, len(rows), SCORING_ROWS):
+                part = torch.as_tensor(rows[start : start + SCORING_ROWS], device=device)
+                logits = self._engine.logits(self._adapted, part.unsqueeze(0)).squeeze(0)
+                scores.append(loss.log_odds(logits).double().cpu().numpy())
+        return np.concatenate(scores)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The weights by name: the meta-parameters, and the adapted ones under `adapted.`."""
+        meta = {name: value.detach().cpu() for name, value in self._engine.parameters().items()}
+        return meta | {f"adapted.{name}": value.cpu() for name, value in self._adapted.items()}
+
+    @classmethod
+    def from_tensors(
+        cls, config: PaperConfig, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype | None
+    ) -> PaperModel:
+        """The inverse of `to_tensors`.
+
+        Raises:
+            KeyError, RuntimeError: the weights are not those of this configuration.
+        """
+        engine = _engine(config, tensors["encoder.0.weight"].shape[1], 0, dtype)
+        engine.modules.load_state_dict({name: tensors[name] for name in engine.parameters()})
+        engine.modules.to(device)
+        adapted = {
+            name: tensors[f"adapted.{name}"].to(device) for name in engine.parameters() if name.startswith(ADAPTED)
+        }
+        return cls(config, engine, adapted, [])
+
+
+def _engine(config: PaperConfig, n_features: int, seed: int, dtype: torch.dtype | None) -> MetaEngine:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = nn.Sequential(
+            nn.Linear(n_features, config.hidden),
+            # Bounded, so that a row far from all training rows can't reach any confidence it likes.
+            nn.Tanh(),
+            nn.Linear(config.hidden, config.embedding),
+        )
+        head = nn.Linear(config.embedding, config.n_logits)
+        decoder = nn.Linear(config.embedding, n_features) if config.reconstruction_weight else None
+    loss = SoftmaxMarginLoss(
+        margin=config.margin, temperature=config.temperature, learn_temperature=config.learn_temperature
+    )
+    return MetaEngine(
+        encoder,
+        head,
+        config.inner_steps,
+        config.inner_lr,
+        loss,
+        first_order=not config.second_order,
+        decoder=decoder,
+        reconstruction_weight=config.reconstruction_weight,
+        dtype=dtype,
+    )
+
+
+def _sampler(rows: TrainingRows, config: PaperConfig, seed: int, device: torch.device) -> EpisodeSampler:
+    rng = np.random.default_rng(seed)
+    anomalies = rows.anomalies
+    if len(anomalies):
+        ood = anomaly_families(rows.anomaly_labels)
+    else:
+        anomalies = synthetic_rows(rows.normals, len(rows.normals), rng)
+        ood = Families(("synthetic",), (np.arange(len(anomalies)),))
+    # Episodes index one matrix: the normals, then the anomalies.
+    ood = Families(ood.names, tuple(positions + len(rows.normals) for positions in ood.rows))
+    id_families = normal_families(rows.normals, rows.normal_labels, rng)
+    return EpisodeSampler(
+        torch.as_tensor(np.concatenate([rows.normals, anomalies]), device=device),
+        id_families,
+        ood,
+        make_directions(len(id_families.names), len(ood.names), config.n_directions, rng),
+        n_support=config.n_support,
+        n_query_id=config.n_query_id,
+        n_query_ood=config.n_query_ood,
+        seed=seed,
+    )
+
+
+def _fingerprint(rows: TrainingRows, config: PaperConfig, seed: int, dtype: torch.dtype | None) -> str:
+    """What decides the weights' bits: the data, the settings and torch's version."""
+    settings = [asdict(config), seed, str(dtype), torch.__version__, *map(list, (rows[1], rows[3]))]
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for matrix in (rows.normals, rows.anomalies):
+        digest.update(np.ascontiguousarray(matrix).tobytes())
+    return digest.hexdigest()

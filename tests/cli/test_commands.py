@@ -1,0 +1,172 @@
+import json
+import resource
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+from support import COMMAND, Run
+
+SMALL = ["--label", "class", "--normal", "ok"]
+
+
+def test_help_answers_in_a_second_without_torch(mdml_fast: Run) -> None:
+    start = time.perf_counter()
+    result = mdml_fast("--help")
+    # Importing torch alone takes longer than this on a machine of two cores.
+    assert time.perf_counter() - start < 1.0
+    for command in ("train", "score", "evaluate", "doctor"):
+        assert command in result.stdout
+
+
+def test_train_without_arguments_learns_the_digits(mdml_fast: Run, tmp_path: Path) -> None:
+    result = mdml_fast("train")
+    assert result.returncode == 0, result.stderr
+    assert "unseen" in result.stdout
+    assert "the model is in mdml-model" in result.stdout
+    assert "training" in result.stderr
+    document = json.loads((tmp_path / "mdml-model" / "model.json").read_text())
+    assert document["normal_classes"] == list("01234")
+    assert 0.5 < document["metrics"]["unseen"]["auroc"]["mean"] < 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mdml-model"]
+
+
+def test_train_score_and_evaluate_a_table(mdml_fast: Run, small_csv: Path, tmp_path: Path) -> None:
+    trained = mdml_fast("train", small_csv, *SMALL, "--out", "m", "--json")
+    assert trained.returncode == 0, trained.stderr
+    document = json.loads(trained.stdout)
+    assert document["anomaly_classes"] == ["odd", "worse"]
+    assert any("constant" in note for note in document["notes"])
+
+    scored = mdml_fast(
+        "score", "m", small_csv, "--out", "s.parquet", "--keep", "class", "--false-alarm-rate", 0.05, "--json"
+    )
+    assert scored.returncode == 0, scored.stderr
+    table = pq.read_table(tmp_path / "s.parquet")
+    assert table.column_names == ["class", "score", "p_value", "is_anomaly"]
+    assert table.num_rows == 300
+    alarms = table["is_anomaly"].to_pylist()
+    assert alarms == [p <= 0.05 for p in table["p_value"].to_pylist()]
+    assert json.loads(scored.stdout)["alarms"] == sum(alarms)
+
+    evaluated = mdml_fast("evaluate", small_csv, *SMALL, "--splits", 2, "--seeds", 1, "--json")
+    assert evaluated.returncode == 0, evaluated.stderr
+    results = json.loads(evaluated.stdout)["results"]
+    assert results.keys() == {"mdml", "knn"}
+
+
+def test_evaluate_open_sets(mdml_fast: Run, open_set: tuple[Path, list[str]]) -> None:
+    path, options = open_set
+    result = mdml_fast("evaluate", path, *options, "--splits", 1, "--seeds", 1, "--max-rows", 8000, "--json")
+    assert result.returncode == 0, result.stderr
+    assert "about 8000" in result.stderr
+    results = json.loads(result.stdout)["results"]
+    assert results["knn"]["unseen"]["auroc"]["mean"] > 0.75
+    assert 0 <= results["mdml"]["unseen"]["fpr95"]["mean"] <= 1
+    assert results["mdml"]["seen"]["auroc"]["mean"] > 0.6
+
+
+def test_train_on_normals_alone_says_so(mdml_fast: Run, small_csv: Path, tmp_path: Path) -> None:
+    rows = [line for line in small_csv.read_text().splitlines() if not line.endswith(("odd", "worse"))]
+    (tmp_path / "normals.csv").write_text("\n".join(rows) + "\n")
+    result = mdml_fast("train", "normals.csv", *SMALL)
+    assert result.returncode == 0, result.stderr
+    assert "learned from normals alone" in result.stderr
+
+
+def test_doctor_checks_the_engine(mdml_fast: Run) -> None:
+    result = mdml_fast("doctor", "--json")
+    assert result.returncode == 0
+    document = json.loads(result.stdout)
+    assert document["ok"]
+    assert len(document["checks"]) >= 4
+    assert "torch" in mdml_fast("doctor").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train", "nothing.csv", *SMALL], "no such file: nothing.csv"),
+        (["train", "text.txt", *SMALL], "not a table"),
+        (["train", "small.csv"], "give --label"),
+        (
+            ["train", "small.csv", "--label", "klass", "--normal", "ok"],
+            "the columns are size, bytes, kind, constant, class",
+        ),
+        (["train", "small.csv", "--label", "class"], "name the normal classes; the classes are odd, ok, worse"),
+        (["train", "small.csv", "--label", "class", "--normal", "fine"], "the classes are odd, ok, worse"),
+        (["train", "small.csv", *SMALL, "--ignore", "nope"], "no ignored column 'nope'"),
+        (["train", "small.csv", *SMALL, "--out", "precious"], "exists and is no model"),
+        (["train", "small.csv", *SMALL, "--preset", "best"], "--preset"),
+        (["train", "few.csv", *SMALL], "only 5 normal rows"),
+        (["train", "flat.csv", *SMALL], "all feature columns are constant"),
+        (["train", "infinite.csv", *SMALL], "column 'x' has 1 infinite values (first in row 3)"),
+        (["train", "--colour"], "No such option"),
+        (["evaluate", "normals.csv", *SMALL], "no anomaly classes"),
+        (["evaluate", "small.csv", *SMALL, "--baseline", "oracle"], "no baseline 'oracle'"),
+        (["score", "nothing", "small.csv", "--out", "s.csv"], "no such model"),
+        (["score", "precious", "small.csv", "--out", "s.csv"], "is no model"),
+        (["score", "nothing", "small.csv", "--out", "s.pdf"], "must end in"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2_and_nothing_is_written(
+    mdml_fast: Run, small_csv: Path, tmp_path: Path, arguments: list[str], says: str
+) -> None:
+    rows = small_csv.read_text().splitlines()
+    (tmp_path / "text.txt").write_text("text")
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "file").write_text("precious")
+    (tmp_path / "few.csv").write_text("\n".join(rows[:6]))
+    (tmp_path / "flat.csv").write_text("x,class\n" + "1,ok\n" * 30)
+    (tmp_path / "infinite.csv").write_text("x,class\n" + "1,ok\n2,ok\ninf,ok\n" + "3,ok\n" * 30)
+    (tmp_path / "normals.csv").write_text("\n".join(rows[:200]))
+    before = sorted(tmp_path.rglob("*"))
+    result = mdml_fast(*arguments, "--json")
+    assert result.returncode == 2
+    assert says in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert result.stdout == ""
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(mdml_fast: Run, small_csv: Path, tmp_path: Path) -> None:
+    assert mdml_fast("train", small_csv, *SMALL, "--out", "m").returncode == 0
+    before = sorted(tmp_path.rglob("*"))
+
+    def small_files_only() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))
+
+    result = mdml_fast("score", "m", small_csv, "--out", "s.csv", preexec_fn=small_files_only)
+    assert result.returncode == 2
+    assert "cannot write" in result.stderr
+    assert result.stderr.count("\n") == 1
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_killed_run_leaves_no_model_and_resumes_to_the_same_bytes(mdml_fast: Run, tmp_path: Path) -> None:
+    checkpoint = tmp_path / "killed.checkpoint"
+    process = subprocess.Popen(
+        [COMMAND, "train", "--out", "killed"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 60
+    while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert not (tmp_path / "killed").exists()
+    assert mdml_fast("train", "--out", "killed", "--resume").returncode == 0
+    assert mdml_fast("train", "--out", "whole").returncode == 0
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("killed", "whole")]
+    assert weights[0] == weights[1]
+    assert not checkpoint.exists()
+
+
+def test_ctrl_c_ends_with_130(tmp_path: Path) -> None:
+    process = subprocess.Popen([COMMAND, "train"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while not (tmp_path / "mdml-model.checkpoint").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130
+    assert not (tmp_path / "mdml-model").exists()

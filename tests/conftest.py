@@ -1,0 +1,52 @@
+"""What tests of several folders share: real tables, a small one, and the command as a user starts it."""
+
+import json
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import COMMAND, DATA, Run
+
+
+@pytest.fixture
+def mdml_fast(tmp_path: Path) -> Run:
+    """Run `mdml-fast` in a process of its own, in an empty folder."""
+
+    def run(*args: object, **options: object) -> subprocess.CompletedProcess[str]:
+        command = [str(COMMAND), *map(str, args)]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, **options)
+
+    return run
+
+
+@pytest.fixture(params=["letter", "nsl_kdd", "shuttle", "tennessee_eastman"])
+def open_set(request: pytest.FixtureRequest) -> tuple[Path, list[str]]:
+    """A real table, and the options that name its classes and columns."""
+    if not (DATA / "protocol.json").exists():
+        pytest.skip(f"no open data sets in {DATA}; name their folder in MDML_DATA")
+    spec = json.loads((DATA / "protocol.json").read_text())[request.param]
+    options = ["--label", spec["label"]]
+    for name in spec["normal"]:
+        options += ["--normal", name]
+    for name in spec["ignore"]:
+        if name != spec.get("group"):
+            options += ["--ignore", name]
+    if "group" in spec:
+        options += ["--group", spec["group"]]
+    return DATA / spec["file"], options
+
+
+@pytest.fixture
+def small_csv(tmp_path: Path) -> Path:
+    """300 rows with a number, a heavy tail, a category, gaps, a constant; two anomaly classes of 30 rows."""
+    rng = np.random.default_rng(0)
+    lines = ["size,bytes,kind,constant,class"]
+    for row in range(300):
+        label = "ok" if row < 240 else ("odd" if row < 270 else "worse")
+        shift = {"ok": 0.0, "odd": 4.0, "worse": -4.0}[label]
+        size = "" if row % 50 == 7 else f"{rng.normal(shift):.5f}"
+        lines.append(f"{size},{np.exp(rng.normal(5, 4)):.3f},{'ab'[row % 2]},1,{label}")
+    path = tmp_path / "small.csv"
+    path.write_text("\n".join(lines) + "\n")
+    return path

@@ -1,0 +1,90 @@
+import pytest
+import torch
+from mdml_kernels import SoftmaxMarginLoss
+from torch import Tensor, nn
+
+from mdml_fast import MetaEngine
+from mdml_fast.diagnosis import loop_meta_gradients
+
+
+def networks(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module]:
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Linear(12, 24), nn.ReLU(), nn.Linear(24, 8)).to(dtype)
+    return encoder, nn.Linear(8, 5).to(dtype)
+
+
+def episodes(dtype: torch.dtype = torch.float32, n: int = 6) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(1)
+    is_ood = torch.arange(20) >= 14
+    return torch.randn(n, 16, 12, dtype=dtype), torch.randn(n, 20, 12, dtype=dtype), is_ood.expand(n, -1)
+
+
+@pytest.mark.parametrize("first_order", [True, False])
+@pytest.mark.parametrize("inner_steps", [0, 1, 5])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)])
+def test_meta_gradients_equal_a_loop_over_episodes(
+    first_order: bool, inner_steps: int, dtype: torch.dtype, tolerance: float
+) -> None:
+    loss = SoftmaxMarginLoss(learn_temperature=True).to(dtype)
+    engine = MetaEngine(*networks(dtype), inner_steps, 0.2, loss, first_order)
+    out = engine.meta_gradients(*episodes(dtype))
+    losses, grads = loop_meta_gradients(engine, *episodes(dtype))
+    assert (out.loss - losses).norm() <= tolerance * losses.norm()
+    assert out.grads.keys() == grads.keys() == engine.parameters().keys()
+    for name, expected in grads.items():
+        assert expected.norm() > 0, name
+        assert (out.grads[name] - expected).norm() <= tolerance * expected.norm(), name
+
+
+def test_first_and_second_order_differ() -> None:
+    first, second = (MetaEngine(*networks(), first_order=order).meta_gradients(*episodes()) for order in (True, False))
+    torch.testing.assert_close(first.loss, second.loss)
+    name = "encoder.0.weight"
+    assert (first.grads[name] - second.grads[name]).norm() > 1e-3 * first.grads[name].norm()
+
+
+def test_a_decoder_adds_the_reconstruction_error_of_normals() -> None:
+    encoder, head = networks()
+    support, query, is_ood = episodes()
+    decoder = nn.Linear(8, 12)
+    plain = MetaEngine(encoder, head, 0).meta_gradients(support, query, is_ood)
+    out = MetaEngine(encoder, head, 0, decoder=decoder, reconstruction_weight=2.0).meta_gradients(
+        support, query, is_ood
+    )
+    normal_query = query[:, :14]
+    errors = (decoder(encoder(normal_query)) - normal_query).square().mean(dim=(-1, -2))
+    torch.testing.assert_close(out.loss, plain.loss + 2 * errors.detach())
+    assert out.grads["decoder.weight"].norm() > 0
+
+
+def test_adapting_lowers_the_one_class_loss() -> None:
+    encoder, head = networks()
+    support, _, _ = episodes()
+    loss = SoftmaxMarginLoss()
+    engine = MetaEngine(encoder, head, inner_steps=5, inner_lr=0.2, loss=loss)
+    after = loss.one_class(engine.logits(engine.adapt(support), support))
+    assert after < loss.one_class(head(encoder(support)))
+
+
+def test_bfloat16_computes_close_and_keeps_float32_updates() -> None:
+    out = MetaEngine(*networks(), dtype=torch.bfloat16).meta_gradients(*episodes())
+    exact = MetaEngine(*networks()).meta_gradients(*episodes())
+    assert out.grads["head.weight"].dtype == torch.float32
+    torch.testing.assert_close(out.loss, exact.loss, rtol=0.05, atol=0.02)
+    assert not torch.equal(out.loss, exact.loss)
+
+
+def test_no_graph_is_left_behind() -> None:
+    engine = MetaEngine(*networks())
+    out = engine.meta_gradients(*episodes())
+    assert not out.loss.requires_grad
+    assert not any(value.requires_grad for value in [*out.grads.values(), *engine.adapt(episodes()[0]).values()])
+
+
+@pytest.mark.parametrize(
+    ("module", "match"),
+    [(nn.BatchNorm1d(8), "running statistics.*LayerNorm"), (nn.Dropout(0.1), "dropout.*p=0")],
+)
+def test_modules_that_mix_episodes_are_refused(module: nn.Module, match: str) -> None:
+    with pytest.raises(ValueError, match=f"encoder.1 .*{match}"):
+        MetaEngine(nn.Sequential(nn.Linear(12, 8), module), nn.Linear(8, 5))
