@@ -39,7 +39,8 @@ def margin_loss(
         return losses.of_confidence(cpu_loss.textbook_confidence(logits, temperature, background), is_ood, margin, form)
     tau = _per_episode(_inverse(temperature, logits), logits)
     log_background = None if background is None else _per_episode(background, logits)
-    op = cpu_loss.CpuMarginLoss(margin, form, unscaled=not isinstance(temperature, Tensor) and temperature == 1)
+    unscaled = not isinstance(temperature, Tensor) and temperature == 1
+    op = cpu_loss.CpuMarginLoss(margin, form, unscaled, keeps=logits.requires_grad and torch.is_grad_enabled())
     loss = autograd.apply(op, _flat(logits, 2), tau, log_background, _flat(is_ood, 1))
     return _unflat(loss, logits.shape[:-2])
 
