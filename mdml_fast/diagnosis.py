@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from mdml_kernels import SoftmaxMarginLoss
+from mdml_kernels import SoftmaxMarginLoss, explain
 from torch import nn
 from torch.func import functional_call
 
@@ -18,18 +18,24 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
 def diagnose() -> dict[str, Any]:
-    """Versions, devices, and the meta-gradient held against a plain loop over episodes, on every device there is."""
+    """Versions, devices, the loss's backends, and the meta-gradient held against a plain loop over episodes."""
     environment = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
     environment["cpu threads"] = str(torch.get_num_threads())
     environment["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none found by torch"
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    backends = {
+        f"{device}, {str(dtype).removeprefix('torch.')}": explain(torch.empty(1, 1, 2, dtype=dtype, device=device))
+        for device in devices
+        for dtype in (torch.float32, torch.bfloat16)
+    }
     checks = [
         _check(torch.device(device), dtype, first_order)
         for device in devices
         for dtype in TOLERANCE
         for first_order in (True, False)
     ]
-    return {"environment": environment, "checks": checks, "ok": all(check["ok"] for check in checks)}
+    ok = all(check["ok"] for check in checks)
+    return {"environment": environment, "backends": backends, "checks": checks, "ok": ok}
 
 
 def loop_meta_gradients(

@@ -17,7 +17,7 @@ def test_help_answers_in_a_second_without_torch(mdml_fast: Run) -> None:
     result = mdml_fast("--help")
     # Importing torch alone takes longer than this on a machine of two cores.
     assert time.perf_counter() - start < 1.0
-    for command in ("train", "score", "evaluate", "doctor"):
+    for command in ("train", "score", "evaluate", "bench", "doctor"):
         assert command in result.stdout
 
 
@@ -82,13 +82,23 @@ def test_doctor_checks_the_engine(mdml_fast: Run) -> None:
     document = json.loads(result.stdout)
     assert document["ok"]
     assert len(document["checks"]) >= 4
+    assert document["backends"]["cpu, float32"].startswith("cpu: ")
     assert "torch" in mdml_fast("doctor").stdout
+
+
+def test_bench_prints_ratios(mdml_fast: Run) -> None:
+    result = mdml_fast("bench", "kernels", "--case", "pairwise [8", "--rounds", 1, "--json")
+    assert result.returncode == 0, result.stderr
+    (row,) = json.loads(result.stdout)["kernels"]["rows"]
+    assert row["case"] == "pairwise [8, 4096, 16]"
+    assert row["ratios"]["eager"] > 1
 
 
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
         (["train", "nothing.csv", *SMALL], "no such file: nothing.csv"),
+        (["bench", "kernels", "--case", "square"], "no case is named like square; the cases are hinge [64, 80, 16]"),
         (["train", "text.txt", *SMALL], "not a table"),
         (["train", "small.csv"], "give --label"),
         (
