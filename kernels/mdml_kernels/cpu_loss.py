@@ -37,8 +37,8 @@ def textbook_confidence(logits: Tensor, temperature: Scalar, background: Scalar 
         scaled = scaled / temperature
     if background is not None:
         column = reference.per_row(background, logits).unsqueeze(-1).expand(*scaled.shape[:-1], 1)
-        return torch.log_softmax(torch.cat([scaled, column], dim=-1), -1)[..., :-1].max(-1).values.exp()
-    return torch.log_softmax(scaled, -1).max(-1).values.exp()
+        return torch.softmax(torch.cat([scaled, column], dim=-1), -1)[..., :-1].max(-1).values
+    return torch.softmax(scaled, -1).max(-1).values
 
 
 @dataclass(frozen=True)
