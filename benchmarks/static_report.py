@@ -23,6 +23,8 @@ import triton
 from mdml_kernels import (
     aot,
     launch,
+    triton_hinge,
+    triton_hinge_kernels,
     triton_inner_loop,
     triton_linear_kernels,
     triton_mlp_kernels,
@@ -45,7 +47,7 @@ def cases(arch: str) -> Iterator[tuple[Case, dict[str, Any]]]:
             yield from _rows(arch, n_cols, dtype)
     yield from _rows(arch, 512, "fp16")
     yield from _rows(arch, 512, "fp32", mass=True)
-    yield _episode_sums(), {"width": 32}
+    yield from _hinge()
     for precision in PRECISIONS:
         yield from _layers(arch, precision)
         yield from _inner_loop(arch, precision, n_rows=64)
@@ -106,14 +108,18 @@ def _rows(arch: str, n_cols: int, dtype: str, mass: bool = False) -> Iterator[tu
     )
 
 
-def _episode_sums() -> Case:
-    return Case(
-        "episode_sums",
-        triton_row_kernels.episode_sums_kernel,
-        {"odds": FLOAT, "is_ood": "*i1", "sums": FLOAT, "rows_per_episode": "i32", "n_chunks": "i32"},
-        {"CHUNK": 4096, "BLOCK": 512},
-        LaunchConfig(block_rows=512, block_cols=1, num_warps=4),
-    )
+def _hinge() -> Iterator[tuple[Case, dict[str, Any]]]:
+    rows = {"odds": FLOAT, "is_ood": "*i1"}
+    warps = LaunchConfig(block_rows=triton_hinge.BLOCK, block_cols=1, num_warps=4)
+    kernels = triton_hinge_kernels
+    arguments: dict[str, Any] = {**rows, "sums": FLOAT, "rows_per_episode": "i32", "n_chunks": "i32"}
+    constants = {"CHUNK": triton_hinge.CHUNK, "BLOCK": triton_hinge.BLOCK}
+    yield Case("episode_sums", kernels.episode_sums_kernel, arguments, constants, warps), {"width": 32}
+    arguments = {"sums": FLOAT, "loss": FLOAT, "weights": FLOAT, "margin": "fp32", "n_chunks": "i32"}
+    yield Case("hinge", kernels.hinge_kernel, arguments, {}, LaunchConfig(1, 1, num_warps=1)), {"width": 32}
+    arguments = {**rows, "weights": FLOAT, "grad": FLOAT, "slope": FLOAT, "n_rows": "i32", "rows_per_episode": "i32"}
+    constants = {"BLOCK": triton_hinge.BLOCK}
+    yield Case("hinge_slope", kernels.hinge_slope_kernel, arguments, constants, warps), {"width": 32}
 
 
 def _layers(arch: str, precision: Precision) -> Iterator[tuple[Case, dict[str, Any]]]:
