@@ -116,7 +116,7 @@ def _hinge() -> Iterator[tuple[Case, dict[str, Any]]]:
     constants = {"CHUNK": triton_hinge.CHUNK, "BLOCK": triton_hinge.BLOCK}
     yield Case("episode_sums", kernels.episode_sums_kernel, arguments, constants, warps), {"width": 32}
     arguments = {"sums": FLOAT, "loss": FLOAT, "weights": FLOAT, "margin": "fp32", "n_chunks": "i32"}
-    yield Case("hinge", kernels.hinge_kernel, arguments, {}, LaunchConfig(1, 1, num_warps=1)), {"width": 32}
+    yield Case("hinge", kernels.hinge_kernel, arguments, {}, LaunchConfig(1, 1, num_warps=1)), {}
     arguments = {**rows, "weights": FLOAT, "grad": FLOAT, "slope": FLOAT, "n_rows": "i32", "rows_per_episode": "i32"}
     constants = {"BLOCK": triton_hinge.BLOCK}
     yield Case("hinge_slope", kernels.hinge_slope_kernel, arguments, constants, warps), {"width": 32}
