@@ -54,11 +54,12 @@ def print_results(results: Mapping[str, Any]) -> None:
     from rich.table import Table
 
     table = Table(
-        title="Anomaly classes never labelled (unseen) and labelled (seen)", caption="mean ± spread over splits"
+        title="Anomaly classes never labelled (unseen) and labelled (seen)",
+        caption="mean ± spread over splits; FPR95: false alarms where 95 % are found",
     )
     table.add_column("method")
-    table.add_column("anomaly classes")
-    for name in ("AUROC", "AUPRC", "FPR at 95 % TPR", "fit, s"):
+    table.add_column("classes")
+    for name in ("AUROC", "AUPRC", "FPR95", "fit, s"):
         table.add_column(name, justify="right")
     for method, result in results.items():
         for side in ("unseen", "seen"):
@@ -77,7 +78,7 @@ def print_differences(differences: Mapping[str, Any]) -> None:
         title="Gain on unseen classes", caption="mean [95 % interval] over the same splits; positive is better"
     )
     table.add_column("mdml against")
-    for name in ("AUROC", "worst split", "won", "lost", "FPR at 95 % TPR"):
+    for name in ("AUROC", "worst split", "won", "lost", "FPR95"):
         table.add_column(name, justify="right")
     for method, sides in differences.items():
         auroc, fpr = sides["unseen"]["auroc"], sides["unseen"]["fpr95"]
