@@ -33,32 +33,54 @@ def diagnose() -> dict[str, Any]:
 
 
 def loop_meta_gradients(
-    engine: MetaEngine, support: torch.Tensor, query: torch.Tensor, is_ood: torch.Tensor
+    engine: MetaEngine,
+    support: torch.Tensor,
+    query: torch.Tensor,
+    is_ood: torch.Tensor,
+    direction: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """What `MetaEngine.meta_gradients` must give, by a loop over episodes and plain autograd: losses [E], gradients.
 
-    Without decoder; for checks only, it is slow.
+    Without decoder; for checks only, it is slow. With directions, each episode must name its own.
     """
-    encoder, head, loss = (engine.modules[name] for name in ("encoder", "head", "loss"))
-    assert isinstance(loss, SoftmaxMarginLoss)
-    shared = engine.parameters()
-    totals = {name: torch.zeros_like(value) for name, value in shared.items()}
+    settings, params = engine.settings, engine.parameters()
+    episode_loss = _EpisodeLoss(engine.modules)
+    totals = {name: torch.zeros_like(value) for name, value in params.items()}
     losses = []
-    for rows, queries, mask in zip(support, query, is_ood, strict=True):
-        own: dict[str, torch.Tensor] = dict(encoder.named_parameters())
-        for _ in range(engine.inner_steps):
-            inner = loss.one_class(head(functional_call(encoder, own, (rows,))))
-            steps = torch.autograd.grad(inner, list(own.values()), create_graph=not engine.first_order)
-            own = {name: value - engine.inner_lr * g for (name, value), g in zip(own.items(), steps, strict=True)}
-            if engine.first_order:
-                own = {name: value.detach().requires_grad_() for name, value in own.items()}
-        outer = loss(head(functional_call(encoder, own, (queries,))), mask)
-        at = [own[name.removeprefix("encoder.")] if name.startswith("encoder.") else shared[name] for name in shared]
-        grads = torch.autograd.grad(outer, at if engine.first_order else list(shared.values()))
-        for name, gradient in zip(shared, grads, strict=True):
-            totals[name] += gradient / len(support)
+    for episode, (rows, queries, mask) in enumerate(zip(support, query, is_ood, strict=True)):
+        place: Any = ... if direction is None else direction[episode]
+        start = {name: value[place].detach().requires_grad_() for name, value in params.items()}
+        values = start | {name: value[place] for name, value in engine.buffers().items()}
+        for _ in range(settings.inner_steps):
+            own = {name: value for name, value in values.items() if name.startswith("encoder.")}
+            inner = functional_call(episode_loss, values, (rows, rows, None))
+            steps = torch.autograd.grad(inner, list(own.values()), create_graph=not settings.first_order)
+            for (name, value), step in zip(own.items(), steps, strict=True):
+                moved = value - settings.inner_lr * step
+                values[name] = moved.detach().requires_grad_() if settings.first_order else moved
+        outer = functional_call(episode_loss, values, (rows, queries, mask))
+        at = [(values if settings.first_order else start)[name] for name in params]
+        n_sharing = len(support) if direction is None else int(direction.eq(place).sum())
+        for name, gradient in zip(params, torch.autograd.grad(outer, at), strict=True):
+            totals[name][place] += gradient / n_sharing
         losses.append(outer.detach())
     return torch.stack(losses), totals
+
+
+class _EpisodeLoss(nn.Module):
+    """The outer loss of one episode's rows, or without labels the inner one, under the engine's names of parameters."""
+
+    def __init__(self, modules: nn.ModuleDict) -> None:
+        super().__init__()
+        self.encoder, self.head = modules["encoder"], modules["head"]
+        self.loss: Any = modules["loss"]
+
+    def forward(self, support: torch.Tensor, rows: torch.Tensor, is_ood: torch.Tensor | None) -> torch.Tensor:
+        takes_support = getattr(self.head, "takes_support", False)
+        z = self.encoder(rows)
+        logits = self.head(z, self.encoder(support)) if takes_support else self.head(z)
+        value: torch.Tensor = self.loss.one_class(logits) if is_ood is None else self.loss(logits, is_ood)
+        return value
 
 
 def _check(device: torch.device, dtype: torch.dtype, first_order: bool) -> dict[str, Any]:

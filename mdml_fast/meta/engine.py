@@ -1,24 +1,23 @@
-"""Many episodes at once: inner loop, outer loss and meta-gradient through torch.func, no Python loop over episodes."""
+"""Many episodes at once: inner loop, outer loss and meta-gradient, with no Python loop over episodes."""
 
 from __future__ import annotations
 
+import copy
 from typing import NamedTuple
 
 import torch
 from mdml_kernels import SoftmaxMarginLoss
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
 
-Parameters = dict[str, Tensor]
-
-# What the inner loop adapts, by the beginning of its name; all else is shared by the episodes.
-ADAPTED = ("encoder.", "decoder.")
+from mdml_fast.meta.generic import GenericPath
+from mdml_fast.meta.settings import EngineSettings, Parameters, check_batchable
 
 
 class MetaGradients(NamedTuple):
     """Attributes:
     loss: the outer loss of each episode [E].
-    grads: gradient of its mean over episodes, by name: `encoder.…`, `head.…`, `loss.…`, `decoder.…`.
+    grads: gradient of its mean over episodes, by name: `encoder.…`, `head.…`, `loss.…`, `decoder.…`; with
+        directions [D, …], each the mean over the direction's own episodes, zero where it has none.
     """
 
     loss: Tensor
@@ -33,17 +32,23 @@ class MetaEngine:
     head. With a decoder, both levels add the reconstruction error of their normal rows, and the inner loop adapts the
     decoder too.
 
+    With `n_directions` every parameter and buffer is stacked [D, …], D copies of the modules' values to begin with,
+    and each episode names its direction: D engines of their own, in one batched computation. The values may be set
+    for each direction in place, `engine.parameters()[name].data[d] = …`, and trained with any torch optimiser.
+
     Args:
         encoder: rows [n, d] to embeddings [n, z].
-        head: embeddings [n, z] to logits [n, K].
+        head: embeddings [n, z] to logits [n, K]; a head with a true attribute ``takes_support``, as `PrototypeHead`,
+            is called with the embeddings of the episode's support rows too.
         inner_steps: SGD steps of the inner loop; 0 adapts nothing.
         inner_lr: their rate.
-        loss: the margin loss; its temperature may be learned (outer level).
+        loss: the margin loss; its temperature and background may be learned (outer level).
         first_order: take the outer gradient at the adapted parameters, without a graph through the inner loop;
             False differentiates through it.
         decoder: embeddings [n, z] back to rows [n, d], or None.
         reconstruction_weight: of the mean squared reconstruction error; used with a decoder only.
         dtype: what encoder, head and decoder compute in; parameters, updates and losses keep their own dtype.
+        n_directions: D, at least 1; None for parameters that all episodes share.
 
     Raises:
         ValueError: a module can't be batched over episodes, or a number is out of range.
@@ -61,147 +66,104 @@ class MetaEngine:
         decoder: nn.Module | None = None,
         reconstruction_weight: float = 1.0,
         dtype: torch.dtype | None = None,
+        n_directions: int | None = None,
     ) -> None:
-        if inner_steps < 0:
-            raise ValueError(f"inner_steps must be 0 or more, got {inner_steps}")
-        if not inner_lr > 0:
-            raise ValueError(f"inner_lr must be positive, got {inner_lr}")
-        self.inner_steps, self.inner_lr, self.first_order = inner_steps, inner_lr, first_order
-        self.reconstruction_weight = reconstruction_weight
-        self.dtype = dtype
+        self.settings = EngineSettings(inner_steps, inner_lr, first_order, reconstruction_weight, dtype)
         self.modules = nn.ModuleDict({"encoder": encoder, "head": head, "loss": loss or SoftmaxMarginLoss()})
         if decoder is not None:
             self.modules["decoder"] = decoder
-        _check_batchable(self.modules)
+        check_batchable(self.modules)
+        self.n_directions = n_directions
+        if n_directions is not None:
+            self.modules = _stacked(self.modules, n_directions)
+        self._path = GenericPath(self.modules, self.settings)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The meta-parameters by name: `encoder.…`, `head.…`, …; the keys of `MetaGradients.grads`."""
         return dict(self.modules.named_parameters())
 
-    def adapt(self, support: Tensor) -> Parameters:
+    def buffers(self) -> dict[str, Tensor]:
+        """What the modules hold that is not trained, by name; with directions [D, …]."""
+        return dict(self.modules.named_buffers())
+
+    def adapt(self, support: Tensor, direction: Tensor | None = None) -> Parameters:
         """The inner loop of each episode, on its own normals.
 
         Args:
             support: normal rows [E, n, d].
+            direction: of each episode, int64 [E]; with directions only, and then None where E is D: episode i is of i.
 
         Returns:
             The adapted parameters by name, each [E, …]; no graph leads back to the shared ones.
         """
-        params = self._detached()
-        return vmap(lambda rows: self._adapt(params, rows))(support)
+        direction = self._direction(direction, len(support))
+        return self._path.adapt(self._values(direction), support, direction is not None)
 
-    def logits(self, adapted: Parameters, rows: Tensor) -> Tensor:
-        """Logits [E, n, K] of rows [E, n, d] under the parameters that `adapt` gave [E, …] and the head; no graph."""
-        params = self._detached()
-        return vmap(lambda own, x: self._logits(params | own, x)[0])(adapted, rows)
+    def logits(
+        self, adapted: Parameters, rows: Tensor, support: Tensor | None = None, direction: Tensor | None = None
+    ) -> Tensor:
+        """Logits [E, n, K] of rows [E, n, d] under the parameters that `adapt` gave [E, …] and the head; no graph.
 
-    def meta_gradients(self, support: Tensor, query: Tensor, is_ood: Tensor) -> MetaGradients:
+        Args:
+            adapted: what `adapt` returned.
+            rows: [E, n, d].
+            support: normal rows [E, m, d]; for a head that takes them.
+            direction: as in `adapt`.
+        """
+        if self._path.takes_support and support is None:
+            raise ValueError("this engine's head needs the support rows: give support=")
+        direction = self._direction(direction, len(rows))
+        return self._path.logits(adapted, self._values(direction), rows, support, direction is not None)
+
+    def meta_gradients(
+        self, support: Tensor, query: Tensor, is_ood: Tensor, direction: Tensor | None = None
+    ) -> MetaGradients:
         """Outer loss and meta-gradient of a batch of episodes.
 
         Args:
             support: normal rows of the inner loop [E, n, d].
             query: rows of the outer loss [E, q, d].
             is_ood: which query rows are anomalous, bool [E, q].
+            direction: as in `adapt`.
         """
-        params = self._detached()
-        if self.first_order:
-            adapted = self.adapt(support)
-            shared = {name: value for name, value in params.items() if name not in adapted}
-            (own_grads, grads), losses = grad(self._mean_loss, argnums=(0, 1), has_aux=True)(
-                adapted, shared, query, is_ood
-            )
-            # The mean over episodes is in the loss already: episodes' gradients to their own parameters add up.
-            grads |= {name: value.sum(0) for name, value in own_grads.items()}
-        else:
-            grads, losses = grad(self._mean_loss_through, has_aux=True)(params, support, query, is_ood)
-        return MetaGradients(losses, {name: grads[name] for name in params})
+        direction = self._direction(direction, len(support))
+        values = self._values(direction)
+        losses, own = self._path.gradients(values, support, query, is_ood, direction is not None)
+        if direction is None:
+            return MetaGradients(losses, {name: value.mean(0) for name, value in own.items()})
+        assert self.n_directions is not None
+        share = direction.bincount(minlength=self.n_directions).clamp(min=1).to(losses.dtype).reciprocal()
+        grads = {}
+        for name, value in own.items():
+            weighted = value * share[direction].view(-1, *[1] * (value.ndim - 1))
+            grads[name] = value.new_zeros(self.n_directions, *value.shape[1:]).index_add_(0, direction, weighted)
+        return MetaGradients(losses, grads)
 
-    def _mean_loss(
-        self, adapted: Parameters, shared: Parameters, query: Tensor, is_ood: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        losses = vmap(self._outer_loss, in_dims=(0, None, 0, 0))(adapted, shared, query, is_ood)
-        return losses.mean(), losses.detach()
+    def _values(self, direction: Tensor | None) -> Parameters:
+        """Parameters and buffers without a graph: shared, or those of each episode's direction [E, …]."""
+        values = {name: value.detach() for name, value in (self.parameters() | self.buffers()).items()}
+        return values if direction is None else {name: value[direction] for name, value in values.items()}
 
-    def _mean_loss_through(
-        self, params: Parameters, support: Tensor, query: Tensor, is_ood: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        def episode(rows: Tensor, query: Tensor, is_ood: Tensor) -> Tensor:
-            return self._outer_loss(self._adapt(params, rows), params, query, is_ood)
-
-        losses = vmap(episode)(support, query, is_ood)
-        return losses.mean(), losses.detach()
-
-    def _adapt(self, params: Parameters, support: Tensor) -> Parameters:
-        """One episode's inner loop."""
-        own = {name: value for name, value in params.items() if name.startswith(ADAPTED)}
-        shared = {name: value for name, value in params.items() if name not in own}
-        for _ in range(self.inner_steps):
-            steps = grad(self._inner_loss)(own, shared, support)
-            own = {name: value - self.inner_lr * steps[name] for name, value in own.items()}
-        return own
-
-    def _inner_loss(self, own: Parameters, shared: Parameters, support: Tensor) -> Tensor:
-        params = shared | own
-        logits, z = self._logits(params, support)
-        one_class = self._call(params, "loss", logits, method="one_class")
-        return one_class + self._reconstruction(params, z, support).mean()
-
-    def _outer_loss(self, own: Parameters, shared: Parameters, query: Tensor, is_ood: Tensor) -> Tensor:
-        params = shared | own
-        logits, z = self._logits(params, query)
-        margin = self._call(params, "loss", logits, is_ood)
-        is_id = ~is_ood
-        errors = self._reconstruction(params, z, query) * is_id
-        return margin + errors.sum() / is_id.sum().clamp(min=1)
-
-    def _logits(self, params: Parameters, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [n, K] and embeddings [n, z] of rows [n, d]."""
-        z = self._call(params, "encoder", rows)
-        return self._call(params, "head", z).to(rows.dtype), z
-
-    def _reconstruction(self, params: Parameters, z: Tensor, rows: Tensor) -> Tensor:
-        """The weighted mean squared error of each row [n]; zero without a decoder."""
-        if "decoder" not in self.modules:
-            return rows.new_zeros(rows.shape[0])
-        decoded = self._call(params, "decoder", z).to(rows.dtype)
-        errors: Tensor = (decoded - rows).square().mean(-1)
-        return self.reconstruction_weight * errors
-
-    def _call(self, params: Parameters, part: str, *args: Tensor, method: str | None = None) -> Tensor:
-        """Call a module, or a method of it, with these parameters; networks compute in `dtype`."""
-        prefix = f"{part}."
-        own = {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
-        if self.dtype is not None and part != "loss":
-            own = {name: value.to(self.dtype) for name, value in own.items()}
-            args = tuple(arg.to(self.dtype) for arg in args)
-        module = self.modules[part]
-        if method is not None:
-            module = _Method(module, method)
-            own = {f"module.{name}": value for name, value in own.items()}
-        result: Tensor = functional_call(module, own, args)
-        return result
-
-    def _detached(self) -> Parameters:
-        return {name: value.detach() for name, value in self.parameters().items()}
+    def _direction(self, direction: Tensor | None, n_episodes: int) -> Tensor | None:
+        """The direction of each episode [E], None where parameters are shared."""
+        if self.n_directions is None:
+            if direction is not None:
+                raise ValueError("this engine's parameters are shared by all episodes: leave direction out")
+            return None
+        if direction is None:
+            if n_episodes != self.n_directions:
+                raise ValueError(f"{n_episodes} episodes of {self.n_directions} directions: give direction=, int [E]")
+            return torch.arange(n_episodes, device=next(iter(self.parameters().values())).device)
+        if direction.shape != (n_episodes,) or direction.dtype != torch.int64:
+            raise ValueError(f"direction must be int64 [{n_episodes}], got {direction.dtype} {list(direction.shape)}")
+        return direction
 
 
-class _Method(nn.Module):
-    """A module whose forward is a method of another: functional_call only calls forward."""
-
-    def __init__(self, module: nn.Module, method: str) -> None:
-        super().__init__()
-        self.module = module
-        self.method = method
-
-    def forward(self, *args: Tensor) -> Tensor:
-        result: Tensor = getattr(self.module, self.method)(*args)
-        return result
-
-
-def _check_batchable(modules: nn.Module) -> None:
-    """Refuse now what would fail, or mix episodes, deep inside a batched computation."""
-    for name, module in modules.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
-            raise ValueError(f"{name} keeps running statistics, which episodes can't share: use LayerNorm")
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-            raise ValueError(f"{name} is dropout, which has no place in an episode's inner loop: set p=0")
+def _stacked(modules: nn.ModuleDict, n_directions: int) -> nn.ModuleDict:
+    """A copy whose parameters and buffers are [D, …]; such modules only work through functional_call under vmap."""
+    if n_directions < 1:
+        raise ValueError(f"n_directions must be 1 or more, got {n_directions}")
+    modules = copy.deepcopy(modules)
+    for value in (*modules.parameters(), *modules.buffers()):
+        value.data = value.data.expand(n_directions, *value.shape).clone()
+    return modules

@@ -26,7 +26,8 @@ from mdml_fast.episodes import (
     synthetic_rows,
 )
 from mdml_fast.meta.checkpoint import Checkpoint
-from mdml_fast.meta.engine import ADAPTED, MetaEngine, Parameters
+from mdml_fast.meta.engine import MetaEngine
+from mdml_fast.meta.settings import ADAPTED, Parameters
 from mdml_fast.meta.training import Progress, train
 
 # Rows that are embedded at once, so that memory does not grow with the table.
