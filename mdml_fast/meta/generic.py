@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vmap
 
@@ -40,11 +41,19 @@ class GenericPath:
         return vmap(episode, in_dims=in_dims)(adapted, values, rows, support)
 
     def gradients(
-        self, values: Parameters, support: Tensor, query: Tensor, is_ood: Tensor, stacked: bool
+        self, values: Parameters, support: Tensor, query: Tensor, is_ood: Tensor, stacked: bool, group: int
     ) -> tuple[Tensor, Parameters]:
-        """Outer losses [E], and each episode's own meta-gradient [E, …] of every parameter among the values."""
+        """Outer losses [E], and the gradients of every parameter among the values, each summed over groups [G, …].
+
+        A group is so many consecutive episodes, the last one perhaps fewer; a group's bits depend on it alone.
+        """
         differentiate = self._first_order if self.settings.first_order else self._second_order
-        return vmap(differentiate, in_dims=(0 if stacked else None, 0, 0, 0))(values, support, query, is_ood)
+        losses, own = vmap(differentiate, in_dims=(0 if stacked else None, 0, 0, 0))(values, support, query, is_ood)
+        if group == 1:
+            return losses, own
+        return losses, {
+            name: torch.stack([part.sum(0) for part in torch.split(value, group)]) for name, value in own.items()
+        }
 
     def _first_order(
         self, values: Parameters, support: Tensor, query: Tensor, is_ood: Tensor
