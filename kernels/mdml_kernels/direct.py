@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mdml_kernels import chunks, cpu_loss, losses, rows
 from mdml_kernels.autograd import RowOp
-from mdml_kernels.reference import Confidence, Form
+from mdml_kernels.reference import Confidence, Form, accumulation_dtype
 
 
 class LossGradients(NamedTuple):
@@ -76,7 +76,7 @@ def one_class_gradient_(
 def margin_gradients(
     logits: Tensor,
     is_ood: Tensor,
-    tau: Tensor,
+    tau: Tensor | None,
     background: Tensor | None,
     *,
     margin: float,
@@ -90,7 +90,7 @@ def margin_gradients(
     Args:
         logits: float [E, N, K].
         is_ood: bool [E, N].
-        tau: 1/T [E] in the dtype that the logits accumulate in.
+        tau: 1/T [E] in the dtype that the logits accumulate in, None for 1.
         background: b [E], likewise, or None.
         margin: as in `softmax_margin_loss`.
         confidence: likewise.
@@ -99,8 +99,11 @@ def margin_gradients(
         needs_tau: whether the gradient to τ is wanted.
     """
     needs = (True, needs_tau, background is not None)
+    unscaled = tau is None
+    if tau is None:
+        tau = logits.new_ones(len(logits), dtype=accumulation_dtype(logits))
     if backend == "cpu" and confidence == "max" and form != "bce":
-        op: RowOp = cpu_loss.CpuMarginLoss(margin, form)
+        op: RowOp = cpu_loss.CpuMarginLoss(margin, form, unscaled)
         loss, *saved = op.forward((logits, tau, background, is_ood))
         grads = op.backward((logits, tau, background, is_ood), tuple(saved), torch.ones_like(loss), (*needs, False))
     else:

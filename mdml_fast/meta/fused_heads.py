@@ -1,124 +1,76 @@
 """The heads that the fused path takes, for many episodes at once: logits, and the gradients back to embeddings.
 
-Letters: C episodes, n rows, z features of an embedding, K logits. Logits and their gradient are float32 (float64 for
-float64 rows) whatever the products compute in.
+Letters: C episodes, n rows, z features of an embedding, K logits. Logits and their gradient keep the rows' dtype,
+whatever the products compute in.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor, nn
 
-from mdml_fast.meta.fused_layers import Buffers, Use, affine, pull
+from mdml_fast.meta.fused_layers import BatchedLayer, Buffers, Layer, Use, Weights, read_linear
 from mdml_fast.meta.heads import PrototypeHead
 
-
-class FusedHead(Protocol):
-    """What a head does; `values` are its parameters and buffers in the dtype of the products."""
-
-    takes_support: bool
-
-    def logits(self, z: Tensor, support_z: Tensor, values: dict[str, Tensor], out: Tensor, buffers: Buffers) -> None:
-        """Logits [C, n, K] of embeddings z [C, n, z] into out."""
-
-    def pull(
-        self,
-        grad: Tensor,
-        z: Tensor,
-        support_z: Tensor,
-        values: dict[str, Tensor],
-        buffers: Buffers,
-        use: Use | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """From the gradient to the logits to that to z, and to support_z where the head takes it.
-
-        `use` is told of the head's own parameters; None where their gradient is not needed.
-        """
+PROTOTYPES = "prototypes"
 
 
-def read_head(head: nn.Module) -> FusedHead | None:
-    """The head, or None where the fused path does not know it."""
+def read_head(head: nn.Module) -> Layer | str | None:
+    """A linear head's layer, or `PROTOTYPES`; None where the fused path does not know the head."""
     if type(head) is nn.Linear:
-        return LinearHead(None if head.bias is None else "head.bias")
-    return PrototypeLogits() if type(head) is PrototypeHead else None
+        return read_linear("head", head)
+    return PROTOTYPES if type(head) is PrototypeHead else None
 
 
-class LinearHead:
+class BatchedLinearHead:
     """``ℓ = z Wᵀ + c``."""
 
-    takes_support = False
+    def __init__(
+        self, layer: Layer, weights: Weights, n_episodes: int, n_rows: int, buffers: Buffers, dtype: torch.dtype
+    ) -> None:
+        self.layer = BatchedLayer(layer, weights, n_episodes, n_rows, buffers)
+        product = self.layer.after
+        self.out = product if product.dtype == dtype else buffers.take("logits", tuple(product.shape), dtype)
 
-    def __init__(self, bias: str | None) -> None:
-        self.bias = bias
+    def logits(self, z: Tensor, centers: Tensor) -> Tensor:
+        """Logits [C, n, K] of embeddings z [C, n, z], in a buffer; it takes no centers."""
+        del centers
+        product = self.layer.forward(z)
+        return product if product is self.out else self.out.copy_(product)
 
-    def logits(self, z: Tensor, support_z: Tensor, values: dict[str, Tensor], out: Tensor, buffers: Buffers) -> None:
-        """See `FusedHead`."""
-        del support_z
-        product = out if out.dtype == z.dtype else buffers.take("logits product", tuple(out.shape), z.dtype)
-        affine(z, values["head.weight"], values[self.bias] if self.bias else None, product)
-        if product is not out:
-            out.copy_(product)
-
-    def pull(
-        self,
-        grad: Tensor,
-        z: Tensor,
-        support_z: Tensor,
-        values: dict[str, Tensor],
-        buffers: Buffers,
-        use: Use | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """See `FusedHead`."""
-        del support_z
-        grad = grad.to(z.dtype)
+    def pull(self, grad: Tensor, use: Use | None) -> tuple[Tensor, Tensor | None]:
+        """The gradient to z, and to the centers, from that to the logits; `use` is told of the head's own layer."""
+        grad = grad.to(self.layer.weight.dtype)
         if use:
-            use("head.weight", self.bias, grad, z)
-        return pull(grad, values["head.weight"], buffers.take("grad z", tuple(z.shape), z.dtype)), None
+            use(self.layer, grad)
+        return self.layer.pull(grad), None
 
 
-class PrototypeLogits:
-    """``ℓ_k = -|z - c_k|² / 2τ²`` with the support's embeddings as centres c."""
+class BatchedPrototypes:
+    """``ℓ_k = -|z - c_k|² / 2τ²`` with embeddings of the support as centers c [C, K, z]."""
 
-    takes_support = True
+    def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
+        self.variance, self.dtype = weights.master["head.variance"], dtype
+        self.z = self.centers = self.variance
 
-    def logits(self, z: Tensor, support_z: Tensor, values: dict[str, Tensor], out: Tensor, buffers: Buffers) -> None:
-        """See `FusedHead`."""
-        product = out if out.dtype == z.dtype else buffers.take("logits product", tuple(out.shape), z.dtype)
-        torch.bmm(z, support_z.mT, out=product)
-        if product is not out:
-            out.copy_(product)
-        out.sub_(_half_squares(z, out.dtype).unsqueeze(-1)).sub_(_half_squares(support_z, out.dtype).unsqueeze(-2))
-        out.div_(_per_episode(values["head.variance"], out))
+    def logits(self, z: Tensor, centers: Tensor) -> Tensor:
+        """Logits [C, n, K] of embeddings z [C, n, z]."""
+        self.z, self.centers = z, centers
+        logits = torch.bmm(z, centers.mT).to(self.dtype)
+        logits.sub_(self._half_squares(z).unsqueeze(-1)).sub_(self._half_squares(centers).unsqueeze(-2))
+        return logits.div_(self.variance.view(-1, 1, 1))
 
-    def pull(
-        self,
-        grad: Tensor,
-        z: Tensor,
-        support_z: Tensor,
-        values: dict[str, Tensor],
-        buffers: Buffers,
-        use: Use | None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """See `FusedHead`."""
-        del use  # it has no parameters
-        grad.div_(_per_episode(values["head.variance"], grad))
+    def pull(self, grad: Tensor, use: Use | None) -> tuple[Tensor, Tensor | None]:
+        """As `BatchedLinearHead.pull`; there are no parameters to be told of. grad is overwritten."""
+        del use
+        z, centers = self.z, self.centers
+        grad.div_(self.variance.view(-1, 1, 1))
         by_row, by_center = grad.sum(-1, keepdim=True).to(z.dtype), grad.sum(-2).unsqueeze(-1).to(z.dtype)
         grad = grad.to(z.dtype)
-        grad_z = buffers.take("grad z", tuple(z.shape), z.dtype)
-        grad_support = buffers.take("grad support z", tuple(support_z.shape), z.dtype)
-        torch.bmm(grad, support_z, out=grad_z).addcmul_(by_row, z, value=-1)
-        torch.bmm(grad.mT, z, out=grad_support).addcmul_(by_center, support_z, value=-1)
-        return grad_z, grad_support
+        grad_z = torch.bmm(grad, centers).addcmul_(by_row, z, value=-1)
+        return grad_z, torch.bmm(grad.mT, z).addcmul_(by_center, centers, value=-1)
 
-
-def _half_squares(z: Tensor, dtype: torch.dtype) -> Tensor:
-    """|z|²/2 of embeddings [C, n, z], [C, n]."""
-    norms: Tensor = torch.linalg.vector_norm(z, dim=-1, dtype=dtype)
-    return norms.square() / 2
-
-
-def _per_episode(value: Tensor, like: Tensor) -> Tensor:
-    """A scalar, or one value per episode [C], to broadcast against [C, n, K] in its dtype."""
-    return value.to(like.dtype).view(-1, 1, 1)
+    def _half_squares(self, z: Tensor) -> Tensor:
+        """|z|²/2 [C, n] of embeddings [C, n, z]."""
+        norms: Tensor = torch.linalg.vector_norm(z, dim=-1, dtype=self.dtype)
+        return norms.square() / 2

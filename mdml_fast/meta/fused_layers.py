@@ -1,7 +1,7 @@
 """The encoders that the fused path takes, and their layers for many episodes at once: in place, without a graph.
 
-Letters: C episodes, n rows, I and O features into and out of a layer. A weight is [O, I] where episodes share it, one
-large product then serves all of them, or [C, O, I]; a bias [O] or [C, O]. Rows are contiguous [C, n, I].
+Letters: C episodes, n rows, I and O features into and out of a layer. A weight is [O, I] where the episodes share it,
+one large product then serves all of them, or [C, O, I]; a bias [O] or [C, O].
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from mdml_fast.meta.encoders import ResidualEncoder
+from mdml_fast.meta.settings import Parameters
 
 
 class Layer(NamedTuple):
@@ -21,38 +22,39 @@ class Layer(NamedTuple):
 
     weight: str
     bias: str | None
-    activation: str
+    activation: str = ""
 
 
 class Network(NamedTuple):
     """Layers in a row; with log_scale, what they give is added to ``x · exp(log_scale)``."""
 
     layers: tuple[Layer, ...]
-    log_scale: str | None
+    log_scale: str | None = None
 
 
 def read_encoder(encoder: nn.Module) -> Network | None:
     """The encoder as a `Network`, or None where it is none."""
     if type(encoder) is ResidualEncoder:
         inner = Layer("encoder.inner.weight", "encoder.inner.bias", "relu")
-        return Network((inner, Layer("encoder.outer.weight", None, "")), "encoder.log_scale")
+        return Network((inner, Layer("encoder.outer.weight", None)), "encoder.log_scale")
     if type(encoder) is nn.Linear:
-        return Network((_layer("encoder", encoder),), None)
+        return Network((read_linear("encoder", encoder),))
     if type(encoder) is not nn.Sequential or len(set(encoder)) != len(encoder):
         return None
     layers: list[Layer] = []
     for name, module in encoder.named_children():
         if type(module) is nn.Linear:
-            layers.append(_layer(f"encoder.{name}", module))
+            layers.append(read_linear(f"encoder.{name}", module))
         elif layers and not layers[-1].activation and _activation(module):
             layers[-1] = layers[-1]._replace(activation=_activation(module))
         else:
             return None
-    return Network(tuple(layers), None) if layers else None
+    return Network(tuple(layers)) if layers else None
 
 
-def _layer(name: str, module: nn.Linear) -> Layer:
-    return Layer(f"{name}.weight", None if module.bias is None else f"{name}.bias", "")
+def read_linear(name: str, module: nn.Linear) -> Layer:
+    """The layer of a Linear of this name."""
+    return Layer(f"{name}.weight", None if module.bias is None else f"{name}.bias")
 
 
 def _activation(module: nn.Module) -> str:
@@ -62,116 +64,151 @@ def _activation(module: nn.Module) -> str:
     return simple.get(type(module), "")
 
 
+class Weights(NamedTuple):
+    """Parameters and buffers as they are trained, and in the dtype of the products (the same tensors, or copies)."""
+
+    master: Parameters
+    compute: Parameters
+
+
 class Buffers:
-    """Memory by name that is taken again and again: no allocation after the first batch of a shape."""
+    """Memory by name that is taken again and again: nothing is allocated after the first batch of a shape."""
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self._flat: dict[str, Tensor] = {}
 
     def take(self, name: str, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-        """Uninitialised, contiguous; valid until the name is taken again."""
+        """Uninitialised, contiguous; whoever takes the name next has the same memory."""
         size = math.prod(shape)
         flat = self._flat.get(name)
         if flat is None or flat.dtype != dtype or len(flat) < size:
-            flat = self._flat[name] = torch.empty(size, dtype=dtype, device=self._device)
+            flat = self._flat[name] = torch.empty(size, dtype=dtype, device=self.device)
         return flat[:size].view(shape)
 
 
-class Tape(NamedTuple):
-    """What a forward pass leaves: the rows into each layer, each layer's values before its activation, embeddings z."""
-
-    inputs: list[Tensor]
-    before: list[Tensor]
-    z: Tensor
+# Told of a layer once nothing reads its parameters any more, with the gradient to what the layer gives [C, n, O].
+Use = Callable[["BatchedLayer", Tensor], None]
 
 
-def forward(network: Network, x: Tensor, values: dict[str, Tensor], buffers: Buffers) -> Tape:
-    """Embeddings of rows x [C, n, I] under values in x's dtype. The tape lies in the buffers."""
-    inputs, before = [x], []
-    for number, layer in enumerate(network.layers):
-        rows, weight = inputs[-1], values[layer.weight]
-        out = buffers.take(f"layer {number}", (*rows.shape[:-1], weight.shape[-2]), x.dtype)
-        affine(rows, weight, values[layer.bias] if layer.bias else None, out)
-        before.append(out)
-        if layer.activation.startswith("gelu"):  # its derivative wants what was there before it
-            out = buffers.take(f"gelu {number}", tuple(out.shape), x.dtype)
-        inputs.append(_activate(layer.activation, before[-1], out))
-    z = inputs.pop()
-    if network.log_scale:
-        z.addcmul_(x, values[network.log_scale].exp().unsqueeze(-2))
-    return Tape(inputs, before, z)
+class BatchedLayer:
+    """One layer for C episodes of n rows. All views are made here, once: the calls below are a few operations each."""
+
+    def __init__(self, layer: Layer, weights: Weights, n_episodes: int, n_rows: int, buffers: Buffers) -> None:
+        self.layer = layer
+        self.weight, self.master_weight = weights.compute[layer.weight], weights.master[layer.weight]
+        self.bias = self.master_bias = None
+        if layer.bias:
+            self.master_bias, self.bias = (side[layer.bias].unsqueeze(-2) for side in weights)
+        self.weight_t, self.shared = self.weight.mT, self.weight.ndim == 2
+        n_out, n_in = self.weight.shape[-2:]
+
+        def take(kind: str, width: int) -> Tensor:
+            return buffers.take(f"{layer.weight} {kind}", (n_episodes, n_rows, width), self.weight.dtype)
+
+        self.before = take("before", n_out)
+        # GELU's derivative wants what was there before it; the other activations work in place.
+        self.after = take("after", n_out) if layer.activation.startswith("gelu") else self.before
+        self.grad_rows = take("grad rows", n_in)
+        self.grad_weight = (
+            self.weight if self._exact else buffers.take("grad weight", (n_episodes, n_out, n_in), self.weight.dtype)
+        )
+        self.ones = self.weight.new_ones(n_episodes, 1, n_rows)
+        self.rows = self.grad_rows
+
+    @property
+    def _exact(self) -> bool:
+        """Whether products are taken with the master weights themselves."""
+        return self.weight is self.master_weight
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """What the layer gives [C, n, O] for rows [C, n, I]."""
+        self.rows = rows
+        if not self.shared and self.bias is not None:
+            torch.baddbmm(self.bias, rows, self.weight_t, out=self.before)
+        elif not self.shared:
+            torch.bmm(rows, self.weight_t, out=self.before)
+        elif self.bias is not None:
+            torch.addmm(self.bias, rows.flatten(0, 1), self.weight_t, out=self.before.flatten(0, 1))
+        else:
+            torch.mm(rows.flatten(0, 1), self.weight_t, out=self.before.flatten(0, 1))
+        _activate(self.layer.activation, self.before, self.after)
+        return self.after
+
+    def through_activation_(self, grad: Tensor) -> None:
+        """Turn the gradient to what the activation gives [C, n, O] into that to what it takes."""
+        _pull_activation_(self.layer.activation, grad, self.before, self.after)
+
+    def pull(self, grad: Tensor) -> Tensor:
+        """The gradient to the rows [C, n, I] from that to the product [C, n, O]."""
+        if self.shared:
+            torch.mm(grad.flatten(0, 1), self.weight, out=self.grad_rows.flatten(0, 1))
+            return self.grad_rows
+        return torch.bmm(grad, self.weight, out=self.grad_rows)
+
+    def descend(self, start: BatchedLayer, grad: Tensor, lr: float) -> None:
+        """Make these weights [C, O, I] those of start less lr times start's gradient; start may be this layer."""
+        if self._exact:
+            torch.baddbmm(start.weight, grad.mT, start.rows, alpha=-lr, out=self.weight)
+            if self.bias is not None and start.bias is not None:
+                # A product with ones: a sum over the middle dim takes twice the time.
+                torch.baddbmm(start.bias, self.ones, grad, alpha=-lr, out=self.bias)
+            return
+        torch.bmm(grad.mT, start.rows, out=self.grad_weight)
+        torch.add(start.master_weight, self.grad_weight, alpha=-lr, out=self.master_weight)
+        self.weight.copy_(self.master_weight)
+        if self.bias is not None:
+            assert self.master_bias is not None
+            assert start.master_bias is not None
+            by_bias = torch.sum(grad, 1, keepdim=True, dtype=self.master_bias.dtype)
+            torch.add(start.master_bias, by_bias, alpha=-lr, out=self.master_bias)
+            self.bias.copy_(self.master_bias)
 
 
-# Told of a layer's parameters once nothing reads them any more: weight and bias, the gradient to what the layer gives
-# [C, n, O] and the rows it took [C, n, I]; the weight's gradient is the product of the two over the rows.
-Use = Callable[[str, str | None, Tensor, Tensor], None]
+class BatchedNetwork:
+    """An encoder for C episodes of n rows."""
+
+    def __init__(self, network: Network, weights: Weights, n_episodes: int, n_rows: int, buffers: Buffers) -> None:
+        self.layers = [BatchedLayer(layer, weights, n_episodes, n_rows, buffers) for layer in network.layers]
+        self.log_scale = weights.master[network.log_scale] if network.log_scale else None
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Embeddings [C, n, z] of rows [C, n, d], in a buffer."""
+        z = rows
+        for layer in self.layers:
+            z = layer.forward(z)
+        if self.log_scale is not None:
+            z.addcmul_(rows, self.log_scale.exp().unsqueeze(-2).to(rows.dtype))
+        return z
+
+    def backward(self, grad: Tensor, use: Use) -> Tensor | None:
+        """From the gradient to z [C, n, z], which is overwritten, to each layer's `use`; none to the rows themselves.
+
+        Returns:
+            The gradient to log_scale [C, d], where there is one.
+        """
+        by_scale = None
+        if self.log_scale is not None:
+            by_scale = (grad * self.layers[0].rows).sum(1, dtype=self.log_scale.dtype) * self.log_scale.exp()
+        for layer in reversed(self.layers):
+            layer.through_activation_(grad)
+            below = grad if layer is self.layers[0] else layer.pull(grad)
+            use(layer, grad)
+            grad = below
+        return by_scale
 
 
-def backward(network: Network, tape: Tape, grad: Tensor, values: dict[str, Tensor], buffers: Buffers, use: Use) -> None:
-    """From the gradient to z [C, n, z], which is overwritten, to every layer's `use`; none to the rows themselves."""
-    for number in range(len(network.layers) - 1, -1, -1):
-        layer, rows = network.layers[number], tape.inputs[number]
-        after = tape.inputs[number + 1] if number + 1 < len(tape.inputs) else tape.z
-        _pull_activation_(layer.activation, grad, tape.before[number], after)
-        below = grad
-        if number:
-            below = pull(grad, values[layer.weight], buffers.take(f"grad {number}", tuple(rows.shape), grad.dtype))
-        use(layer.weight, layer.bias, grad, rows)
-        grad = below
-
-
-def scale_gradient(x: Tensor, grad: Tensor, log_scale: Tensor) -> Tensor:
-    """The gradient to log_scale [C, d], of rows x and the gradient to z, both [C, n, d]."""
-    return (x * grad).sum(1) * log_scale.exp()
-
-
-def affine(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """``x Wᵀ + b`` into out [C, n, O]."""
-    if weight.ndim == 3:
-        if bias is None:
-            return torch.bmm(x, weight.mT, out=out)
-        return torch.baddbmm(bias.unsqueeze(-2), x, weight.mT, out=out)
-    flat = out.flatten(0, 1)
-    if bias is None:
-        torch.mm(x.flatten(0, 1), weight.mT, out=flat)
-    else:
-        torch.addmm(bias, x.flatten(0, 1), weight.mT, out=flat)
-    return out
-
-
-def pull(grad: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """``g W`` into out [C, n, I]: the gradient to the rows of a linear layer from that to its results [C, n, O]."""
-    if weight.ndim == 3:
-        return torch.bmm(grad, weight, out=out)
-    torch.mm(grad.flatten(0, 1), weight, out=out.flatten(0, 1))
-    return out
-
-
-def row_sums(grad: Tensor, out: Tensor) -> Tensor:
-    """The sum over rows of [C, n, O] into out [C, O], in its dtype."""
-    if grad.dtype != out.dtype:
-        return torch.sum(grad, 1, dtype=out.dtype, out=out)
-    # A product with ones takes half the time of a sum over the middle dim.
-    ones = grad.new_ones(1, 1, 1).expand(*grad.shape[:1], 1, grad.shape[1])
-    torch.bmm(ones, grad, out=out.unsqueeze(1))
-    return out
-
-
-def _activate(activation: str, before: Tensor, out: Tensor) -> Tensor:
-    """out is `before` itself but for GELU."""
+def _activate(activation: str, before: Tensor, after: Tensor) -> None:
     match activation:
         case "relu":
-            return out.relu_()
+            after.relu_()
         case "tanh":
-            return out.tanh_()
+            after.tanh_()
         case "gelu" | "gelu tanh":
-            return torch.ops.aten.gelu.out(before, approximate=_approximate(activation), out=out)  # type: ignore[no-any-return]
-    return out
+            torch.ops.aten.gelu.out(before, approximate=_approximate(activation), out=after)
 
 
 def _pull_activation_(activation: str, grad: Tensor, before: Tensor, after: Tensor) -> None:
-    """Turn the gradient to what the activation gives into that to what it takes."""
     aten = torch.ops.aten
     match activation:
         case "relu":
