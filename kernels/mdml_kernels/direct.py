@@ -11,8 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mdml_kernels import chunks, cpu_loss, losses, rows
-from mdml_kernels.autograd import RowOp
+from mdml_kernels import chunks, losses, rows
 from mdml_kernels.reference import Confidence, Form, accumulation_dtype
 
 
@@ -44,23 +43,15 @@ def one_class_gradient_(
     Returns:
         logits, which now hold ∂ mean(-log S) / ∂ℓ.
     """
-    columns = (*logits.shape[:-1], 1)
     scale = 1 / logits.shape[1] if tau is None else tau[:, None, None] / logits.shape[1]
-    if tau is not None:
-        logits.mul_(tau[:, None, None])
-    top = logits.new_empty(columns)
-    if confidence == "mass":
-        torch.amax(logits, -1, keepdim=True, out=top)
-    else:
-        first = torch.empty(columns, dtype=torch.int64, device=logits.device)
-        descending = torch.arange(logits.shape[-1], 0, -1, dtype=logits.dtype, device=logits.device)
-        mark = torch.empty_like(logits) if logits.shape[-1] >= chunks.SHORT_ROW else logits
-        chunks.first_max(logits, top, first, mark, descending)
-    p = torch.softmax(logits, -1, out=logits)
     if confidence == "mass":
         assert background is not None
-        odds = top - p.amax(-1, keepdim=True).log() - background[:, None, None]
-        return p.mul_(-torch.sigmoid(-odds) * scale)
+        if tau is not None:
+            logits.mul_(tau[:, None, None])
+        log_sum = torch.logsumexp(logits, -1, keepdim=True)
+        torch.softmax(logits, -1, out=logits)
+        return logits.mul_(-torch.sigmoid(background[:, None, None] - log_sum) * scale)
+    p, top, first = _softmax_and_largest_(logits, tau)
     # ∂(-log S)/∂x is the softmax with the background among the logits, less 1 at the first maximum. That entry is
     # minus the sum of all others, which is exact where S rounds to 1.
     dropped: Tensor | float = 0.0
@@ -88,7 +79,7 @@ def margin_gradients(
     """`softmax_margin_loss` with reduction ``none``, and its gradients.
 
     Args:
-        logits: float [E, N, K].
+        logits: float [E, N, K]; may be overwritten.
         is_ood: bool [E, N].
         tau: 1/T [E] in the dtype that the logits accumulate in, None for 1.
         background: b [E], likewise, or None.
@@ -98,18 +89,49 @@ def margin_gradients(
         backend: ``cpu`` or ``triton``.
         needs_tau: whether the gradient to τ is wanted.
     """
-    needs = (True, needs_tau, background is not None)
-    unscaled = tau is None
+    if backend == "cpu" and confidence == "max" and form != "bce" and not needs_tau:
+        return _of_largest_(logits, is_ood, tau, background, margin, form)
     if tau is None:
         tau = logits.new_ones(len(logits), dtype=accumulation_dtype(logits))
-    if backend == "cpu" and confidence == "max" and form != "bce":
-        op: RowOp = cpu_loss.CpuMarginLoss(margin, form, unscaled)
-        loss, *saved = op.forward((logits, tau, background, is_ood))
-        grads = op.backward((logits, tau, background, is_ood), tuple(saved), torch.ones_like(loss), (*needs, False))
-    else:
-        op = rows.operator(backend, confidence)
-        odds, *saved = op.forward((logits, tau, background))
-        loss, slope = losses.value_and_slope_of_odds(odds, is_ood, margin, form)
-        grads = op.backward((logits, tau, background), tuple(saved), slope, needs)
+    op = rows.operator(backend, confidence)
+    odds, *saved = op.forward((logits, tau, background))
+    loss, slope = losses.value_and_slope_of_odds(odds, is_ood, margin, form)
+    grads = op.backward((logits, tau, background), tuple(saved), slope, (True, needs_tau, background is not None))
     by_tau = grads[1] if needs_tau else None
     return LossGradients(loss, grads[0], by_tau, grads[-1] if background is not None else None)
+
+
+def _of_largest_(
+    logits: Tensor, is_ood: Tensor, tau: Tensor | None, background: Tensor | None, margin: float, form: Form
+) -> LossGradients:
+    """`margin_gradients` of losses that see S = max alone, in place: one softmax serves the value and the gradient."""
+    p, top, first = _softmax_and_largest_(logits, tau)
+    s = p.gather(-1, first)
+    p.scatter_(-1, first, 0.0)
+    rest = p.sum(-1, keepdim=True)  # 1 - S would lose what S rounds off
+    kept, dropped = None, None
+    if background is not None:
+        against = background[:, None, None] - (top - s.log())
+        dropped, kept = torch.sigmoid(against), torch.sigmoid(-against)
+        s, rest = s * kept, rest * kept + dropped
+    loss, slope = losses.value_and_slope(s.squeeze(-1), is_ood, margin, form)
+    by_s = slope.unsqueeze(-1) * s
+    by_background = None if dropped is None else -(by_s * dropped).sum((1, 2))
+    if tau is not None:
+        by_s = by_s * tau[:, None, None]
+    p.mul_(-by_s if kept is None else -by_s * kept).scatter_(-1, first, by_s * rest)
+    return LossGradients(loss, p, None, by_background)
+
+
+def _softmax_and_largest_(logits: Tensor, tau: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    """The softmax of scaled logits [E, N, K], in their place; the largest of these and its first index [E, N, 1]."""
+    columns = (*logits.shape[:-1], 1)
+    if tau is not None:
+        logits.mul_(tau[:, None, None])
+    top, first = logits.new_empty(columns), torch.empty(columns, dtype=torch.int64, device=logits.device)
+    if logits.shape[-1] < chunks.SHORT_ROW:
+        torch.max(logits, -1, keepdim=True, out=(top, first))
+    else:
+        descending = torch.arange(logits.shape[-1], 0, -1, dtype=logits.dtype, device=logits.device)
+        chunks.first_max(logits, top, first, torch.empty_like(logits), descending)
+    return torch.softmax(logits, -1, out=logits), top, first
