@@ -141,6 +141,16 @@ class MetaEngine:
         """The meta-parameters by name: `encoder.…`, `head.…`, …; the keys of `MetaGradients.grads`."""
         return dict(self.modules.named_parameters())
 
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next((value.device for value in self.parameters().values()), torch.device("cpu"))
+
+    @property
+    def takes_support(self) -> bool:
+        """Whether the head's logits depend on the support rows."""
+        return self._path.takes_support
+
     def buffers(self) -> dict[str, Tensor]:
         """What the modules hold that is not trained, by name; with directions [D, …]."""
         return dict(self.modules.named_buffers())
@@ -215,7 +225,7 @@ class MetaEngine:
         if direction is None:
             if n_episodes != self.n_directions:
                 raise ValueError(f"{n_episodes} episodes of {self.n_directions} directions: give direction=, int [E]")
-            return torch.arange(n_episodes, device=next(iter(self.parameters().values())).device)
+            return torch.arange(n_episodes, device=self.device)
         if direction.shape != (n_episodes,) or direction.dtype != torch.int64:
             raise ValueError(f"direction must be int64 [{n_episodes}], got {direction.dtype} {list(direction.shape)}")
         return direction

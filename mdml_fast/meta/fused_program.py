@@ -126,10 +126,14 @@ class Program:
         grads: Parameters = {}
 
         def collect(layer: BatchedLayer, grad: Tensor) -> None:
-            """A group's rows side by side, so that one product sums the gradient over the whole of it."""
+            """A group's rows one below the other: a single product sums the gradient over the whole of it."""
             grad = grad.reshape(self.n_episodes // group, -1, grad.shape[-1])
             rows = layer.rows.reshape(len(grad), -1, layer.rows.shape[-1])
-            grads[layer.layer.weight] = torch.bmm(grad.mT, rows).to(query.dtype)
+            if group == 1:
+                by_weight = torch.bmm(grad.mT, rows)
+            else:  # one by one: a batch of one group may be taken in another way than of many, with other bits
+                by_weight = torch.stack([torch.mm(g.mT, r) for g, r in zip(grad, rows, strict=True)])
+            grads[layer.layer.weight] = by_weight.to(query.dtype)
             if layer.layer.bias:
                 grads[layer.layer.bias] = torch.sum(grad, 1, dtype=query.dtype)
 

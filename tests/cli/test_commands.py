@@ -27,6 +27,8 @@ def test_train_without_arguments_learns_the_digits(mdml_fast: Run, tmp_path: Pat
     assert "unseen" in result.stdout
     assert "the model is in mdml-model" in result.stdout
     assert "training" in result.stderr
+    assert "engine: fused path (an MLP in float32" in result.stderr
+    assert "3200 episodes in" in result.stderr
     document = json.loads((tmp_path / "mdml-model" / "model.json").read_text())
     assert document["normal_classes"] == list("01234")
     assert 0.5 < document["metrics"]["unseen"]["auroc"]["mean"] < 1
@@ -82,6 +84,7 @@ def test_doctor_checks_the_engine(mdml_fast: Run) -> None:
     document = json.loads(result.stdout)
     assert document["ok"]
     assert len(document["checks"]) >= 4
+    assert document["environment"]["float32 engine"] == "fused"
     assert "torch" in mdml_fast("doctor").stdout
 
 
