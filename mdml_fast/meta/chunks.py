@@ -13,7 +13,6 @@ import json
 import math
 import os
 import platform
-import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -91,22 +90,16 @@ def available_memory(device: torch.device) -> int:
         return 1 << 30
 
 
-def measure(run: Callable[[int], object], sizes: Sequence[int]) -> int:
-    """The size with the least time an episode; run(size) computes so many, to the end."""
+def measure(seconds: Callable[[int], float], sizes: Sequence[int]) -> int:
+    """The size with the least time an episode; seconds(size) computes so many episodes and says how long it took."""
     best, best_seconds = sizes[0], float("inf")
     for size in sizes:
-        run(size)  # allocates, and warms caches up
-        seconds = min(_timed(run, size) for _ in range(REPEATS)) / size
-        if seconds > WORTHWHILE * best_seconds:
+        seconds(size)  # allocates, and warms caches up
+        each = min(seconds(size) for _ in range(REPEATS)) / size
+        if each > WORTHWHILE * best_seconds:
             break
-        best, best_seconds = size, seconds
+        best, best_seconds = size, each
     return best
-
-
-def _timed(run: Callable[[int], object], size: int) -> float:
-    start = time.perf_counter()
-    run(size)
-    return time.perf_counter() - start
 
 
 class ChunkCache:

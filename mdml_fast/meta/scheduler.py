@@ -8,6 +8,7 @@ little memory dictates, is not; then they differ in the last digits.
 from __future__ import annotations
 
 import logging
+import time
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -157,14 +158,21 @@ class MetaScheduler:
         size = self._cache.get(key)
         if size in sizes:
             return size, "measured earlier"
-        size = chunks.measure(lambda n: self._finish(source.batch(first, n)), sizes)
+        size = chunks.measure(lambda n: self._seconds(source.batch(first, n)), sizes)
         self._cache.put(key, size)
         return size, "measured"
 
-    def _finish(self, batch: EpisodeBatch) -> None:
-        """Compute a batch to the end."""
-        for sums in self._in_order([batch]):
-            sums.loss.cpu()
+    def _seconds(self, batch: EpisodeBatch) -> float:
+        """How long one thread computes a batch; on a CPU in time of its own, which other processes do not add to."""
+        on_gpu = self.engine.device.type == "cuda"
+        clock = time.perf_counter if on_gpu else time.thread_time
+
+        def timed() -> float:
+            start = clock()
+            self._compute(batch).loss.cpu()  # waits for a GPU
+            return clock() - start
+
+        return timed() if self._pool is None else self._pool.submit(timed).result()
 
 
 class _Given:
