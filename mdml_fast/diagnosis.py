@@ -12,77 +12,113 @@ from torch import nn
 from torch.func import functional_call
 
 from mdml_fast.meta.engine import MetaEngine
+from mdml_fast.meta.paths import Path, choose_path
 
 PACKAGES = ("mdml-fast", "torch", "triton", "numpy", "scikit-learn", "pyarrow", "safetensors")
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
 def diagnose() -> dict[str, Any]:
-    """Versions, devices, the loss's backends, and the meta-gradient held against a plain loop over episodes."""
+    """Versions, devices, the loss's backends, the engine's path for the paper's networks, and gradients checked."""
     environment = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
     environment["cpu threads"] = str(torch.get_num_threads())
     environment["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none found by torch"
+    environment |= _paths()
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     backends = {
         f"{device}, {str(dtype).removeprefix('torch.')}": explain(torch.empty(1, 1, 2, dtype=dtype, device=device))
         for device in devices
         for dtype in (torch.float32, torch.bfloat16)
     }
+    orders: list[tuple[bool, Path]] = [(True, "fused"), (True, "generic"), (False, "generic")]
     checks = [
-        _check(torch.device(device), dtype, first_order)
+        _check(torch.device(device), dtype, first_order, path)
         for device in devices
         for dtype in TOLERANCE
-        for first_order in (True, False)
+        for first_order, path in orders
     ]
     ok = all(check["ok"] for check in checks)
     return {"environment": environment, "backends": backends, "checks": checks, "ok": ok}
 
 
 def loop_meta_gradients(
-    engine: MetaEngine, support: torch.Tensor, query: torch.Tensor, is_ood: torch.Tensor
+    engine: MetaEngine,
+    support: torch.Tensor,
+    query: torch.Tensor,
+    is_ood: torch.Tensor,
+    direction: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """What `MetaEngine.meta_gradients` must give, by a loop over episodes and plain autograd: losses [E], gradients.
 
-    Without decoder; for checks only, it is slow.
+    Without decoder; for checks only, it is slow. With directions, each episode must name its own.
     """
-    encoder, head, loss = (engine.modules[name] for name in ("encoder", "head", "loss"))
-    assert isinstance(loss, SoftmaxMarginLoss)
-    shared = engine.parameters()
-    totals = {name: torch.zeros_like(value) for name, value in shared.items()}
+    settings, params = engine.settings, engine.parameters()
+    episode_loss = _EpisodeLoss(engine.modules)
+    totals = {name: torch.zeros_like(value) for name, value in params.items()}
     losses = []
-    for rows, queries, mask in zip(support, query, is_ood, strict=True):
-        own: dict[str, torch.Tensor] = dict(encoder.named_parameters())
-        for _ in range(engine.inner_steps):
-            inner = loss.one_class(head(functional_call(encoder, own, (rows,))))
-            steps = torch.autograd.grad(inner, list(own.values()), create_graph=not engine.first_order)
-            own = {name: value - engine.inner_lr * g for (name, value), g in zip(own.items(), steps, strict=True)}
-            if engine.first_order:
-                own = {name: value.detach().requires_grad_() for name, value in own.items()}
-        outer = loss(head(functional_call(encoder, own, (queries,))), mask)
-        at = [own[name.removeprefix("encoder.")] if name.startswith("encoder.") else shared[name] for name in shared]
-        grads = torch.autograd.grad(outer, at if engine.first_order else list(shared.values()))
-        for name, gradient in zip(shared, grads, strict=True):
-            totals[name] += gradient / len(support)
+    for episode, (rows, queries, mask) in enumerate(zip(support, query, is_ood, strict=True)):
+        place: Any = ... if direction is None else direction[episode]
+        start = {name: value[place].detach().requires_grad_() for name, value in params.items()}
+        values = start | {name: value[place] for name, value in engine.buffers().items()}
+        for _ in range(settings.inner_steps):
+            own = {name: value for name, value in values.items() if name.startswith("encoder.")}
+            inner = functional_call(episode_loss, values, (rows, rows, None))
+            steps = torch.autograd.grad(inner, list(own.values()), create_graph=not settings.first_order)
+            for (name, value), step in zip(own.items(), steps, strict=True):
+                moved = value - settings.inner_lr * step
+                values[name] = moved.detach().requires_grad_() if settings.first_order else moved
+        outer = functional_call(episode_loss, values, (rows, queries, mask))
+        at = [(values if settings.first_order else start)[name] for name in params]
+        n_sharing = len(support) if direction is None else int(direction.eq(place).sum())
+        for name, gradient in zip(params, torch.autograd.grad(outer, at), strict=True):
+            totals[name][place] += gradient / n_sharing
         losses.append(outer.detach())
     return torch.stack(losses), totals
 
 
-def _check(device: torch.device, dtype: torch.dtype, first_order: bool) -> dict[str, Any]:
+class _EpisodeLoss(nn.Module):
+    """The outer loss of one episode's rows, or without labels the inner one, under the engine's names of parameters."""
+
+    def __init__(self, modules: nn.ModuleDict) -> None:
+        super().__init__()
+        self.encoder, self.head = modules["encoder"], modules["head"]
+        self.loss: Any = modules["loss"]
+
+    def forward(self, support: torch.Tensor, rows: torch.Tensor, is_ood: torch.Tensor | None) -> torch.Tensor:
+        takes_support = getattr(self.head, "takes_support", False)
+        z = self.encoder(rows)
+        logits = self.head(z, self.encoder(support)) if takes_support else self.head(z)
+        value: torch.Tensor = self.loss.one_class(logits) if is_ood is None else self.loss(logits, is_ood)
+        return value
+
+
+def _check(device: torch.device, dtype: torch.dtype, first_order: bool, path: Path) -> dict[str, Any]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         encoder = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8)).to(dtype)
         head = nn.Linear(8, 4).to(dtype)
         support, query = torch.randn(4, 16, 8, dtype=dtype), torch.randn(4, 20, 8, dtype=dtype)
     is_ood = (torch.arange(20) >= 16).expand(4, 20)
-    engine = MetaEngine(encoder, head, loss=SoftmaxMarginLoss(learn_temperature=True), first_order=first_order)
-    engine.modules.to(device=device, dtype=dtype)
+    loss = SoftmaxMarginLoss(learn_temperature=True)
+    modules = nn.ModuleDict({"encoder": encoder, "head": head, "loss": loss}).to(device=device, dtype=dtype)
+    engine = MetaEngine(modules["encoder"], modules["head"], loss=loss, first_order=first_order, path=path)
     episodes = [tensor.to(device) for tensor in (support, query, is_ood)]
     out = engine.meta_gradients(*episodes)
     _, expected = loop_meta_gradients(engine, *episodes)
     error = max(float((out.grads[name] - value).norm() / value.norm()) for name, value in expected.items())
     order = "first" if first_order else "second"
-    what = f"meta-gradient against a loop, {order} order, {str(dtype).removeprefix('torch.')}, {device}"
+    what = f"meta-gradient against a loop, {order} order, {path} path, {str(dtype).removeprefix('torch.')}, {device}"
     return {"what": what, "error": error, "ok": error <= TOLERANCE[dtype]}
+
+
+def _paths() -> dict[str, str]:
+    """What computes a usual network (an MLP, a linear head), for each dtype."""
+    modules = MetaEngine(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)), nn.Linear(8, 4)).modules
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {
+        f"{str(dtype).removeprefix('torch.')} engine": choose_path(modules, device, dtype, first_order=True).path
+        for dtype in (torch.float32, torch.bfloat16)
+    }
 
 
 def _version(package: str) -> str | None:

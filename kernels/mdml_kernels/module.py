@@ -1,4 +1,4 @@
-"""The loss as a module: its settings, and where asked a temperature that is learned."""
+"""The loss as a module: its settings, and where asked a temperature and a background that are learned."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ class SoftmaxMarginLoss(nn.Module):
     Args:
         margin: the confidence gap aimed at.
         temperature: T > 0; with learn_temperature its initial value.
-        background: the background logit, or None.
+        background: the background logit, or None; with learn_background its initial value.
         confidence: ``max`` or ``mass``.
         form: ``hinge``, ``pairwise`` or ``bce``.
         reduction: over episodes: ``mean``, ``sum`` or ``none``.
         learn_temperature: make log T a parameter (``log_temperature``).
+        learn_background: make the background a parameter (``background``).
         backend: ``auto``, ``reference``, ``cpu`` or ``triton``, as in `softmax_margin_loss`.
 
     Example:
@@ -40,13 +41,16 @@ class SoftmaxMarginLoss(nn.Module):
         form: Form = "hinge",
         reduction: Reduction = "mean",
         learn_temperature: bool = False,
+        learn_background: bool = False,
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature}")
         self.margin = margin
-        self.background = background
+        if learn_background and background is None:
+            raise ValueError("learn_background needs a value to start from: give background")
+        self.background = background if not learn_background else nn.Parameter(torch.tensor(background))
         self.confidence: Confidence = confidence
         self.form: Form = form
         self.reduction: Reduction = reduction
@@ -96,4 +100,5 @@ class SoftmaxMarginLoss(nn.Module):
 
     def extra_repr(self) -> str:
         """The settings, for repr()."""
-        return f"margin={self.margin}, confidence={self.confidence!r}, form={self.form!r}, background={self.background}"
+        background = "learned" if isinstance(self.background, nn.Parameter) else self.background
+        return f"margin={self.margin}, confidence={self.confidence!r}, form={self.form!r}, background={background}"

@@ -1,28 +1,82 @@
-"""Many episodes at once: inner loop, outer loss and meta-gradient through torch.func, no Python loop over episodes."""
+"""Many episodes at once: inner loop, outer loss and meta-gradient, with no Python loop over episodes."""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import copy
+from typing import NamedTuple, Self
 
 import torch
 from mdml_kernels import SoftmaxMarginLoss
 from torch import Tensor, nn
-from torch.func import functional_call, grad, vmap
 
-Parameters = dict[str, Tensor]
+from mdml_fast.meta.fused import FusedPath
+from mdml_fast.meta.generic import GenericPath
+from mdml_fast.meta.paths import Path, choose_path
+from mdml_fast.meta.settings import EngineSettings, Parameters, check_batchable
 
-# What the inner loop adapts, by the beginning of its name; all else is shared by the episodes.
-ADAPTED = ("encoder.", "decoder.")
+# Episodes whose gradients are summed as one, whatever the batch.
+GROUP = 8
 
 
 class MetaGradients(NamedTuple):
     """Attributes:
     loss: the outer loss of each episode [E].
-    grads: gradient of its mean over episodes, by name: `encoder.…`, `head.…`, `loss.…`, `decoder.…`.
+    grads: gradient of its mean over episodes, by name: `encoder.…`, `head.…`, `loss.…`, `decoder.…`; with
+        directions [D, …], each the mean over the direction's own episodes, zero where it has none.
     """
 
     loss: Tensor
     grads: Parameters
+
+
+class GradientSums(NamedTuple):
+    """Attributes:
+    loss: the outer loss of each episode [E].
+    groups: gradients by name, each [G, …], summed over groups of consecutive episodes.
+    direction: with directions, of each group (a single episode), int64 [G].
+    """
+
+    loss: Tensor
+    groups: Parameters
+    direction: Tensor | None
+
+
+class MeanGradients:
+    """The mean of gradient sums that arrive one after the other: added group by group, in the order of episodes.
+
+    So the bits of the mean do not depend on how the episodes were cut into batches, if whole groups were kept.
+    """
+
+    def __init__(self, engine: MetaEngine) -> None:
+        self._totals = {name: torch.zeros_like(value) for name, value in engine.parameters().items()}
+        self._counts = None
+        if engine.n_directions:
+            self._counts = torch.zeros(engine.n_directions, device=next(iter(self._totals.values())).device)
+        self._losses: list[Tensor] = []
+
+    def add(self, sums: GradientSums) -> Self:
+        """Take the next episodes in."""
+        self._losses.append(sums.loss)
+        if self._counts is not None:
+            assert sums.direction is not None
+            self._counts += sums.direction.bincount(minlength=len(self._counts))
+        for name, groups in sums.groups.items():
+            if sums.direction is not None:
+                self._totals[name].index_add_(0, sums.direction, groups)
+                continue
+            for group in groups:
+                self._totals[name] += group
+        return self
+
+    def result(self) -> MetaGradients:
+        """The mean over all episodes, or over each direction's; this takes the totals."""
+        losses = torch.cat(self._losses)
+        for total in self._totals.values():
+            if self._counts is None:
+                total /= len(losses)
+            else:
+                total /= self._counts.clamp(min=1).to(total.dtype).view(-1, *[1] * (total.ndim - 1))
+        return MetaGradients(losses, self._totals)
 
 
 class MetaEngine:
@@ -33,20 +87,27 @@ class MetaEngine:
     head. With a decoder, both levels add the reconstruction error of their normal rows, and the inner loop adapts the
     decoder too.
 
+    With `n_directions` every parameter and buffer is stacked [D, …], D copies of the modules' values to begin with,
+    and each episode names its direction: D engines of their own, in one batched computation. The values may be set
+    for each direction in place, `engine.parameters()[name].data[d] = …`, and trained with any torch optimiser.
+
     Args:
         encoder: rows [n, d] to embeddings [n, z].
-        head: embeddings [n, z] to logits [n, K].
+        head: embeddings [n, z] to logits [n, K]; a head with a true attribute ``takes_support``, as `PrototypeHead`,
+            is called with the embeddings of the episode's support rows too.
         inner_steps: SGD steps of the inner loop; 0 adapts nothing.
         inner_lr: their rate.
-        loss: the margin loss; its temperature may be learned (outer level).
+        loss: the margin loss; its temperature and background may be learned (outer level).
         first_order: take the outer gradient at the adapted parameters, without a graph through the inner loop;
             False differentiates through it.
         decoder: embeddings [n, z] back to rows [n, d], or None.
         reconstruction_weight: of the mean squared reconstruction error; used with a decoder only.
         dtype: what encoder, head and decoder compute in; parameters, updates and losses keep their own dtype.
+        n_directions: D, at least 1; None for parameters that all episodes share.
+        path: ``auto``, ``generic`` (any modules) or ``fused`` (an MLP, analytic gradients); `choice` says which it is.
 
     Raises:
-        ValueError: a module can't be batched over episodes, or a number is out of range.
+        ValueError: a module can't be batched over episodes, the path can't serve, or a number is out of range.
     """
 
     def __init__(
@@ -61,147 +122,120 @@ class MetaEngine:
         decoder: nn.Module | None = None,
         reconstruction_weight: float = 1.0,
         dtype: torch.dtype | None = None,
+        n_directions: int | None = None,
+        path: Path = "auto",
     ) -> None:
-        if inner_steps < 0:
-            raise ValueError(f"inner_steps must be 0 or more, got {inner_steps}")
-        if not inner_lr > 0:
-            raise ValueError(f"inner_lr must be positive, got {inner_lr}")
-        self.inner_steps, self.inner_lr, self.first_order = inner_steps, inner_lr, first_order
-        self.reconstruction_weight = reconstruction_weight
-        self.dtype = dtype
+        self.settings = EngineSettings(inner_steps, inner_lr, first_order, reconstruction_weight, dtype)
         self.modules = nn.ModuleDict({"encoder": encoder, "head": head, "loss": loss or SoftmaxMarginLoss()})
         if decoder is not None:
             self.modules["decoder"] = decoder
-        _check_batchable(self.modules)
+        check_batchable(self.modules)
+        self.n_directions = n_directions
+        if n_directions is not None:
+            self.modules = _stacked(self.modules, n_directions)
+        first = next(iter(self.parameters().values()), torch.empty(0))
+        self.choice = choose_path(self.modules, first.device.type, dtype or first.dtype, first_order, path)
+        self._path = (FusedPath if self.choice.path == "fused" else GenericPath)(self.modules, self.settings)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The meta-parameters by name: `encoder.…`, `head.…`, …; the keys of `MetaGradients.grads`."""
         return dict(self.modules.named_parameters())
 
-    def adapt(self, support: Tensor) -> Parameters:
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next((value.device for value in self.parameters().values()), torch.device("cpu"))
+
+    @property
+    def takes_support(self) -> bool:
+        """Whether the head's logits depend on the support rows."""
+        return self._path.takes_support
+
+    def buffers(self) -> dict[str, Tensor]:
+        """What the modules hold that is not trained, by name; with directions [D, …]."""
+        return dict(self.modules.named_buffers())
+
+    def adapt(self, support: Tensor, direction: Tensor | None = None) -> Parameters:
         """The inner loop of each episode, on its own normals.
 
         Args:
             support: normal rows [E, n, d].
+            direction: of each episode, int64 [E]; with directions only, and then None where E is D: episode i is of i.
 
         Returns:
             The adapted parameters by name, each [E, …]; no graph leads back to the shared ones.
         """
-        params = self._detached()
-        return vmap(lambda rows: self._adapt(params, rows))(support)
+        direction = self._direction(direction, len(support))
+        return self._path.adapt(self._values(direction), support, direction is not None)
 
-    def logits(self, adapted: Parameters, rows: Tensor) -> Tensor:
-        """Logits [E, n, K] of rows [E, n, d] under the parameters that `adapt` gave [E, …] and the head; no graph."""
-        params = self._detached()
-        return vmap(lambda own, x: self._logits(params | own, x)[0])(adapted, rows)
+    def logits(
+        self, adapted: Parameters, rows: Tensor, support: Tensor | None = None, direction: Tensor | None = None
+    ) -> Tensor:
+        """Logits [E, n, K] of rows [E, n, d] under the parameters that `adapt` gave [E, …] and the head; no graph.
 
-    def meta_gradients(self, support: Tensor, query: Tensor, is_ood: Tensor) -> MetaGradients:
+        Args:
+            adapted: what `adapt` returned.
+            rows: [E, n, d].
+            support: normal rows [E, m, d]; for a head that takes them.
+            direction: as in `adapt`.
+        """
+        if self._path.takes_support and support is None:
+            raise ValueError("this engine's head needs the support rows: give support=")
+        direction = self._direction(direction, len(rows))
+        return self._path.logits(adapted, self._values(direction), rows, support, direction is not None)
+
+    def meta_gradients(
+        self, support: Tensor, query: Tensor, is_ood: Tensor, direction: Tensor | None = None
+    ) -> MetaGradients:
         """Outer loss and meta-gradient of a batch of episodes.
 
         Args:
             support: normal rows of the inner loop [E, n, d].
             query: rows of the outer loss [E, q, d].
             is_ood: which query rows are anomalous, bool [E, q].
+            direction: as in `adapt`.
         """
-        params = self._detached()
-        if self.first_order:
-            adapted = self.adapt(support)
-            shared = {name: value for name, value in params.items() if name not in adapted}
-            (own_grads, grads), losses = grad(self._mean_loss, argnums=(0, 1), has_aux=True)(
-                adapted, shared, query, is_ood
-            )
-            # The mean over episodes is in the loss already: episodes' gradients to their own parameters add up.
-            grads |= {name: value.sum(0) for name, value in own_grads.items()}
-        else:
-            grads, losses = grad(self._mean_loss_through, has_aux=True)(params, support, query, is_ood)
-        return MetaGradients(losses, {name: grads[name] for name in params})
+        sums = self.gradient_sums(support, query, is_ood, direction)
+        return MeanGradients(self).add(sums).result()
 
-    def _mean_loss(
-        self, adapted: Parameters, shared: Parameters, query: Tensor, is_ood: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        losses = vmap(self._outer_loss, in_dims=(0, None, 0, 0))(adapted, shared, query, is_ood)
-        return losses.mean(), losses.detach()
+    def gradient_sums(
+        self, support: Tensor, query: Tensor, is_ood: Tensor, direction: Tensor | None = None
+    ) -> GradientSums:
+        """As `meta_gradients`, but in parts, from which batches of episodes can be put together: see `MeanGradients`.
 
-    def _mean_loss_through(
-        self, params: Parameters, support: Tensor, query: Tensor, is_ood: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        def episode(rows: Tensor, query: Tensor, is_ood: Tensor) -> Tensor:
-            return self._outer_loss(self._adapt(params, rows), params, query, is_ood)
+        A group's bits depend on its own episodes alone, as long as it is whole (`GROUP` episodes).
+        """
+        direction = self._direction(direction, len(support))
+        group = GROUP if direction is None else 1
+        values = self._values(direction)
+        losses, groups = self._path.gradients(values, support, query, is_ood, direction is not None, group)
+        return GradientSums(losses, groups, direction)
 
-        losses = vmap(episode)(support, query, is_ood)
-        return losses.mean(), losses.detach()
+    def _values(self, direction: Tensor | None) -> Parameters:
+        """Parameters and buffers without a graph: shared, or those of each episode's direction [E, …]."""
+        values = {name: value.detach() for name, value in (self.parameters() | self.buffers()).items()}
+        return values if direction is None else {name: value[direction] for name, value in values.items()}
 
-    def _adapt(self, params: Parameters, support: Tensor) -> Parameters:
-        """One episode's inner loop."""
-        own = {name: value for name, value in params.items() if name.startswith(ADAPTED)}
-        shared = {name: value for name, value in params.items() if name not in own}
-        for _ in range(self.inner_steps):
-            steps = grad(self._inner_loss)(own, shared, support)
-            own = {name: value - self.inner_lr * steps[name] for name, value in own.items()}
-        return own
-
-    def _inner_loss(self, own: Parameters, shared: Parameters, support: Tensor) -> Tensor:
-        params = shared | own
-        logits, z = self._logits(params, support)
-        one_class = self._call(params, "loss", logits, method="one_class")
-        return one_class + self._reconstruction(params, z, support).mean()
-
-    def _outer_loss(self, own: Parameters, shared: Parameters, query: Tensor, is_ood: Tensor) -> Tensor:
-        params = shared | own
-        logits, z = self._logits(params, query)
-        margin = self._call(params, "loss", logits, is_ood)
-        is_id = ~is_ood
-        errors = self._reconstruction(params, z, query) * is_id
-        return margin + errors.sum() / is_id.sum().clamp(min=1)
-
-    def _logits(self, params: Parameters, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Logits [n, K] and embeddings [n, z] of rows [n, d]."""
-        z = self._call(params, "encoder", rows)
-        return self._call(params, "head", z).to(rows.dtype), z
-
-    def _reconstruction(self, params: Parameters, z: Tensor, rows: Tensor) -> Tensor:
-        """The weighted mean squared error of each row [n]; zero without a decoder."""
-        if "decoder" not in self.modules:
-            return rows.new_zeros(rows.shape[0])
-        decoded = self._call(params, "decoder", z).to(rows.dtype)
-        errors: Tensor = (decoded - rows).square().mean(-1)
-        return self.reconstruction_weight * errors
-
-    def _call(self, params: Parameters, part: str, *args: Tensor, method: str | None = None) -> Tensor:
-        """Call a module, or a method of it, with these parameters; networks compute in `dtype`."""
-        prefix = f"{part}."
-        own = {name.removeprefix(prefix): value for name, value in params.items() if name.startswith(prefix)}
-        if self.dtype is not None and part != "loss":
-            own = {name: value.to(self.dtype) for name, value in own.items()}
-            args = tuple(arg.to(self.dtype) for arg in args)
-        module = self.modules[part]
-        if method is not None:
-            module = _Method(module, method)
-            own = {f"module.{name}": value for name, value in own.items()}
-        result: Tensor = functional_call(module, own, args)
-        return result
-
-    def _detached(self) -> Parameters:
-        return {name: value.detach() for name, value in self.parameters().items()}
+    def _direction(self, direction: Tensor | None, n_episodes: int) -> Tensor | None:
+        """The direction of each episode [E], None where parameters are shared."""
+        if self.n_directions is None:
+            if direction is not None:
+                raise ValueError("this engine's parameters are shared by all episodes: leave direction out")
+            return None
+        if direction is None:
+            if n_episodes != self.n_directions:
+                raise ValueError(f"{n_episodes} episodes of {self.n_directions} directions: give direction=, int [E]")
+            return torch.arange(n_episodes, device=self.device)
+        if direction.shape != (n_episodes,) or direction.dtype != torch.int64:
+            raise ValueError(f"direction must be int64 [{n_episodes}], got {direction.dtype} {list(direction.shape)}")
+        return direction
 
 
-class _Method(nn.Module):
-    """A module whose forward is a method of another: functional_call only calls forward."""
-
-    def __init__(self, module: nn.Module, method: str) -> None:
-        super().__init__()
-        self.module = module
-        self.method = method
-
-    def forward(self, *args: Tensor) -> Tensor:
-        result: Tensor = getattr(self.module, self.method)(*args)
-        return result
-
-
-def _check_batchable(modules: nn.Module) -> None:
-    """Refuse now what would fail, or mix episodes, deep inside a batched computation."""
-    for name, module in modules.named_modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm) and module.track_running_stats:
-            raise ValueError(f"{name} keeps running statistics, which episodes can't share: use LayerNorm")
-        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
-            raise ValueError(f"{name} is dropout, which has no place in an episode's inner loop: set p=0")
+def _stacked(modules: nn.ModuleDict, n_directions: int) -> nn.ModuleDict:
+    """A copy whose parameters and buffers are [D, …]; such modules only work through functional_call under vmap."""
+    if n_directions < 1:
+        raise ValueError(f"n_directions must be 1 or more, got {n_directions}")
+    modules = copy.deepcopy(modules)
+    for value in (*modules.parameters(), *modules.buffers()):
+        value.data = value.data.expand(n_directions, *value.shape).clone()
+    return modules

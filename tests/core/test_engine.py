@@ -88,3 +88,8 @@ def test_no_graph_is_left_behind() -> None:
 def test_modules_that_mix_episodes_are_refused(module: nn.Module, match: str) -> None:
     with pytest.raises(ValueError, match=f"encoder.1 .*{match}"):
         MetaEngine(nn.Sequential(nn.Linear(12, 8), module), nn.Linear(8, 5))
+
+
+def test_modules_that_work_in_place_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"encoder.1 works in place.*inplace=False"):
+        MetaEngine(nn.Sequential(nn.Linear(12, 8), nn.ReLU(inplace=True)), nn.Linear(8, 5))

@@ -194,3 +194,16 @@ def test_module_is_the_function():
     assert module.log_temperature.grad.abs() > 0
     with pytest.raises(ValueError, match="'triton' cannot serve"):
         SoftmaxMarginLoss(backend="triton").log_odds(logits)
+
+
+def test_a_learned_background_takes_the_gradient_and_repeats_as_learned():
+    logits, is_ood = torch.randn(2, 6, 3), torch.arange(6).expand(2, 6) > 3
+    module = SoftmaxMarginLoss(background=-1.0, confidence="mass", form="bce", learn_background=True)
+    assert [name for name, _ in module.named_parameters()] == ["background"]
+    module(logits, is_ood).backward()
+    background = torch.tensor(-1.0, requires_grad=True)
+    softmax_margin_loss(logits, is_ood, background=background, confidence="mass", form="bce").backward()
+    torch.testing.assert_close(module.background.grad, background.grad)
+    assert "background=learned" in repr(module)
+    with pytest.raises(ValueError, match="give background"):
+        SoftmaxMarginLoss(learn_background=True)
