@@ -13,7 +13,7 @@ from mdml_fast.data import FeatureEncoder, LabelledTable
 from mdml_fast.data.encoding import Floats, Rows
 from mdml_fast.detector import MDMLDetector
 from mdml_fast.errors import InputError
-from mdml_fast.meta.paper import PaperConfig
+from mdml_fast.presets import Config
 
 
 class Scorer(Protocol):
@@ -27,7 +27,7 @@ Method = Callable[[LabelledTable, int], Scorer]
 """Fit on a training table with a seed."""
 
 
-def mdml(preset: str | PaperConfig, device: str, dtype: str) -> Method:
+def mdml(preset: str | Config, device: str, dtype: str) -> Method:
     """Our detector with these settings, as a method."""
 
     def fit(train: LabelledTable, seed: int) -> Scorer:

@@ -20,9 +20,9 @@ from mdml_fast.data import FeatureEncoder, as_table
 from mdml_fast.data.encoding import Floats
 from mdml_fast.data.labelled import Names, check_normals, class_names
 from mdml_fast.errors import ArtifactError, InputError
-from mdml_fast.meta.paper import PaperConfig, PaperModel, TrainingRows
+from mdml_fast.meta.model import Model, TrainingRows
 from mdml_fast.meta.training import Progress
-from mdml_fast.presets import preset_config
+from mdml_fast.presets import Config, algorithm, config_from_json, model_class, preset_config
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
 
@@ -31,7 +31,7 @@ class MDMLDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
     """Find anomalies of classes that were never labelled, from normals and a few labelled anomalies of other classes.
 
     Args:
-        preset: ``default``, ``paper``, or a `PaperConfig`.
+        preset: ``default``, ``paper``, or a `DefaultConfig` or `PaperConfig`.
         normal: the names of the normal classes in y. None: 1 where y is of 1 and -1, 0 where it is of 0 and 1.
         false_alarm_rate: the share of normals, in (0, 1), that `predict` may flag.
         random_state: an int makes `fit` repeatable to the bit.
@@ -53,7 +53,7 @@ class MDMLDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
 
     def __init__(
         self,
-        preset: str | PaperConfig = "default",
+        preset: str | Config = "default",
         *,
         normal: Sequence[Any] | None = None,
         false_alarm_rate: float = 0.01,
@@ -109,8 +109,14 @@ class MDMLDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         used = np.concatenate([normals[train], anomalies])
         self.encoder_ = FeatureEncoder.fit(table, is_normal, used)
         rows = self.encoder_.transform(table)
-        training = TrainingRows(rows[normals[train]], labels[normals[train]], rows[anomalies], labels[anomalies])
-        self.model_ = PaperModel.fit(
+        training = TrainingRows(
+            rows[normals[train]],
+            labels[normals[train]],
+            rows[anomalies],
+            labels[anomalies],
+            None if group_names is None else group_names[train],
+        )
+        self.model_: Model = model_class(config).fit(
             training,
             config,
             seed=seed,
@@ -120,7 +126,10 @@ class MDMLDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
             checkpoint=checkpoint,
             resume=resume,
         )
-        self.calibration_ = ConformalCalibration(self.model_.score(rows[normals[calibration]]))
+        held_out_groups = None if group_names is None else group_names[calibration]
+        self.calibration_ = ConformalCalibration(
+            self.model_.calibration_scores(rows[normals[calibration]], held_out_groups)
+        )
         self.normal_classes_ = list(normal_classes)
         self.anomaly_classes_ = np.unique(labels[anomalies].astype(str)).tolist()
         self.n_features_in_ = table.num_columns
@@ -129,7 +138,7 @@ class MDMLDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         return self
 
     def score_samples(self, X: Any) -> Floats:
-        """The score of each row [N]: the log-odds of its confidence, higher is more normal."""
+        """The score of each row [N], higher is more normal."""
         check_is_fitted(self)
         return self.model_.score(self.encoder_.transform(as_table(X)))
 
@@ -154,6 +163,7 @@ class MDMLDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         check_is_fitted(self)
         document = {
             "preset": self.preset if isinstance(self.preset, str) else "custom",
+            "algorithm": algorithm(self.model_.config),
             "config": asdict(self.model_.config),
             "false_alarm_rate": self.false_alarm_rate,
             "dtype": self.dtype,
@@ -177,7 +187,7 @@ class MDMLDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         document, tensors = load_artifact(path)
         target = resolve_device(device)
         try:
-            config = PaperConfig(**document["config"])
+            config = config_from_json(document["algorithm"], document["config"])
             named = document["preset"] != "custom"
             detector = cls(
                 document["preset"] if named else config,
@@ -187,7 +197,7 @@ class MDMLDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
                 dtype=document["dtype"],
             )
             detector.calibration_ = ConformalCalibration(tensors.pop("calibration.scores").numpy())
-            detector.model_ = PaperModel.from_tensors(config, tensors, target, _dtype(document["dtype"]))
+            detector.model_ = model_class(config).from_tensors(config, tensors, target, _dtype(document["dtype"]))
             detector.encoder_ = FeatureEncoder.from_json(document["features"])
             detector.normal_classes_ = document["normal_classes"]
             detector.anomaly_classes_ = document["anomaly_classes"]
