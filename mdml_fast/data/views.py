@@ -8,7 +8,7 @@ from typing import Self
 
 import numpy as np
 import torch
-from sklearn.covariance import ledoit_wolf
+from sklearn.covariance import ledoit_wolf_shrinkage
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
@@ -101,11 +101,18 @@ def _cdf(column: Rows) -> tuple[Rows, Floats]:
 
 
 def _whitening(clipped: Floats) -> Floats:
-    """Σ^-½ [d, d] with its small eigenvalues raised."""
-    # One thread: LAPACK's eigenvectors depend on the number of threads in the last bits.
+    """Σ^-½ [d, d] with its small eigenvalues raised; Σ = (1 - δ) S + δ μ I, S the covariance, μ its mean eigenvalue."""
+    n, d = clipped.shape
+    # One thread: LAPACK's singular vectors depend on the number of threads in the last bits.
     with threadpool_limits(1):
-        covariance, _ = ledoit_wolf(clipped)
-        values, vectors = np.linalg.eigh(covariance)
-        floor = max(EIGENVALUE_FLOOR * values[-1], 1e-12)
-        whitening: Floats = (vectors / np.sqrt(np.maximum(values, floor))) @ vectors.T
+        shrinkage = ledoit_wolf_shrinkage(clipped)
+        _, singular, vectors = np.linalg.svd(clipped - clipped.mean(axis=0), full_matrices=False)
+        variances = singular**2 / n
+        ridge = shrinkage * variances.sum() / d
+        values = (1 - shrinkage) * variances + ridge
+        floor = max(EIGENVALUE_FLOOR * values[0], 1e-12)
+        # Fewer rows than features leave directions of no variance but the ridge.
+        rest = max(ridge, floor) ** -0.5
+        factors = np.maximum(values, floor) ** -0.5
+        whitening: Floats = (vectors.T * (factors - rest)) @ vectors + rest * np.eye(d)
     return whitening

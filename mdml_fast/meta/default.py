@@ -136,7 +136,9 @@ class DefaultModel:
         model = cls(config, neighbourhood, tails, torch.empty(0), None, torch.zeros(()), losses)
 
         normal_scores = model._by_view(held_out)
-        not_trained_on = torch.tensor([[name not in names for name in rows.anomaly_labels] for names in trained_on])
+        not_trained_on = torch.tensor(
+            [[name not in names for name in rows.anomaly_labels] for names in trained_on], dtype=torch.bool
+        )
         anomaly_scores = model._by_view(neighbourhood.distances(anomalies), not_trained_on.to(device))
         prior = prior_weights(len(SCORES), len(normals), config.fusion)
         model._weights = learn_weights(normal_scores, anomaly_scores, rows.anomaly_labels, prior, config.fusion)
