@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -61,13 +62,31 @@ class DefaultConfig:
         return cls(ensemble, replace(fusion, quantiles=tuple(fusion.quantiles)), neighbourhood, **parts)  # type: ignore[arg-type]
 
 
+class NormalFamily(NamedTuple):
+    """Normals that rows are compared with, and how their own distances, each left out, are distributed."""
+
+    neighbourhood: Neighbourhood
+    tails: Tails
+
+    def scores(self, rows: Tensor, families: Tensor | None = None) -> Tensor:
+        """How far rows [N, d] lie from the family: tail scores by `SCORES` [6, N]."""
+        return self.by_view(self.neighbourhood.distances(rows, families))
+
+    def by_view(self, distances: Tensor, counted: Tensor | None = None) -> Tensor:
+        """Distances [2 + D, N] to scores [6, N]: the mean over the directions of a view that are counted [D, N]."""
+        scores = self.tails.score(distances)
+        anchors, directions = scores[:2], scores[2:]
+        if counted is None:
+            counted = torch.ones_like(directions, dtype=torch.bool)
+        return torch.cat([anchors, self.neighbourhood.ensemble.view_means(directions, counted)])
+
+
 class DefaultModel:
     """The default algorithm, trained.
 
     Args:
         config: the constants.
-        neighbourhood: the normals that rows are compared with, in every direction's embedding.
-        tails: how the distances of normals are distributed, for each kind of distance.
+        families: the training normals, then those that it was adapted to; a row is as normal as the nearest finds it.
         weights: of `SCORES`, positive with sum 1 [6].
         head: the trees; None where there were no labelled anomalies.
         head_gain: what the head adds to the score of a row that it is sure of, a scalar.
@@ -77,15 +96,14 @@ class DefaultModel:
     def __init__(
         self,
         config: DefaultConfig,
-        neighbourhood: Neighbourhood,
-        tails: Tails,
+        families: list[NormalFamily],
         weights: Tensor,
         head: TreeHead | None,
         head_gain: Tensor,
         losses: list[float],
     ) -> None:
         self.config, self.losses = config, losses
-        self._neighbourhood, self._tails, self._weights = neighbourhood, tails, weights
+        self._families, self._weights = families, weights
         self._head, self._head_gain = head, head_gain
 
     @classmethod
@@ -130,24 +148,23 @@ class DefaultModel:
             progress=progress,
             checkpoint=Checkpoint(checkpoint, fingerprint(rows, config, seed, dtype), resume) if checkpoint else None,
         )
-        neighbourhood = Neighbourhood(config.neighbourhood, views, ensemble, normals, families)
+        centre = torch.zeros(normals.shape[1], device=device)
+        neighbourhood = Neighbourhood(config.neighbourhood, views, ensemble, normals, families, centre)
         held_out = neighbourhood.distances(normals[: config.tail_normals], families[: config.tail_normals])
-        tails = Tails.fit(held_out)
-        model = cls(config, neighbourhood, tails, torch.empty(0), None, torch.zeros(()), losses)
+        known = NormalFamily(neighbourhood, Tails.fit(held_out))
 
-        normal_scores = model._by_view(held_out)
-        not_trained_on = torch.tensor(
-            [[name not in names for name in rows.anomaly_labels] for names in trained_on], dtype=torch.bool
+        normal_scores = known.by_view(held_out)
+        anomaly_scores = known.by_view(
+            neighbourhood.distances(anomalies), _not_in(rows.anomaly_labels, trained_on).to(device)
         )
-        anomaly_scores = model._by_view(neighbourhood.distances(anomalies), not_trained_on.to(device))
-        prior = prior_weights(len(SCORES), len(normals), config.fusion)
-        model._weights = learn_weights(normal_scores, anomaly_scores, rows.anomaly_labels, prior, config.fusion)
+        prior = prior_weights(len(SCORES), len(normals), config.fusion).to(device)
+        weights = learn_weights(normal_scores, anomaly_scores, rows.anomaly_labels, prior, config.fusion)
+        low, high = (weights @ normal_scores).quantile(weights.new_tensor([0.5, 0.999]))
+        head = None
         if len(anomalies):
             sample = rows.normals[order[: config.tree_normals]]
-            model._head = TreeHead.fit(sample, rows.anomalies, config.n_trees, config.head_quantile, seed, device)
-            low, high = (model._weights @ normal_scores).quantile(model._weights.new_tensor([0.5, 0.999]))
-            model._head_gain = high - low
-        return model
+            head = TreeHead.fit(sample, rows.anomalies, config.n_trees, config.head_quantile, seed, device)
+        return cls(config, [known], weights, head, high - low, losses)
 
     def score(self, rows: Rows) -> Floats:
         """Minus the anomaly score of each row [N, d] -> [N]: higher is more normal."""
@@ -158,19 +175,40 @@ class DefaultModel:
 
         From now on other rows are compared with these normals too: none of them is wasted.
         """
-        families = torch.as_tensor(family_codes(groups, len(normals))) + self._neighbourhood.n_families
-        self._neighbourhood = self._neighbourhood.extended(torch.as_tensor(normals), families)
+        neighbourhood, tails = self._families[0]
+        families = torch.as_tensor(family_codes(groups, len(normals))) + neighbourhood.n_families
+        self._families[0] = NormalFamily(neighbourhood.extended(torch.as_tensor(normals), families), tails)
         return self._score(normals, families)
+
+    def adapt(self, normals: Rows) -> None:
+        """Take normals [n, d] of a new family as normal; nothing else changes.
+
+        The family keeps its own tails: its distances, each row left out, are what its other rows are held against, so
+        that a few rows do as well as many.
+        """
+        base = self._families[0].neighbourhood
+        rows = torch.as_tensor(normals, device=self._weights.device)
+        families = torch.arange(len(rows), device=rows.device)
+        centre = base.views.transform(rows)[VIEWS.index("whitened")].mean(0)
+        own = Neighbourhood(base.config, base.views, base.ensemble, rows, families, centre)
+        self._families.append(NormalFamily(own, Tails.fit(own.distances(rows, families))))
 
     def to_tensors(self) -> dict[str, Tensor]:
         """All that was learned, by name, on the CPU."""
+        views, ensemble = self._families[0].neighbourhood.views, self._families[0].neighbourhood.ensemble
         parts = {
-            "views": self._neighbourhood.views.tensors,
-            "encoders": self._neighbourhood.ensemble.weights | {"views": self._neighbourhood.ensemble.views},
-            "normals": {"rows": self._neighbourhood.normals, "families": self._neighbourhood.families},
-            "fusion": {"distances": self._tails.distances, "weights": self._weights, "head_gain": self._head_gain},
+            "views": views.tensors,
+            "encoders": ensemble.weights | {"views": ensemble.views},
+            "fusion": {"weights": self._weights, "head_gain": self._head_gain},
             "trees": self._head.tensors if self._head else {},
         }
+        for place, (neighbourhood, tails) in enumerate(self._families):
+            parts[f"normals{place}"] = {
+                "rows": neighbourhood.normals,
+                "families": neighbourhood.families,
+                "centre": neighbourhood.centre,
+                "distances": tails.distances,
+            }
         return {f"{part}.{name}": value.cpu() for part, tensors in parts.items() for name, value in tensors.items()}
 
     @classmethod
@@ -187,40 +225,39 @@ class DefaultModel:
             KeyError, RuntimeError: the tensors are not those of this algorithm.
         """
         tensors = {name: value.to(device) for name, value in tensors.items()}
-        encoders = tensors_under("encoders", tensors)
-        ensemble = Ensemble(encoders.pop("views"), encoders)
-        normals, fusion, trees = (tensors_under(part, tensors) for part in ("normals", "fusion", "trees"))
+        encoders, fusion, trees = (tensors_under(part, tensors) for part in ("encoders", "fusion", "trees"))
         views = Views(tensors_under("views", tensors))
-        return cls(
-            config,
-            Neighbourhood(config.neighbourhood, views, ensemble, normals["rows"], normals["families"]),
-            Tails(fusion["distances"]),
-            fusion["weights"],
-            TreeHead(trees) if trees else None,
-            fusion["head_gain"],
-            [],
-        )
+        ensemble = Ensemble(encoders.pop("views"), encoders)
+        families: list[NormalFamily] = []
+        while own := tensors_under(f"normals{len(families)}", tensors):
+            neighbourhood = Neighbourhood(
+                config.neighbourhood, views, ensemble, own["rows"], own["families"], own["centre"]
+            )
+            families.append(NormalFamily(neighbourhood, Tails(own["distances"])))
+        if not families:
+            raise KeyError("normals0.rows")
+        return cls(config, families, fusion["weights"], TreeHead(trees) if trees else None, fusion["head_gain"], [])
 
     def _score(self, rows: Rows, families: Tensor | None) -> Floats:
-        device = self._weights.device
+        """Scores of rows, which may be normals themselves, of these families."""
         scores = [np.empty(0)]
         with torch.inference_mode():
             for start in range(0, len(rows), SCORING_ROWS):
-                block = torch.as_tensor(rows[start : start + SCORING_ROWS], device=device)
-                own = None if families is None else families[start : start + SCORING_ROWS].to(device)
-                anomaly = self._weights @ self._by_view(self._neighbourhood.distances(block, own))
+                block = torch.as_tensor(rows[start : start + SCORING_ROWS], device=self._weights.device)
+                own = None if families is None else families[start : start + SCORING_ROWS].to(block.device)
+                first, *others = self._families
+                anomaly = self._weights @ first.scores(block, own)
+                for family in others:
+                    anomaly = torch.minimum(anomaly, self._weights @ family.scores(block))
                 if self._head:
                     anomaly = anomaly + self._head_gain * self._head.excess(block)
                 scores.append(-anomaly.double().cpu().numpy())
         return np.concatenate(scores)
 
-    def _by_view(self, distances: Tensor, counted: Tensor | None = None) -> Tensor:
-        """Distances [2 + D, N] to scores [6, N]: the mean over the directions of a view that are counted [D, N]."""
-        scores = self._tails.score(distances)
-        anchors, directions = scores[:2], scores[2:]
-        if counted is None:
-            counted = torch.ones_like(directions, dtype=torch.bool)
-        return torch.cat([anchors, self._neighbourhood.ensemble.view_means(directions, counted)])
+
+def _not_in(labels: Names, trained_on: Sequence[frozenset[str]]) -> Tensor:
+    """Whether each direction never saw the family of each row, bool [D, M]."""
+    return torch.tensor([[name not in names for name in labels] for names in trained_on], dtype=torch.bool)
 
 
 def family_codes(groups: Names | None, n_rows: int) -> npt.NDArray[np.int64]:

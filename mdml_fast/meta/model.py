@@ -44,6 +44,9 @@ class Model(Protocol):
         The model may keep the rows to compare others with.
         """
 
+    def adapt(self, normals: Rows) -> None:
+        """Take normals [n, d] of a new family as normal too; what was learned before stays as it is."""
+
     def to_tensors(self) -> dict[str, Tensor]:
         """All that was learned, by name, on the CPU."""
 

@@ -34,12 +34,19 @@ class Neighbourhood:
         ensemble: the trained encoders, D directions.
         normals: float [n, d]; the first so many are used, so their order should be random.
         families: int [n]; a normal that is one of these rows itself is not compared with its own family.
+        centre: what Mahalanobis distances are from, in the whitened view [d].
     """
 
     def __init__(
-        self, config: NeighbourhoodConfig, views: Views, ensemble: Ensemble, normals: Tensor, families: Tensor
+        self,
+        config: NeighbourhoodConfig,
+        views: Views,
+        ensemble: Ensemble,
+        normals: Tensor,
+        families: Tensor,
+        centre: Tensor,
     ) -> None:
-        self.config, self.views, self.ensemble = config, views, ensemble
+        self.config, self.views, self.ensemble, self.centre = config, views, ensemble, centre
         self.normals = normals[: config.anchor_references]
         self.families = families[: config.anchor_references]
         with torch.inference_mode():
@@ -48,8 +55,8 @@ class Neighbourhood:
     def distances(self, rows: Tensor, families: Tensor | None = None) -> Tensor:
         """Distances [2 + D, N] of rows [N, d] from the normals.
 
-        The mean distance to the nearest normals as they are; the Mahalanobis distance of the clipped row; the mean
-        distance to the nearest normals in each embedding.
+        The mean distance to the nearest normals as they are; the Mahalanobis distance of the clipped row from their
+        centre; the mean distance to the nearest normals in each embedding.
 
         Args:
             rows: float [N, d].
@@ -64,7 +71,7 @@ class Neighbourhood:
             families=families,
             reference_families=self.families,
         )
-        mahalanobis = views[VIEWS.index("whitened")].norm(dim=-1).unsqueeze(0)
+        mahalanobis = (views[VIEWS.index("whitened")] - self.centre).norm(dim=-1).unsqueeze(0)
         directions = neighbour_distances(
             self.ensemble.embed(views),
             self._embedded,
@@ -79,7 +86,7 @@ class Neighbourhood:
         rows = torch.cat([self.normals, normals.to(self.normals)])
         codes = torch.cat([self.families, families.to(self.families)])
         order = torch.randperm(len(rows), generator=torch.Generator().manual_seed(len(rows))).to(rows.device)
-        return Neighbourhood(self.config, self.views, self.ensemble, rows[order], codes[order])
+        return Neighbourhood(self.config, self.views, self.ensemble, rows[order], codes[order], self.centre)
 
     @property
     def n_families(self) -> int:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
+
+from mdml_fast.data.encoding import Rows
 
 # Squared distances held at once: 64 MiB in float32.
 BLOCK_VALUES = 2**24
 # The k smallest of n values are sought in groups of so many: one pass of minima instead of a selection over all.
 GROUP = 8
+# Outliers among the normals are told by their distance to at most so many of them.
+OUTLIER_REFERENCES = 10_000
 
 
 def neighbour_distances(
@@ -42,6 +50,24 @@ def neighbour_distances(
         # Fewer than k references may be of other families: the mean is over those that are.
         distances.append(nearest.clamp(min=0).sqrt().where(nearest.isfinite(), torch.nan).nanmean(-1))
     return torch.cat(distances, dim=1) if distances else rows.new_empty(rows.shape[:2])
+
+
+def innermost(rows: Rows, outside: float, seed: int) -> npt.NDArray[np.intp]:
+    """Positions, increasing, of rows [N, d] without the share `outside` that lies farthest from the others.
+
+    By the mean distance to the nearest others, of at most 10 000 sampled ones: to 5 more than would be left out, so
+    that those can't vouch for each other.
+    """
+    n_dropped = math.floor(outside * len(rows))
+    if not n_dropped:
+        return np.arange(len(rows))
+    sample = np.random.default_rng(seed).permutation(len(rows))[:OUTLIER_REFERENCES]
+    matrix, own = torch.as_tensor(rows), torch.arange(len(rows))
+    k = math.ceil(outside * len(sample)) + 5
+    distances = neighbour_distances(
+        matrix[None], matrix[None, sample], k, families=own, reference_families=torch.as_tensor(sample)
+    )
+    return np.sort(np.argsort(distances[0].numpy(), kind="stable")[: len(rows) - n_dropped])
 
 
 def _smallest(values: Tensor, k: int) -> Tensor:

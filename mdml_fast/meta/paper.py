@@ -128,18 +128,26 @@ class PaperModel:
         """log(S / (1 - S)) of each row [N, d] -> [N]; higher is more normal."""
         loss = self._engine.modules["loss"]
         assert isinstance(loss, SoftmaxMarginLoss)
-        device = next(iter(self._adapted.values())).device
+        first = next(iter(self._adapted.values()))
+        n_families, device = len(first), first.device
         scores = [np.empty(0)]
         with torch.inference_mode():
             for start in range(0, len(rows), SCORING_ROWS):
                 part = torch.as_tensor(rows[start : start + SCORING_ROWS], device=device)
-                logits = self._engine.logits(self._adapted, part.unsqueeze(0)).squeeze(0)
-                scores.append(loss.log_odds(logits).double().cpu().numpy())
+                # One encoder for each family of normals; a row is as normal as the best of them finds it.
+                logits = self._engine.logits(self._adapted, part.expand(n_families, -1, -1))
+                scores.append(loss.log_odds(logits).amax(0).double().cpu().numpy())
         return np.concatenate(scores)
 
     def calibration_scores(self, normals: Rows, groups: Names | None) -> Floats:  # noqa: ARG002 - a row's score is its own
         """Scores [n] of normals [n, d] that nothing was learned from."""
         return self.score(normals)
+
+    def adapt(self, normals: Rows) -> None:
+        """Take normals [n, d] of a new family as normal too: the inner loop on them, from the meta-parameters."""
+        rows = torch.as_tensor(normals, device=next(iter(self._adapted.values())).device)
+        own = self._engine.adapt(rows.unsqueeze(0))
+        self._adapted = {name: torch.cat([value, own[name]]) for name, value in self._adapted.items()}
 
     def to_tensors(self) -> dict[str, Tensor]:
         """The weights by name: the meta-parameters, and the adapted ones under `adapted.`."""
