@@ -8,7 +8,7 @@ BENCHMARKS = Path(__file__).parent / "benchmarks"
 def pytest_addoption(parser):
     group = parser.getgroup("benchmarks of this project")
     group.addoption("--benchmark", action="store_true", help="run benchmarks/, print ratios and write JSON")
-    group.addoption("--benchmark-out", type=Path, help="where the JSON goes (benchmarks/results/kernels-<device>.json)")
+    group.addoption("--benchmark-out", type=Path, help="folder for the JSON (benchmarks/results)")
 
 
 def pytest_configure(config):

@@ -1,25 +1,28 @@
-"""Collects the outcomes of the benchmarks; at the end prints the table and writes the JSON."""
+"""Collects the outcomes of the benchmarks; at the end prints the tables and writes JSON."""
 
 import re
 from pathlib import Path
 
 import pytest
 import torch
-from mdml_kernels import benchmark
+from mdml_kernels import benchmark as kernels
 
-ROWS = pytest.StashKey[list]()
+from mdml_fast.bench import engine
+
+ROWS = pytest.StashKey[dict]()
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+NAMES = {kernels: "kernels", engine: "engine"}
 
 
 def pytest_configure(config):
-    config.stash[ROWS] = []
+    config.stash[ROWS] = {module: [] for module in NAMES}
 
 
 @pytest.fixture
-def rows(pytestconfig):
-    """The outcomes so far, to be added to."""
+def rows_of(pytestconfig):
+    """The outcomes of a benchmark's module so far, to be added to."""
     torch.set_num_threads(1)
-    return pytestconfig.stash[ROWS]
+    return pytestconfig.stash[ROWS].__getitem__
 
 
 @pytest.fixture
@@ -28,10 +31,10 @@ def device():
 
 
 def pytest_terminal_summary(terminalreporter, config):
-    rows = config.stash[ROWS]
-    if rows:
-        name = re.sub(r"[^a-z0-9]+", "-", benchmark.environment(DEVICE)["device"].lower()).strip("-")
-        default = Path(__file__).parent / "results" / f"kernels-{name}.json"
-        path = config.getoption("--benchmark-out") or default
-        benchmark.write(rows, DEVICE, path)
-        terminalreporter.write_line(f"{benchmark.table(rows)}\nwritten to {path}")
+    machine = re.sub(r"[^a-z0-9]+", "-", kernels.environment(DEVICE)["device"].lower()).strip("-")
+    folder = config.getoption("--benchmark-out") or Path(__file__).parent / "results"
+    for module, rows in config.stash[ROWS].items():
+        if rows:
+            path = folder / f"{NAMES[module]}-{machine}.json"
+            module.write(rows, DEVICE, path)
+            terminalreporter.write_line(f"{module.table(rows)}\nwritten to {path}")

@@ -6,5 +6,5 @@ from mdml_kernels import benchmark
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("case", benchmark.CASES, ids=lambda case: case.name)
-def test_kernel(case, rows, device):
-    rows.append(benchmark.run(case, device))
+def test_kernel(case, rows_of, device):
+    rows_of(benchmark).append(benchmark.run(case, device))

@@ -12,22 +12,25 @@ from torch import nn
 from torch.func import functional_call
 
 from mdml_fast.meta.engine import MetaEngine
+from mdml_fast.meta.paths import Path, choose_path
 
 PACKAGES = ("mdml-fast", "torch", "triton", "numpy", "scikit-learn", "pyarrow", "safetensors")
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
 def diagnose() -> dict[str, Any]:
-    """Versions, devices, and the meta-gradient held against a plain loop over episodes, on every device there is."""
+    """Versions, devices, the engine's path for the paper's networks, and its gradients against a plain loop."""
     environment = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
     environment["cpu threads"] = str(torch.get_num_threads())
     environment["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none found by torch"
+    environment |= _paths()
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    orders: list[tuple[bool, Path]] = [(True, "fused"), (True, "generic"), (False, "generic")]
     checks = [
-        _check(torch.device(device), dtype, first_order)
+        _check(torch.device(device), dtype, first_order, path)
         for device in devices
         for dtype in TOLERANCE
-        for first_order in (True, False)
+        for first_order, path in orders
     ]
     return {"environment": environment, "checks": checks, "ok": all(check["ok"] for check in checks)}
 
@@ -83,22 +86,33 @@ class _EpisodeLoss(nn.Module):
         return value
 
 
-def _check(device: torch.device, dtype: torch.dtype, first_order: bool) -> dict[str, Any]:
+def _check(device: torch.device, dtype: torch.dtype, first_order: bool, path: Path) -> dict[str, Any]:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         encoder = nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8)).to(dtype)
         head = nn.Linear(8, 4).to(dtype)
         support, query = torch.randn(4, 16, 8, dtype=dtype), torch.randn(4, 20, 8, dtype=dtype)
     is_ood = (torch.arange(20) >= 16).expand(4, 20)
-    engine = MetaEngine(encoder, head, loss=SoftmaxMarginLoss(learn_temperature=True), first_order=first_order)
-    engine.modules.to(device=device, dtype=dtype)
+    loss = SoftmaxMarginLoss(learn_temperature=True)
+    modules = nn.ModuleDict({"encoder": encoder, "head": head, "loss": loss}).to(device=device, dtype=dtype)
+    engine = MetaEngine(modules["encoder"], modules["head"], loss=loss, first_order=first_order, path=path)
     episodes = [tensor.to(device) for tensor in (support, query, is_ood)]
     out = engine.meta_gradients(*episodes)
     _, expected = loop_meta_gradients(engine, *episodes)
     error = max(float((out.grads[name] - value).norm() / value.norm()) for name, value in expected.items())
     order = "first" if first_order else "second"
-    what = f"meta-gradient against a loop, {order} order, {str(dtype).removeprefix('torch.')}, {device}"
+    what = f"meta-gradient against a loop, {order} order, {path} path, {str(dtype).removeprefix('torch.')}, {device}"
     return {"what": what, "error": error, "ok": error <= TOLERANCE[dtype]}
+
+
+def _paths() -> dict[str, str]:
+    """What computes a usual network (an MLP, a linear head), for each dtype."""
+    modules = MetaEngine(nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 8)), nn.Linear(8, 4)).modules
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return {
+        f"{str(dtype).removeprefix('torch.')} engine": choose_path(modules, device, dtype, first_order=True).path
+        for dtype in (torch.float32, torch.bfloat16)
+    }
 
 
 def _version(package: str) -> str | None:

@@ -8,6 +8,7 @@ import traceback
 
 import typer
 
+from mdml_cli.bench import bench
 from mdml_cli.doctor import doctor
 from mdml_cli.evaluate import evaluate
 from mdml_cli.score import score
@@ -18,7 +19,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-for command in (train, score, evaluate, doctor):
+for command in (train, score, evaluate, bench, doctor):
     app.command()(command)
 
 # Writing failed for a reason outside the program, which only the user can mend.

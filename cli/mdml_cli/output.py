@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import logging
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,6 +19,20 @@ def print_json(document: Mapping[str, Any]) -> None:
 def note(message: str) -> None:
     """A line on standard error."""
     typer.echo(message, err=True)
+
+
+@contextlib.contextmanager
+def engine_log() -> Iterator[None]:
+    """What mdml_fast logs (which path and chunk size it chose, its speed) as lines on standard error."""
+    handler = logging.StreamHandler()
+    logger = logging.getLogger("mdml_fast")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
 
 
 @contextlib.contextmanager

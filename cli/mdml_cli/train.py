@@ -64,7 +64,7 @@ def train(
     checkpoint = out.with_name(f"{out.name}.checkpoint")
 
     start = time.perf_counter()
-    with output.progress_bar("training") as update:
+    with output.engine_log(), output.progress_bar("training") as update:
         detector.fit(
             table.features,
             table.labels,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from mdml_kernels.reference import Confidence
 
-_SHORT_ROW = 32
+SHORT_ROW = 32
 
 
 def first_max(x: Tensor, top: Tensor, first: Tensor, mark: Tensor, descending: Tensor) -> None:
@@ -25,7 +25,7 @@ def first_max(x: Tensor, top: Tensor, first: Tensor, mark: Tensor, descending: T
     Long rows are compared with their maximum and the marks reduced: both are vectorised, and take a third of the time
     of the reduction that carries an index, which short rows use. descending is K, ..., 1; mark a scratch like x.
     """
-    if x.shape[-1] < _SHORT_ROW:
+    if x.shape[-1] < SHORT_ROW:
         torch.max(x, -1, keepdim=True, out=(top, first))
         return
     torch.amax(x, -1, keepdim=True, out=top)

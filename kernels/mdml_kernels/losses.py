@@ -55,6 +55,19 @@ def value_and_slope(s: Tensor, is_ood: Tensor, margin: float, form: Form) -> tup
     return (slope * torch.where(is_ood, s, margin - s)).sum(-1), torch.where(is_ood, slope, -slope)
 
 
+def value_and_slope_of_odds(odds: Tensor, is_ood: Tensor, margin: float, form: Form) -> tuple[Tensor, Tensor]:
+    """The loss [E] of log-odds [E, N], and ∂loss/∂odds [E, N]; no graph."""
+    if form != "bce":
+        s = odds.sigmoid()
+        loss, slope = value_and_slope(s, is_ood, margin, form)
+        return loss, slope * s * odds.neg().sigmoid()
+    n_id, n_ood = _sizes(is_ood, odds)
+    mean = torch.where(is_ood, 1 / n_ood, 1 / n_id)
+    right = torch.where(is_ood, -odds, odds)  # the larger, the better
+    slope = mean * right.neg().sigmoid()
+    return -(mean * log_sigmoid(right)).sum(-1), torch.where(is_ood, slope, -slope)
+
+
 def _sizes(is_ood: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
     """How many ID and OOD rows there are, [..., 1], in the values' dtype."""
     n_ood = is_ood.sum(-1, keepdim=True, dtype=values.dtype)

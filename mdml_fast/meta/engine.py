@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import copy
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import torch
 from mdml_kernels import SoftmaxMarginLoss
 from torch import Tensor, nn
 
+from mdml_fast.meta.fused import FusedPath
 from mdml_fast.meta.generic import GenericPath
+from mdml_fast.meta.paths import Path, choose_path
 from mdml_fast.meta.settings import EngineSettings, Parameters, check_batchable
+
+# Episodes whose gradients are summed as one, whatever the batch.
+GROUP = 8
 
 
 class MetaGradients(NamedTuple):
@@ -22,6 +27,56 @@ class MetaGradients(NamedTuple):
 
     loss: Tensor
     grads: Parameters
+
+
+class GradientSums(NamedTuple):
+    """Attributes:
+    loss: the outer loss of each episode [E].
+    groups: gradients by name, each [G, …], summed over groups of consecutive episodes.
+    direction: with directions, of each group (a single episode), int64 [G].
+    """
+
+    loss: Tensor
+    groups: Parameters
+    direction: Tensor | None
+
+
+class MeanGradients:
+    """The mean of gradient sums that arrive one after the other: added group by group, in the order of episodes.
+
+    So the bits of the mean do not depend on how the episodes were cut into batches, if whole groups were kept.
+    """
+
+    def __init__(self, engine: MetaEngine) -> None:
+        self._totals = {name: torch.zeros_like(value) for name, value in engine.parameters().items()}
+        self._counts = None
+        if engine.n_directions:
+            self._counts = torch.zeros(engine.n_directions, device=next(iter(self._totals.values())).device)
+        self._losses: list[Tensor] = []
+
+    def add(self, sums: GradientSums) -> Self:
+        """Take the next episodes in."""
+        self._losses.append(sums.loss)
+        if self._counts is not None:
+            assert sums.direction is not None
+            self._counts += sums.direction.bincount(minlength=len(self._counts))
+        for name, groups in sums.groups.items():
+            if sums.direction is not None:
+                self._totals[name].index_add_(0, sums.direction, groups)
+                continue
+            for group in groups:
+                self._totals[name] += group
+        return self
+
+    def result(self) -> MetaGradients:
+        """The mean over all episodes, or over each direction's; this takes the totals."""
+        losses = torch.cat(self._losses)
+        for total in self._totals.values():
+            if self._counts is None:
+                total /= len(losses)
+            else:
+                total /= self._counts.clamp(min=1).to(total.dtype).view(-1, *[1] * (total.ndim - 1))
+        return MetaGradients(losses, self._totals)
 
 
 class MetaEngine:
@@ -49,9 +104,10 @@ class MetaEngine:
         reconstruction_weight: of the mean squared reconstruction error; used with a decoder only.
         dtype: what encoder, head and decoder compute in; parameters, updates and losses keep their own dtype.
         n_directions: D, at least 1; None for parameters that all episodes share.
+        path: ``auto``, ``generic`` (any modules) or ``fused`` (an MLP, analytic gradients); `choice` says which it is.
 
     Raises:
-        ValueError: a module can't be batched over episodes, or a number is out of range.
+        ValueError: a module can't be batched over episodes, the path can't serve, or a number is out of range.
     """
 
     def __init__(
@@ -67,6 +123,7 @@ class MetaEngine:
         reconstruction_weight: float = 1.0,
         dtype: torch.dtype | None = None,
         n_directions: int | None = None,
+        path: Path = "auto",
     ) -> None:
         self.settings = EngineSettings(inner_steps, inner_lr, first_order, reconstruction_weight, dtype)
         self.modules = nn.ModuleDict({"encoder": encoder, "head": head, "loss": loss or SoftmaxMarginLoss()})
@@ -76,11 +133,23 @@ class MetaEngine:
         self.n_directions = n_directions
         if n_directions is not None:
             self.modules = _stacked(self.modules, n_directions)
-        self._path = GenericPath(self.modules, self.settings)
+        first = next(iter(self.parameters().values()), torch.empty(0))
+        self.choice = choose_path(self.modules, first.device.type, dtype or first.dtype, first_order, path)
+        self._path = (FusedPath if self.choice.path == "fused" else GenericPath)(self.modules, self.settings)
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The meta-parameters by name: `encoder.…`, `head.…`, …; the keys of `MetaGradients.grads`."""
         return dict(self.modules.named_parameters())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return next((value.device for value in self.parameters().values()), torch.device("cpu"))
+
+    @property
+    def takes_support(self) -> bool:
+        """Whether the head's logits depend on the support rows."""
+        return self._path.takes_support
 
     def buffers(self) -> dict[str, Tensor]:
         """What the modules hold that is not trained, by name; with directions [D, …]."""
@@ -126,18 +195,21 @@ class MetaEngine:
             is_ood: which query rows are anomalous, bool [E, q].
             direction: as in `adapt`.
         """
+        sums = self.gradient_sums(support, query, is_ood, direction)
+        return MeanGradients(self).add(sums).result()
+
+    def gradient_sums(
+        self, support: Tensor, query: Tensor, is_ood: Tensor, direction: Tensor | None = None
+    ) -> GradientSums:
+        """As `meta_gradients`, but in parts, from which batches of episodes can be put together: see `MeanGradients`.
+
+        A group's bits depend on its own episodes alone, as long as it is whole (`GROUP` episodes).
+        """
         direction = self._direction(direction, len(support))
+        group = GROUP if direction is None else 1
         values = self._values(direction)
-        losses, own = self._path.gradients(values, support, query, is_ood, direction is not None)
-        if direction is None:
-            return MetaGradients(losses, {name: value.mean(0) for name, value in own.items()})
-        assert self.n_directions is not None
-        share = direction.bincount(minlength=self.n_directions).clamp(min=1).to(losses.dtype).reciprocal()
-        grads = {}
-        for name, value in own.items():
-            weighted = value * share[direction].view(-1, *[1] * (value.ndim - 1))
-            grads[name] = value.new_zeros(self.n_directions, *value.shape[1:]).index_add_(0, direction, weighted)
-        return MetaGradients(losses, grads)
+        losses, groups = self._path.gradients(values, support, query, is_ood, direction is not None, group)
+        return GradientSums(losses, groups, direction)
 
     def _values(self, direction: Tensor | None) -> Parameters:
         """Parameters and buffers without a graph: shared, or those of each episode's direction [E, …]."""
@@ -153,7 +225,7 @@ class MetaEngine:
         if direction is None:
             if n_episodes != self.n_directions:
                 raise ValueError(f"{n_episodes} episodes of {self.n_directions} directions: give direction=, int [E]")
-            return torch.arange(n_episodes, device=next(iter(self.parameters().values())).device)
+            return torch.arange(n_episodes, device=self.device)
         if direction.shape != (n_episodes,) or direction.dtype != torch.int64:
             raise ValueError(f"direction must be int64 [{n_episodes}], got {direction.dtype} {list(direction.shape)}")
         return direction

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+import threading
+
+import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vmap
 
@@ -20,8 +24,9 @@ class GenericPath:
     """
 
     def __init__(self, modules: nn.ModuleDict, settings: EngineSettings) -> None:
-        self.modules, self.settings = modules, settings
+        self._modules, self.settings = modules, settings
         self.takes_support = bool(getattr(modules["head"], "takes_support", False))
+        self._local = threading.local()
         self._trained = {name for name, _ in modules.named_parameters()}
 
     def adapt(self, values: Parameters, support: Tensor, stacked: bool) -> Parameters:
@@ -40,11 +45,19 @@ class GenericPath:
         return vmap(episode, in_dims=in_dims)(adapted, values, rows, support)
 
     def gradients(
-        self, values: Parameters, support: Tensor, query: Tensor, is_ood: Tensor, stacked: bool
+        self, values: Parameters, support: Tensor, query: Tensor, is_ood: Tensor, stacked: bool, group: int
     ) -> tuple[Tensor, Parameters]:
-        """Outer losses [E], and each episode's own meta-gradient [E, …] of every parameter among the values."""
+        """Outer losses [E], and the gradients of every parameter among the values, each summed over groups [G, …].
+
+        A group is so many consecutive episodes, the last one perhaps fewer; a group's bits depend on it alone.
+        """
         differentiate = self._first_order if self.settings.first_order else self._second_order
-        return vmap(differentiate, in_dims=(0 if stacked else None, 0, 0, 0))(values, support, query, is_ood)
+        losses, own = vmap(differentiate, in_dims=(0 if stacked else None, 0, 0, 0))(values, support, query, is_ood)
+        if group == 1:
+            return losses, own
+        return losses, {
+            name: torch.stack([part.sum(0) for part in torch.split(value, group)]) for name, value in own.items()
+        }
 
     def _first_order(
         self, values: Parameters, support: Tensor, query: Tensor, is_ood: Tensor
@@ -100,7 +113,7 @@ class GenericPath:
 
     def _reconstruction(self, values: Parameters, z: Tensor, rows: Tensor) -> Tensor:
         """The weighted mean squared error of each row [n]; zero without a decoder."""
-        if "decoder" not in self.modules:
+        if "decoder" not in self._modules:
             return rows.new_zeros(rows.shape[0])
         decoded = self._call(values, "decoder", z).to(rows.dtype)
         errors: Tensor = (decoded - rows).square().mean(-1)
@@ -114,12 +127,19 @@ class GenericPath:
         if dtype is not None and part != "loss":
             own = {name: value.to(dtype) if value.is_floating_point() else value for name, value in own.items()}
             args = tuple(arg.to(dtype) for arg in args)
-        module = self.modules[part]
+        module = self._own_modules()[part]
         if method is not None:
             module = _Method(module, method)
             own = {f"module.{name}": value for name, value in own.items()}
         result: Tensor = functional_call(module, own, args)
         return result
+
+    def _own_modules(self) -> nn.ModuleDict:
+        """This thread's copy: functional_call puts values into a module for as long as it runs, where all see them."""
+        copied: nn.ModuleDict | None = getattr(self._local, "modules", None)
+        if copied is None:
+            copied = self._local.modules = copy.deepcopy(self._modules)
+        return copied
 
     def _split(self, values: Parameters) -> tuple[Parameters, Parameters]:
         """Parameters and buffers."""

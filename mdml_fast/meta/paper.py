@@ -109,8 +109,7 @@ class PaperModel:
             checkpoint: a file for the state of the run; it stays when the run is cut off.
             resume: go on from that file.
         """
-        engine = _engine(config, rows.normals.shape[1], seed, dtype)
-        engine.modules.to(device)
+        engine = _engine(config, rows.normals.shape[1], seed, dtype, device)
         losses = train(
             engine,
             _sampler(rows, config, seed, device),
@@ -163,16 +162,17 @@ class PaperModel:
         Raises:
             KeyError, RuntimeError: the weights are not those of this configuration.
         """
-        engine = _engine(config, tensors["encoder.0.weight"].shape[1], 0, dtype)
+        engine = _engine(config, tensors["encoder.0.weight"].shape[1], 0, dtype, device)
         engine.modules.load_state_dict({name: tensors[name] for name in engine.parameters()})
-        engine.modules.to(device)
         adapted = {
             name: tensors[f"adapted.{name}"].to(device) for name in engine.parameters() if name.startswith(ADAPTED)
         }
         return cls(config, engine, adapted, [])
 
 
-def _engine(config: PaperConfig, n_features: int, seed: int, dtype: torch.dtype | None) -> MetaEngine:
+def _engine(
+    config: PaperConfig, n_features: int, seed: int, dtype: torch.dtype | None, device: torch.device
+) -> MetaEngine:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = nn.Sequential(
@@ -187,13 +187,13 @@ def _engine(config: PaperConfig, n_features: int, seed: int, dtype: torch.dtype 
         margin=config.margin, temperature=config.temperature, learn_temperature=config.learn_temperature
     )
     return MetaEngine(
-        encoder,
-        head,
+        encoder.to(device),
+        head.to(device),
         config.inner_steps,
         config.inner_lr,
-        loss,
+        loss.to(device),
         first_order=not config.second_order,
-        decoder=decoder,
+        decoder=decoder.to(device) if decoder else None,
         reconstruction_weight=config.reconstruction_weight,
         dtype=dtype,
     )

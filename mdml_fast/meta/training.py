@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import logging
+import time
 from typing import Protocol
 
 import torch
@@ -9,6 +11,9 @@ import torch
 from mdml_fast.episodes import EpisodeSampler
 from mdml_fast.meta.checkpoint import Checkpoint
 from mdml_fast.meta.engine import MetaEngine
+from mdml_fast.meta.scheduler import MetaScheduler
+
+log = logging.getLogger("mdml_fast")
 
 
 class Progress(Protocol):
@@ -47,10 +52,14 @@ def train(
     """
     params = engine.parameters()
     losses = checkpoint.restore(params, optimizer) if checkpoint else []
-    for step in range(len(losses), n_steps):
-        episodes = sampler.batch(step * episodes_per_step, episodes_per_step)
-        direction = None if engine.n_directions is None else episodes.direction
-        out = engine.meta_gradients(episodes.support, episodes.query, episodes.is_ood, direction)
+    steps = MetaScheduler(engine).stream(
+        sampler,
+        n_steps=n_steps - len(losses),
+        episodes_per_step=episodes_per_step,
+        first=len(losses) * episodes_per_step,
+    )
+    start, already = time.perf_counter(), len(losses)
+    for step, out in enumerate(steps, start=already):
         for name, param in params.items():
             param.grad = out.grads[name]
         optimizer.step()
@@ -59,4 +68,6 @@ def train(
             checkpoint.save_sometimes(params, optimizer, losses)
         if progress:
             progress(step + 1, n_steps, losses[-1])
+    seconds, n_episodes = time.perf_counter() - start, (n_steps - already) * episodes_per_step
+    log.info("engine: %d episodes in %.1f s, %.0f a second", n_episodes, seconds, n_episodes / seconds)
     return losses

@@ -17,7 +17,7 @@ def test_help_answers_in_a_second_without_torch(mdml_fast: Run) -> None:
     result = mdml_fast("--help")
     # Importing torch alone takes longer than this on a machine of two cores.
     assert time.perf_counter() - start < 1.0
-    for command in ("train", "score", "evaluate", "doctor"):
+    for command in ("train", "score", "evaluate", "bench", "doctor"):
         assert command in result.stdout
 
 
@@ -27,6 +27,8 @@ def test_train_without_arguments_learns_the_digits(mdml_fast: Run, tmp_path: Pat
     assert "unseen" in result.stdout
     assert "the model is in mdml-model" in result.stdout
     assert "training" in result.stderr
+    assert "engine: fused path (an MLP in float32" in result.stderr
+    assert "3200 episodes in" in result.stderr
     document = json.loads((tmp_path / "mdml-model" / "model.json").read_text())
     assert document["normal_classes"] == list("01234")
     assert 0.5 < document["metrics"]["unseen"]["auroc"]["mean"] < 1
@@ -82,7 +84,20 @@ def test_doctor_checks_the_engine(mdml_fast: Run) -> None:
     document = json.loads(result.stdout)
     assert document["ok"]
     assert len(document["checks"]) >= 4
+    assert document["environment"]["float32 engine"] == "fused"
     assert "torch" in mdml_fast("doctor").stdout
+
+
+def test_bench_prints_ratios_and_refuses_what_is_no_case(mdml_fast: Run) -> None:
+    result = mdml_fast("bench", "engine", "--case", "small", "--rounds", 1, "--json")
+    assert result.returncode == 0, result.stderr
+    [row] = json.loads(result.stdout)["engine"]["rows"]
+    assert row["case"] == "small"
+    assert {"ours", "ours, bfloat16", "plain loop", "vmap"} <= row["seconds"].keys()
+    assert 0 < row["share"]["plain loop"] < row["share"]["ours"] < 1.5
+    refused = mdml_fast("bench", "engine", "--case", "huge")
+    assert refused.returncode == 2
+    assert "no case has a name with huge in it" in refused.stderr
 
 
 @pytest.mark.parametrize(

@@ -51,8 +51,8 @@ def collected(*arguments):
 
 def test_pytest_runs_benchmarks_when_asked_and_only_then():
     asked = collected("--benchmark")
-    assert len(asked) == len(benchmark.CASES)
-    assert all(line.startswith("benchmarks/test_kernels.py::") for line in asked)
+    assert sum(line.startswith("benchmarks/test_kernels.py::") for line in asked) == len(benchmark.CASES)
+    assert all(line.startswith("benchmarks/") for line in asked)
     plain = collected("benchmarks", "tests/kernels/test_readme.py")
     assert plain
     assert all(line.startswith("tests/") for line in plain)

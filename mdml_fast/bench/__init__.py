@@ -1,0 +1,1 @@
+"""Benchmarks of the package against its peers; `mdml-fast bench` and `pytest --benchmark` run them."""

@@ -1,0 +1,78 @@
+"""The fused path: an MLP and a linear or prototype head for many episodes at once, by analytic gradients in place."""
+
+from __future__ import annotations
+
+import threading
+
+import torch
+from mdml_kernels import SoftmaxMarginLoss
+from torch import Tensor, nn
+
+from mdml_fast.meta.fused_heads import read_head
+from mdml_fast.meta.fused_layers import BatchedNetwork, Buffers, read_encoder
+from mdml_fast.meta.fused_program import Program, Recipe
+from mdml_fast.meta.settings import EngineSettings, Parameters
+
+# Programs kept for each thread: a training run has one shape, and another for what is left over.
+KEPT_PROGRAMS = 4
+
+
+class FusedPath:
+    """As `GenericPath`, for what `paths.choose_path` lets through."""
+
+    def __init__(self, modules: nn.ModuleDict, settings: EngineSettings) -> None:
+        network, head, loss = read_encoder(modules["encoder"]), read_head(modules["head"]), modules["loss"]
+        assert network is not None
+        assert head is not None
+        assert isinstance(loss, SoftmaxMarginLoss)
+        self._recipe = Recipe(network, head, loss, settings, [name for name, _ in modules.named_parameters()])
+        self.takes_support = self._recipe.takes_support
+        self._kept = threading.local()
+
+    def adapt(self, values: Parameters, support: Tensor, stacked: bool) -> Parameters:
+        """See `GenericPath`."""
+        if self._recipe.settings.inner_steps:
+            adapted = self._program(values, support, 0, stacked).adapt(support)
+        else:
+            shared = {name: values[name] for name in self._recipe.adapted}
+            adapted = shared if stacked else {name: v.expand(len(support), *v.shape) for name, v in shared.items()}
+        return {name: value.clone() for name, value in adapted.items()}
+
+    def logits(
+        self, adapted: Parameters, values: Parameters, rows: Tensor, support: Tensor | None, stacked: bool
+    ) -> Tensor:
+        """See `GenericPath`."""
+        del stacked  # layers see by its shape whether a weight is shared
+        weights, buffers = self._recipe.weights(values | adapted), Buffers(rows.device)
+        n_centers = 0 if support is None else support.shape[1]
+        everything = rows if support is None else torch.cat([support, rows], 1)
+        network = BatchedNetwork(self._recipe.network, weights, len(rows), everything.shape[1], buffers)
+        z = network.forward(self._recipe.cast(everything))
+        head = self._recipe.batched_head(weights, len(rows), rows.shape[1], buffers, rows.dtype)
+        return head.logits(z[:, n_centers:], z[:, :n_centers])
+
+    def gradients(
+        self, values: Parameters, support: Tensor, query: Tensor, is_ood: Tensor, stacked: bool, group: int
+    ) -> tuple[Tensor, Parameters]:
+        """See `GenericPath`."""
+        n_whole = len(support) // group * group
+        if 0 < n_whole < len(support):  # all groups of one product are of one size
+            parts = [
+                self.gradients(values, support[cut], query[cut], is_ood[cut], stacked, group)
+                for cut in (slice(n_whole), slice(n_whole, None))
+            ]
+            losses, grads = zip(*parts, strict=True)
+            return torch.cat(losses), {name: torch.cat([part[name] for part in grads]) for name in grads[0]}
+        program = self._program(values, support, query.shape[1], stacked)
+        return program.gradients(support, query, is_ood, min(group, len(support)))
+
+    def _program(self, values: Parameters, support: Tensor, n_query: int, stacked: bool) -> Program:
+        """This thread's program for batches of this shape, with these values in it."""
+        programs: dict[object, Program] = self._kept.__dict__.setdefault("programs", {})
+        key = (support.shape, n_query, stacked, support.dtype, support.device)
+        if key not in programs:
+            if len(programs) == KEPT_PROGRAMS:
+                programs.clear()
+            programs[key] = Program(self._recipe, values, support, n_query, stacked)
+        programs[key].load(values)
+        return programs[key]

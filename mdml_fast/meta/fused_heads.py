@@ -1,0 +1,76 @@
+"""The heads that the fused path takes, for many episodes at once: logits, and the gradients back to embeddings.
+
+Letters: C episodes, n rows, z features of an embedding, K logits. Logits and their gradient keep the rows' dtype,
+whatever the products compute in.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mdml_fast.meta.fused_layers import BatchedLayer, Buffers, Layer, Use, Weights, read_linear
+from mdml_fast.meta.heads import PrototypeHead
+
+PROTOTYPES = "prototypes"
+
+
+def read_head(head: nn.Module) -> Layer | str | None:
+    """A linear head's layer, or `PROTOTYPES`; None where the fused path does not know the head."""
+    if type(head) is nn.Linear:
+        return read_linear("head", head)
+    return PROTOTYPES if type(head) is PrototypeHead else None
+
+
+class BatchedLinearHead:
+    """``ℓ = z Wᵀ + c``."""
+
+    def __init__(
+        self, layer: Layer, weights: Weights, n_episodes: int, n_rows: int, buffers: Buffers, dtype: torch.dtype
+    ) -> None:
+        self.layer = BatchedLayer(layer, weights, n_episodes, n_rows, buffers)
+        product = self.layer.after
+        self.out = product if product.dtype == dtype else buffers.take("logits", tuple(product.shape), dtype)
+
+    def logits(self, z: Tensor, centers: Tensor) -> Tensor:
+        """Logits [C, n, K] of embeddings z [C, n, z], in a buffer; it takes no centers."""
+        del centers
+        product = self.layer.forward(z)
+        return product if product is self.out else self.out.copy_(product)
+
+    def pull(self, grad: Tensor, use: Use | None) -> tuple[Tensor, Tensor | None]:
+        """The gradient to z, and to the centers, from that to the logits; `use` is told of the head's own layer."""
+        grad = grad.to(self.layer.weight.dtype)
+        if use:
+            use(self.layer, grad)
+        return self.layer.pull(grad), None
+
+
+class BatchedPrototypes:
+    """``ℓ_k = -|z - c_k|² / 2τ²`` with embeddings of the support as centers c [C, K, z]."""
+
+    def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
+        self.variance, self.dtype = weights.master["head.variance"], dtype
+        self.z = self.centers = self.variance
+
+    def logits(self, z: Tensor, centers: Tensor) -> Tensor:
+        """Logits [C, n, K] of embeddings z [C, n, z]."""
+        self.z, self.centers = z, centers
+        logits = torch.bmm(z, centers.mT).to(self.dtype)
+        logits.sub_(self._half_squares(z).unsqueeze(-1)).sub_(self._half_squares(centers).unsqueeze(-2))
+        return logits.div_(self.variance.view(-1, 1, 1))
+
+    def pull(self, grad: Tensor, use: Use | None) -> tuple[Tensor, Tensor | None]:
+        """As `BatchedLinearHead.pull`; there are no parameters to be told of. grad is overwritten."""
+        del use
+        z, centers = self.z, self.centers
+        grad.div_(self.variance.view(-1, 1, 1))
+        by_row, by_center = grad.sum(-1, keepdim=True).to(z.dtype), grad.sum(-2).unsqueeze(-1).to(z.dtype)
+        grad = grad.to(z.dtype)
+        grad_z = torch.bmm(grad, centers).addcmul_(by_row, z, value=-1)
+        return grad_z, torch.bmm(grad.mT, z).addcmul_(by_center, centers, value=-1)
+
+    def _half_squares(self, z: Tensor) -> Tensor:
+        """|z|²/2 [C, n] of embeddings [C, n, z]."""
+        norms: Tensor = torch.linalg.vector_norm(z, dim=-1, dtype=self.dtype)
+        return norms.square() / 2

@@ -1,0 +1,190 @@
+"""The fused computation for batches of one shape: all memory and all views are made once, then only filled.
+
+Only the products that are needed are taken: no gradient to the rows, none to the head in the inner loop. As long as
+all episodes share their weights (before the first inner step) a layer is one large product. No graph is built.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from mdml_kernels import SoftmaxMarginLoss, direct
+from torch import Tensor
+
+from mdml_fast.meta.fused_heads import PROTOTYPES, BatchedLinearHead, BatchedPrototypes
+from mdml_fast.meta.fused_layers import BatchedLayer, BatchedNetwork, Buffers, Layer, Network, Weights
+from mdml_fast.meta.settings import EngineSettings, Parameters
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What is to be computed, whatever the shapes; `trained` are the names of all parameters."""
+
+    network: Network
+    head: Layer | str
+    loss: SoftmaxMarginLoss
+    settings: EngineSettings
+    trained: list[str]
+
+    @property
+    def takes_support(self) -> bool:
+        """Whether the logits depend on the support rows."""
+        return self.head == PROTOTYPES
+
+    @property
+    def adapted(self) -> list[str]:
+        """What the inner loop trains."""
+        return [name for name in self.trained if name.startswith("encoder.")]
+
+    def weights(self, values: Parameters) -> Weights:
+        """The values, and beside them what the products compute with."""
+        dtype = self.settings.dtype
+        networks = [name for name in self.trained if not name.startswith("loss.")]
+        if dtype is None or all(values[name].dtype == dtype for name in networks):
+            return Weights(values, values)
+        return Weights(values, values | {name: values[name].to(dtype) for name in networks})
+
+    def cast(self, rows: Tensor) -> Tensor:
+        """Rows for the products."""
+        return (rows if self.settings.dtype is None else rows.to(self.settings.dtype)).contiguous()
+
+    def batched_head(
+        self, weights: Weights, n_episodes: int, n_rows: int, buffers: Buffers, dtype: torch.dtype
+    ) -> BatchedLinearHead | BatchedPrototypes:
+        """The head for so many rows of this dtype."""
+        if isinstance(self.head, Layer):
+            return BatchedLinearHead(self.head, weights, n_episodes, n_rows, buffers, dtype)
+        return BatchedPrototypes(weights, dtype)
+
+
+class Program:
+    """The recipe for C episodes of n support and q query rows.
+
+    Args:
+        recipe: what to compute.
+        values: parameters and buffers like those to come, [C, …] if stacked, else shared.
+        support: rows [C, n, d] like those to come.
+        n_query: q.
+        stacked: see values.
+    """
+
+    def __init__(self, recipe: Recipe, values: Parameters, support: Tensor, n_query: int, stacked: bool) -> None:
+        self.recipe = recipe
+        n_episodes, n_support, _ = support.shape
+        self.n_episodes, self.n_centers = n_episodes, n_support if recipe.takes_support else 0
+        buffers, dtype = Buffers(support.device), support.dtype
+        self.given = recipe.weights({name: torch.empty_like(value) for name, value in values.items()})
+        own = {}
+        for name in recipe.adapted:
+            shape = values[name].shape if stacked else (n_episodes, *values[name].shape)
+            own[name] = torch.empty(shape, dtype=values[name].dtype, device=support.device)
+        self.own = recipe.weights(self.given.master | own)
+        last = self.own if recipe.settings.inner_steps else self.given
+        self.start = BatchedNetwork(recipe.network, self.given, n_episodes, n_support, buffers)
+        self.inner = BatchedNetwork(recipe.network, self.own, n_episodes, n_support, buffers)
+        self.inner_head = recipe.batched_head(self.given, n_episodes, n_support, buffers, dtype)
+        self.outer = BatchedNetwork(recipe.network, last, n_episodes, self.n_centers + n_query, buffers)
+        self.outer_head = recipe.batched_head(self.given, n_episodes, n_query, buffers, dtype)
+        # The layers of self.inner take over what comes of a step from those of self.start, then from themselves.
+        pairs = [
+            *zip(self.start.layers, self.inner.layers, strict=True),
+            *((layer, layer) for layer in self.inner.layers),
+        ]
+        self.successor = dict(pairs)
+
+    def load(self, values: Parameters) -> None:
+        """Take over the values."""
+        for side in {id(side): side for side in self.given}.values():
+            for name, value in values.items():
+                side[name].copy_(value)
+
+    def adapt(self, support: Tensor) -> Parameters:
+        """The encoder after SGD on the one-class loss of support rows [C, n, d]: [C, …], in the program's memory."""
+        lr, rows = self.recipe.settings.inner_lr, self.recipe.cast(support)
+        tau, background = self._tau(support), self._background(support)
+
+        def descend(layer: BatchedLayer, grad: Tensor) -> None:
+            self.successor[layer].descend(layer, grad, lr)
+
+        for step in range(self.recipe.settings.inner_steps):
+            network = self.inner if step else self.start
+            z = network.forward(rows)
+            logits = self.inner_head.logits(z, z)
+            grad = direct.one_class_gradient_(logits, tau, background, self.recipe.loss.confidence)
+            grad_z, grad_centers = self.inner_head.pull(grad, None)
+            if grad_centers is not None:
+                grad_z.add_(grad_centers)
+            by_scale = network.backward(grad_z, descend)
+            if by_scale is not None:
+                assert network.log_scale is not None
+                torch.add(network.log_scale, by_scale, alpha=-lr, out=self.inner.log_scale)
+        return {name: self.own.master[name] for name in self.recipe.adapted}
+
+    def gradients(self, support: Tensor, query: Tensor, is_ood: Tensor, group: int) -> tuple[Tensor, Parameters]:
+        """Outer losses [C], and the gradients summed over groups of so many episodes, [C / group, …]."""
+        grads: Parameters = {}
+
+        def collect(layer: BatchedLayer, grad: Tensor) -> None:
+            """A group's rows one below the other: a single product sums the gradient over the whole of it."""
+            grad = grad.reshape(self.n_episodes // group, -1, grad.shape[-1])
+            rows = layer.rows.reshape(len(grad), -1, layer.rows.shape[-1])
+            if group == 1:
+                by_weight = torch.bmm(grad.mT, rows)
+            else:  # one by one: a batch of one group may be taken in another way than of many, with other bits
+                by_weight = torch.stack([torch.mm(g.mT, r) for g, r in zip(grad, rows, strict=True)])
+            grads[layer.layer.weight] = by_weight.to(query.dtype)
+            if layer.layer.bias:
+                grads[layer.layer.bias] = torch.sum(grad, 1, dtype=query.dtype)
+
+        def group_sums(values: Tensor) -> Tensor:
+            return values.view(-1, group, *values.shape[1:]).sum(1)
+
+        self.adapt(support)
+        rows = torch.cat([support, query], 1) if self.n_centers else query
+        z = self.outer.forward(self.recipe.cast(rows))
+        logits = self.outer_head.logits(z[:, self.n_centers :], z[:, : self.n_centers])
+        out = self._margin(logits, is_ood)
+        grad_z, grad_centers = self.outer_head.pull(out.logits, collect)
+        if grad_centers is not None:
+            grad_z = torch.cat([grad_centers, grad_z], 1)
+        by_scale = self.outer.backward(grad_z, collect)
+        if by_scale is not None:
+            assert self.recipe.network.log_scale
+            grads[self.recipe.network.log_scale] = group_sums(by_scale)
+        if out.tau is not None:
+            tau = self._tau(query)
+            assert tau is not None
+            grads["loss.log_temperature"] = group_sums(-tau * out.tau)  # τ = exp(-log T)
+        if "loss.background" in self.recipe.trained:
+            assert out.background is not None
+            grads["loss.background"] = group_sums(out.background)
+        return out.loss, grads
+
+    def _margin(self, logits: Tensor, is_ood: Tensor) -> direct.LossGradients:
+        loss = self.recipe.loss
+        return direct.margin_gradients(
+            logits,
+            is_ood,
+            self._tau(logits),
+            self._background(logits),
+            margin=loss.margin,
+            confidence=loss.confidence,
+            form=loss.form,
+            backend="cpu" if logits.device.type == "cpu" else "triton",
+            needs_tau="loss.log_temperature" in self.recipe.trained,
+        )
+
+    def _tau(self, rows: Tensor) -> Tensor | None:
+        """1/T [C] in the rows' dtype, None where it is 1."""
+        if "loss.log_temperature" in self.recipe.trained:
+            return self.given.master["loss.log_temperature"].neg().exp().expand(self.n_episodes)
+        temperature = self.recipe.loss.fixed_temperature
+        return None if temperature == 1 else rows.new_full((self.n_episodes,), 1 / temperature)
+
+    def _background(self, rows: Tensor) -> Tensor | None:
+        """b [C] in the rows' dtype, None where there is none."""
+        if "loss.background" in self.recipe.trained:
+            return self.given.master["loss.background"].expand(self.n_episodes)
+        background = self.recipe.loss.background
+        return None if background is None else rows.new_full((self.n_episodes,), float(background))

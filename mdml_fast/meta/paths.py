@@ -1,0 +1,69 @@
+"""Which path the engine takes: one pure function of what it is made of, decided once, before anything is computed."""
+
+from __future__ import annotations
+
+from typing import Literal, NamedTuple
+
+import torch
+from mdml_kernels import SoftmaxMarginLoss
+from torch import nn
+
+from mdml_fast.meta.fused_heads import read_head
+from mdml_fast.meta.fused_layers import read_encoder
+
+Path = Literal["auto", "generic", "fused"]
+PATHS = ("auto", "generic", "fused")
+
+_FUSED_DTYPES = (torch.float32, torch.float64, torch.bfloat16)
+
+
+class Choice(NamedTuple):
+    """A path's name and, in a few words, why it was chosen."""
+
+    path: str
+    reason: str
+
+
+def choose_path(
+    modules: nn.ModuleDict, device: str, dtype: torch.dtype, first_order: bool, requested: Path = "auto"
+) -> Choice:
+    """The engine's path.
+
+    Args:
+        modules: ``encoder``, ``head``, ``loss`` and perhaps ``decoder``.
+        device: the type of the parameters' device.
+        dtype: what the networks compute in.
+        first_order: whether the inner loop is left out of the outer gradient.
+        requested: ``auto`` takes the fused path where it can.
+
+    Raises:
+        ValueError: the path is unknown, or can't serve.
+    """
+    if requested not in PATHS:
+        raise ValueError(f"path must be one of {', '.join(map(repr, PATHS))}, got {requested!r}")
+    why_not = _why_not_fused(modules, device, dtype, first_order)
+    if requested == "fused" and why_not:
+        raise ValueError(f"path 'fused' can't serve this engine: {why_not}; leave it 'auto'")
+    if requested == "generic":
+        return Choice("generic", "asked for")
+    if why_not:
+        return Choice("generic", why_not)
+    return Choice("fused", f"an MLP in {str(dtype).removeprefix('torch.')} on {device}, first order")
+
+
+def _why_not_fused(modules: nn.ModuleDict, device: str, dtype: torch.dtype, first_order: bool) -> str:
+    """What stands against the fused path; "" where nothing does."""
+    encoder, head, loss = modules["encoder"], modules["head"], modules["loss"]
+    if not first_order:
+        return "second order needs a graph through the inner loop"
+    if "decoder" in modules:
+        return "there is a decoder"
+    if read_encoder(encoder) is None:
+        return f"the encoder ({type(encoder).__name__}) is no Sequential of Linear, ReLU, GELU and Tanh"
+    if read_head(head) is None:
+        return f"the head ({type(head).__name__}) is neither Linear nor PrototypeHead"
+    if type(loss) is not SoftmaxMarginLoss or loss.backend not in ("auto", "cpu"):
+        return "the loss is no SoftmaxMarginLoss with backend 'auto'"
+    if device not in ("cpu", "cuda") or dtype not in _FUSED_DTYPES:
+        return f"{str(dtype).removeprefix('torch.')} on {device} has only the generic path"
+    return ""

@@ -1,0 +1,204 @@
+"""The meta-scheduler: a stream of episodes through the engine, as many at once as pays, on all threads there are.
+
+Memory is that of the chunks in flight, whatever the number of episodes. The bits of the result depend neither on the
+threads nor on the chunk size, as long as that is of whole granules (see `chunks`). Only one that is forced, or that
+little memory dictates, is not; then they differ in the last digits.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from mdml_fast.episodes import EpisodeBatch
+from mdml_fast.meta import chunks
+from mdml_fast.meta.engine import GROUP, GradientSums, MeanGradients, MetaEngine, MetaGradients
+
+log = logging.getLogger("mdml_fast")
+
+
+class EpisodeSource(Protocol):
+    """Where episodes come from; `EpisodeSampler` is one."""
+
+    def batch(self, first: int, n_episodes: int) -> EpisodeBatch:
+        """Episodes first, …, first + n_episodes - 1: a pure function of these numbers."""
+
+
+class MetaScheduler:
+    """Meta-gradients of any number of episodes.
+
+    Args:
+        engine: what computes a chunk.
+        chunk: episodes at once, at least 1; None measures it at the first use, or remembers.
+        threads: CPU threads that share the chunks; None for as many as torch uses. Each computes its chunk alone.
+        memory: bytes that the chunks in flight may take; None for a quarter of what is free.
+        cache: where measured chunk sizes are kept; None for the user's cache folder.
+
+    Attributes:
+        chosen: how episodes are computed, in one line; empty before the first use.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    def __init__(
+        self,
+        engine: MetaEngine,
+        *,
+        chunk: int | None = None,
+        threads: int | None = None,
+        memory: int | None = None,
+        cache: chunks.ChunkCache | None = None,
+    ) -> None:
+        for name, value in (("chunk", chunk), ("threads", threads), ("memory", memory)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be 1 or more, got {value}")
+        self.engine, self.chosen = engine, ""
+        self._forced, self._memory, self._cache = chunk, memory, cache or chunks.ChunkCache()
+        on_cpu = engine.device.type == "cpu"
+        self.threads = (threads or torch.get_num_threads()) if on_cpu else 1
+        # A pool even for one thread where torch has more: bits are those of a product on a single thread.
+        alone = not on_cpu or self.threads == torch.get_num_threads() == 1
+        self._pool = None if alone else _workers(self.threads)
+        self._sizes: dict[tuple[int, chunks.Shape], int] = {}
+
+    def meta_gradients(
+        self, support: Tensor, query: Tensor, is_ood: Tensor, direction: Tensor | None = None
+    ) -> MetaGradients:
+        """As `MetaEngine.meta_gradients`, for any number of episodes."""
+        n = len(support)
+        numbers = torch.arange(n, device=support.device) if direction is None else direction
+        given = _Given(EpisodeBatch(support, query, is_ood, numbers))
+        [out] = self.stream(given, n_steps=1, episodes_per_step=n)
+        return out
+
+    def stream(
+        self, source: EpisodeSource, *, n_steps: int, episodes_per_step: int, first: int = 0
+    ) -> Iterator[MetaGradients]:
+        """The meta-gradient of each step's episodes, one step after the other; parameters may be changed in between.
+
+        The episodes of the next chunks, and of the next step, are sampled while these are computed.
+
+        Args:
+            source: of the episodes.
+            n_steps: how many meta-gradients.
+            episodes_per_step: episodes of each.
+            first: the first step's first episode.
+        """
+        if not n_steps * episodes_per_step:
+            return
+        size = self._chunk(source, first, episodes_per_step)
+        cuts = chunks.cuts(episodes_per_step, size)
+        ranges = ((first + step * episodes_per_step + start, count) for step in range(n_steps) for start, count in cuts)
+        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as sampling:
+            batches = _ahead(sampling, source, ranges, self.threads + 1)
+            for _ in range(n_steps):
+                yield self._mean(next(batches) for _ in cuts)
+
+    def _mean(self, batches: Iterable[EpisodeBatch]) -> MetaGradients:
+        mean = MeanGradients(self.engine)
+        for sums in self._in_order(batches):
+            mean.add(sums)
+        return mean.result()
+
+    def _in_order(self, batches: Iterable[EpisodeBatch]) -> Iterator[GradientSums]:
+        """Computed side by side, given back in the order of the batches; one more in flight than there are threads."""
+        if self._pool is None:
+            yield from map(self._compute, batches)
+            return
+        pending: deque[Future[GradientSums]] = deque()
+        for batch in batches:
+            pending.append(self._pool.submit(self._compute, batch))
+            if len(pending) > self.threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+    def _compute(self, batch: EpisodeBatch) -> GradientSums:
+        direction = batch.direction if self.engine.n_directions else None
+        return self.engine.gradient_sums(batch.support, batch.query, batch.is_ood, direction)
+
+    def _chunk(self, source: EpisodeSource, first: int, n_episodes: int) -> int:
+        """Episodes at once: the best size, less where the threads would not get equal shares."""
+        size, how = self._forced, "asked for"
+        if size is None:
+            sample = source.batch(first, 1)
+            shape = chunks.Shape(sample.support.shape[1], *sample.query.shape[1:])
+            granule = chunks.granule(shape, 2 if self.engine.n_directions else GROUP)
+            size, how = self._best(source, first, n_episodes, shape, granule)
+            rounds = -(-n_episodes // (size * self.threads))
+            share = -(-n_episodes // (rounds * self.threads))
+            size = min(size, -(-share // granule) * granule)
+        threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
+        path = self.engine.choice
+        chosen = f"{path.path} path ({path.reason}), {size} episodes at once ({how}) on {threads}"
+        if chosen != self.chosen:
+            log.info("engine: %s", chosen)
+            self.chosen = chosen
+        return size
+
+    def _best(
+        self, source: EpisodeSource, first: int, n_episodes: int, shape: chunks.Shape, granule: int
+    ) -> tuple[int, str]:
+        """The chunk size to aim at, and how it came about."""
+        memory = self._memory or chunks.available_memory(self.engine.device)
+        in_flight = self.threads + 1
+        share = -(-n_episodes // self.threads)
+        sizes = chunks.candidates(share, chunks.episode_bytes(self.engine, shape), memory // in_flight, granule)
+        if len(sizes) == 1:
+            return sizes[0], "no other fits"
+        key = chunks.cache_key(self.engine, shape, sizes, self.threads)
+        size = self._cache.get(key)
+        if size in sizes:
+            return size, "measured earlier"
+        size = chunks.measure(lambda n: self._seconds(source.batch(first, n)), sizes)
+        self._cache.put(key, size)
+        return size, "measured"
+
+    def _seconds(self, batch: EpisodeBatch) -> float:
+        """How long one thread computes a batch; on a CPU in time of its own, which other processes do not add to."""
+        on_gpu = self.engine.device.type == "cuda"
+        clock = time.perf_counter if on_gpu else time.thread_time
+
+        def timed() -> float:
+            start = clock()
+            self._compute(batch).loss.cpu()  # waits for a GPU
+            return clock() - start
+
+        return timed() if self._pool is None else self._pool.submit(timed).result()
+
+
+class _Given:
+    """Episodes that are there already."""
+
+    def __init__(self, episodes: EpisodeBatch) -> None:
+        self._episodes = episodes
+
+    def batch(self, first: int, n_episodes: int) -> EpisodeBatch:
+        """See `EpisodeSource`."""
+        return EpisodeBatch(*(tensor[first : first + n_episodes] for tensor in self._episodes))
+
+
+def _workers(n: int) -> ThreadPoolExecutor:
+    """Threads on each of which torch computes alone: the setting is a thread's own."""
+    return ThreadPoolExecutor(n, "mdml-fast", initializer=torch.set_num_threads, initargs=(1,))
+
+
+def _ahead(
+    pool: ThreadPoolExecutor, source: EpisodeSource, ranges: Iterator[tuple[int, int]], depth: int
+) -> Iterator[EpisodeBatch]:
+    """The source's batches in order, up to `depth` of them sampled ahead in the pool."""
+    pending: deque[Future[EpisodeBatch]] = deque()
+    for first, count in ranges:
+        pending.append(pool.submit(source.batch, first, count))
+        if len(pending) > depth:
+            yield pending.popleft().result()
+    while pending:
+        yield pending.popleft().result()

@@ -1,0 +1,38 @@
+"""The benchmark of the engine refuses a wrong contender, and counts the products that are needed."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from mdml_fast.bench import engine, peers
+
+CPU = torch.device("cpu")
+SMALL = replace(engine.CASES[0], n_episodes=3)
+DETECTOR = replace(engine.CASES[-1], n_episodes=2, n_support=16, n_query=20, widths=(6, 4, 6, 16))
+
+
+@pytest.mark.parametrize("case", [SMALL, DETECTOR], ids=["mlp", "detector"])
+def test_a_case_is_checked_and_timed(case: engine.Case) -> None:
+    row = engine.run(case, CPU, rounds=2)
+    assert row.ratios["ours"] == 1
+    assert row.ratios["plain loop"] == pytest.approx(row.per_second["ours"] / row.per_second["plain loop"])
+    assert row.errors["ours"] < 1e-5
+    assert row.share["ours"] == pytest.approx(row.per_second["ours"] * case.flops / row.sgemm_flops)
+    table = engine.table([row])
+    assert f"{row.ratios['plain loop']:.2f}" in table
+    assert "path" in row.chosen
+
+
+def test_a_wrong_peer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "hinge", lambda *arguments: 1.01 * peers.one_class(arguments[0]))
+    with pytest.raises(AssertionError, match="plain loop: relative error"):
+        engine.run(SMALL, CPU, rounds=1)
+
+
+def test_the_products_that_are_needed() -> None:
+    """Counted by hand for one row of the reference: forward 3, backward 2 of the first two layers and 1 of the head."""
+    case = replace(engine.CASES[1], n_support=1, n_query=0, inner_steps=1)
+    assert case.flops == 2 * (2 * 64 * 128 + 3 * 128 * 64 + 2 * 64 * 16)
+    outer = replace(engine.CASES[1], n_support=0, n_query=1, inner_steps=1)
+    assert outer.flops == 2 * (2 * 64 * 128 + 3 * 128 * 64 + 3 * 64 * 16)

@@ -1,0 +1,173 @@
+"""The fused path against the generic one and a plain loop, for every network, head and loss that it takes."""
+
+import pytest
+import torch
+from mdml_kernels import SoftmaxMarginLoss
+from torch import Tensor, nn
+
+from mdml_fast import MetaEngine
+from mdml_fast.diagnosis import loop_meta_gradients
+from mdml_fast.meta.encoders import ResidualEncoder
+from mdml_fast.meta.heads import PrototypeHead
+from mdml_fast.meta.paths import choose_path
+
+ENCODERS = {
+    "relu": lambda: nn.Sequential(nn.Linear(6, 10), nn.ReLU(), nn.Linear(10, 4)),
+    "gelu, three layers": lambda: nn.Sequential(
+        nn.Linear(6, 9), nn.GELU(), nn.Linear(9, 7), nn.GELU(approximate="tanh"), nn.Linear(7, 4)
+    ),
+    "tanh at the end, no bias": lambda: nn.Sequential(nn.Linear(6, 9, bias=False), nn.Linear(9, 4), nn.Tanh()),
+    "linear": lambda: nn.Linear(6, 4),
+    "residual": lambda: residual(),
+}
+LOSSES = {
+    "hinge": {"margin": 0.9, "learn_temperature": True},
+    "hinge, fixed": {"margin": 0.9, "temperature": 0.7},
+    "pairwise, background": {"margin": 0.9, "form": "pairwise", "background": -0.5, "learn_background": True},
+    "bce": {"form": "bce"},
+    "mass": {"form": "bce", "confidence": "mass", "background": -2.0, "learn_background": True},
+    "mass, hinge": {"confidence": "mass", "background": -1.0, "temperature": 2.0, "learn_temperature": True},
+}
+
+
+def residual() -> nn.Module:
+    encoder = ResidualEncoder(6, 10)
+    nn.init.normal_(encoder.outer.weight, std=0.1)
+    nn.init.normal_(encoder.log_scale, std=0.1)
+    return encoder
+
+
+def engine(
+    encoder: str, head: str, loss: str, inner_steps: int, weights: torch.dtype, **settings: object
+) -> MetaEngine:
+    torch.manual_seed(0)
+    body = ENCODERS[encoder]()
+    z = 6 if encoder == "residual" else 4
+    top = nn.Linear(z, 5, bias=encoder != "linear") if head == "linear" else PrototypeHead(1.5)
+    margin = SoftmaxMarginLoss(**LOSSES[loss])
+    return MetaEngine(body.to(weights), top.to(weights), inner_steps, 0.1, margin.to(weights), **settings)
+
+
+def episodes(n: int, dtype: torch.dtype = torch.float64) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    support, query = (torch.randn(n, rows, 6, generator=generator, dtype=dtype) for rows in (12, 15))
+    return support, query, torch.rand(n, 15, generator=generator) < 0.4
+
+
+def assert_close(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> None:
+    """Relative to each gradient; one that vanishes (a prototype head does not see a shift of z) to the largest."""
+    assert actual.keys() == expected.keys()
+    floor = 1e-2 * max(float(value.norm()) for value in expected.values())
+    for name, value in expected.items():
+        assert (actual[name] - value).norm() <= tolerance * max(float(value.norm()), floor), name
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+@pytest.mark.parametrize("head", ["linear", "prototype"])
+@pytest.mark.parametrize("encoder", ENCODERS)
+def test_gradients_equal_a_loop_over_episodes(encoder: str, head: str, loss: str) -> None:
+    for inner_steps in (0, 3):
+        fused = engine(encoder, head, loss, inner_steps, torch.float64, path="fused")
+        out = fused.meta_gradients(*episodes(3))
+        losses, grads = loop_meta_gradients(fused, *episodes(3))
+        torch.testing.assert_close(out.loss, losses, rtol=1e-10, atol=1e-12)
+        assert_close(out.grads, grads, 1e-9)
+        assert any(value.norm() > 0 for value in grads.values())
+
+
+@pytest.mark.parametrize("n_directions", [None, 3])
+@pytest.mark.parametrize("head", ["linear", "prototype"])
+@pytest.mark.parametrize("encoder", ["relu", "residual"])
+def test_every_number_equals_the_generic_path(encoder: str, head: str, n_directions: int | None) -> None:
+    """19 episodes: two whole groups and a part."""
+    loss = "hinge" if head == "linear" else "mass"
+    direction = None if n_directions is None else torch.arange(19) % 3
+    support, query, is_ood = episodes(19, torch.float32)
+    outcomes = []
+    for path in ("fused", "generic"):
+        one = engine(encoder, head, loss, 5, torch.float32, n_directions=n_directions, path=path)
+        for value in one.parameters().values():
+            value.data *= torch.linspace(0.8, 1.2, value.numel()).view(value.shape)
+        adapted = one.adapt(support, direction)
+        logits = one.logits(adapted, query, support, direction)
+        outcomes.append((one.meta_gradients(support, query, is_ood, direction), adapted, logits))
+    (fused, adapted, logits), (generic, adapted_too, logits_too) = outcomes
+    torch.testing.assert_close(fused.loss, generic.loss, rtol=1e-5, atol=1e-6)
+    assert_close(fused.grads, generic.grads, 1e-5)
+    assert_close(adapted, adapted_too, 1e-5)
+    torch.testing.assert_close(logits, logits_too, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("head", ["linear", "prototype"])
+def test_bfloat16_is_close_and_keeps_float32_weights(head: str) -> None:
+    loss = "hinge" if head == "linear" else "mass"
+    exact = engine("relu", head, loss, 3, torch.float32).meta_gradients(*episodes(9, torch.float32))
+    for path in ("fused", "generic"):
+        rough = engine("relu", head, loss, 3, torch.float32, dtype=torch.bfloat16, path=path)
+        out = rough.meta_gradients(*episodes(9, torch.float32))
+        assert_close(out.grads, exact.grads, 0.25)  # a ReLU or a margin that switches moves much
+        assert all(value.dtype == torch.float32 for value in (*out.grads.values(), out.loss))
+        assert not torch.equal(out.loss, exact.loss)
+
+
+def test_results_are_not_overwritten_by_the_next_call() -> None:
+    fused = engine("relu", "linear", "hinge", 2, torch.float32, path="fused")
+    support, query, is_ood = episodes(9, torch.float32)
+    adapted = fused.adapt(support)
+    logits = fused.logits(adapted, query)
+    out = fused.meta_gradients(support, query, is_ood)
+    kept = [value.clone() for value in (*adapted.values(), logits, out.loss, *out.grads.values())]
+    fused.meta_gradients(2 * support, query + 1, ~is_ood)
+    fused.logits(fused.adapt(support - 1), query)
+    for value, before in zip((*adapted.values(), logits, out.loss, *out.grads.values()), kept, strict=True):
+        assert torch.equal(value, before)
+
+
+def test_a_confident_inner_loop_keeps_its_digits() -> None:
+    """Where S rounds to 1 the gradient is what is left of 1 - S."""
+    exact, fused = (engine("linear", "linear", "hinge", 1, dtype) for dtype in (torch.float64, torch.float32))
+    for one in (exact, fused):
+        one.parameters()["head.weight"].data *= 20
+        assert one.choice.path == "fused"
+    support = episodes(2)[0]
+    move = {name: value - exact.parameters()[name] for name, value in exact.adapt(support).items()}
+    close = {name: value.double() - fused.parameters()[name] for name, value in fused.adapt(support.float()).items()}
+    for name, value in move.items():
+        assert value.norm() > 1e-3
+        assert (close[name] - value).norm() < 1e-4 * value.norm()
+
+
+@pytest.mark.parametrize(
+    ("settings", "modules", "match"),
+    [
+        ({"first_order": False}, {}, "second order"),
+        ({"decoder": nn.Linear(4, 6)}, {}, "decoder"),
+        (
+            {},
+            {"encoder": nn.Sequential(nn.LayerNorm(6), nn.Linear(6, 4))},
+            r"encoder \(Sequential\) is no Sequential of",
+        ),
+        ({}, {"encoder": nn.Sequential(nn.Linear(6, 4), nn.SiLU())}, "encoder"),
+        ({}, {"head": nn.Sequential(nn.Linear(4, 5))}, "head"),
+        ({"dtype": torch.float16}, {}, "float16 on cpu"),
+        ({"loss": SoftmaxMarginLoss(backend="reference")}, {}, "backend 'auto'"),
+    ],
+)
+def test_what_the_fused_path_cannot_do_is_refused_or_left_to_the_generic_one(
+    settings: dict[str, object], modules: dict[str, nn.Module], match: str
+) -> None:
+    arguments = {"encoder": nn.Linear(6, 4), "head": nn.Linear(4, 5)} | modules | settings
+    with pytest.raises(ValueError, match=match) as caught:
+        MetaEngine(**arguments, path="fused")
+    assert "\n" not in str(caught.value)
+    assert MetaEngine(**arguments).choice.path == "generic"
+
+
+def test_the_choice_of_a_path() -> None:
+    modules = MetaEngine(nn.Linear(6, 4), nn.Linear(4, 5)).modules
+    assert choose_path(modules, "cpu", torch.float32, True).path == "fused"
+    assert choose_path(modules, "cuda", torch.bfloat16, True).path == "fused"
+    assert choose_path(modules, "mps", torch.float32, True) == ("generic", "float32 on mps has only the generic path")
+    assert choose_path(modules, "cpu", torch.float32, True, "generic") == ("generic", "asked for")
+    with pytest.raises(ValueError, match="path must be one of 'auto', 'generic', 'fused', got 'fast'"):
+        choose_path(modules, "cpu", torch.float32, True, "fast")

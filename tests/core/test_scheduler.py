@@ -1,0 +1,266 @@
+"""The meta-scheduler: the same numbers however episodes are cut and shared out, in bounded memory."""
+
+import json
+import logging
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from mdml_kernels import SoftmaxMarginLoss
+from torch import nn
+
+from mdml_fast import MetaEngine, MetaGradients
+from mdml_fast.episodes import EpisodeBatch
+from mdml_fast.meta import chunks
+from mdml_fast.meta.chunks import ChunkCache, Shape, candidates
+from mdml_fast.meta.scheduler import MetaScheduler
+
+
+class Source:
+    """Episode e is a function of e; remembers what it was asked for."""
+
+    def __init__(self, n_support: int = 16, n_query: int = 20) -> None:
+        self.sizes = (n_support, n_query)
+        self.asked: list[tuple[int, int]] = []
+
+    def batch(self, first: int, n_episodes: int) -> EpisodeBatch:
+        self.asked.append((first, n_episodes))
+        parts = []
+        for episode in range(first, first + n_episodes):
+            generator = torch.Generator().manual_seed(episode)
+            parts.append([torch.randn(n, 12, generator=generator) for n in self.sizes])
+        support, query = (torch.stack(side) for side in zip(*parts, strict=True))
+        is_ood = (torch.arange(self.sizes[1]) >= 14).expand(n_episodes, -1)
+        return EpisodeBatch(support, query, is_ood, torch.arange(first, first + n_episodes) % 3)
+
+
+def engine(path: str = "auto", loss: dict[str, object] | None = None, **settings: object) -> MetaEngine:
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Linear(12, 25), nn.Tanh(), nn.Linear(25, 7))
+    margin = SoftmaxMarginLoss(margin=0.9, learn_temperature=True, **(loss or {}))
+    return MetaEngine(encoder, nn.Linear(7, 5), 3, 0.2, margin, path=path, **settings)
+
+
+def mean_of(scheduler: MetaScheduler, n: int, source: Source | None = None) -> MetaGradients:
+    [out] = scheduler.stream(source or Source(), n_steps=1, episodes_per_step=n)
+    return out
+
+
+def equal(a: MetaGradients, b: MetaGradients) -> bool:
+    return torch.equal(a.loss, b.loss) and all(torch.equal(a.grads[name], b.grads[name]) for name in a.grads)
+
+
+def assert_close(a: MetaGradients, b: MetaGradients) -> None:
+    """To 1e-6 of the largest gradient: in a mean whose terms cancel, float32 has no more."""
+    assert (a.loss - b.loss).norm() <= 1e-6 * b.loss.norm()
+    largest = max(float(value.norm()) for value in b.grads.values())
+    for name, value in b.grads.items():
+        assert (a.grads[name] - value).norm() <= 1e-6 * largest, name
+
+
+@pytest.mark.parametrize("n_directions", [None, 3])
+@pytest.mark.parametrize("path", ["fused", "generic"])
+def test_bits_depend_neither_on_chunks_nor_on_threads(path: str, n_directions: int | None) -> None:
+    """69 episodes of an odd number of rows: nothing falls on the bounds of groups or of vectors by itself."""
+    one = engine(path, n_directions=n_directions, loss={"form": "bce"})
+    batch = Source(15, 21).batch(0, 69)
+    whole = one.meta_gradients(*batch[:3], direction=batch.direction if n_directions else None)
+    for chunk, threads in [(32, 1), (32, 2), (64, 1), (64, 3), (None, 1), (None, 2)]:
+        out = mean_of(MetaScheduler(one, chunk=chunk, threads=threads), 69, Source(15, 21))
+        assert equal(out, whole), (chunk, threads)
+
+
+@pytest.mark.parametrize("path", ["fused", "generic"])
+@pytest.mark.parametrize("chunk", [1, 3, 5, 11])
+def test_any_chunk_and_order_gives_the_same_gradient(path: str, chunk: int) -> None:
+    one = engine(path)
+    batch = Source().batch(0, 24)
+    whole = one.meta_gradients(*batch[:3])
+    assert_close(mean_of(MetaScheduler(one, chunk=chunk, threads=2), 24), whole)
+    order = torch.randperm(24, generator=torch.Generator().manual_seed(chunk))
+    shuffled = MetaScheduler(one, chunk=chunk, threads=1).meta_gradients(*(tensor[order] for tensor in batch[:3]))
+    assert_close(MetaGradients(shuffled.loss[order.argsort()], shuffled.grads), whole)
+
+
+def test_steps_see_the_parameters_as_they_are_then() -> None:
+    streamed, plain = engine(), engine()
+    source = Source()
+    for step, out in enumerate(
+        MetaScheduler(streamed, threads=2).stream(source, n_steps=3, episodes_per_step=16, first=5)
+    ):
+        batch = Source().batch(5 + 16 * step, 16)
+        assert equal(out, plain.meta_gradients(*batch[:3]))
+        for one in (streamed, plain):
+            for name, value in one.parameters().items():
+                value.data -= 0.1 * out.grads[name]
+    # Sampled in order; the next step's episodes before this one's gradient was asked for.
+    assert source.asked[-6:] == [(first, 8) for first in range(5, 53, 8)]
+
+
+def test_an_error_in_a_source_is_raised_and_threads_end() -> None:
+    class Broken(Source):
+        def batch(self, first: int, n_episodes: int) -> EpisodeBatch:
+            if first >= 16:
+                raise RuntimeError("no more rows")
+            return super().batch(first, n_episodes)
+
+    with pytest.raises(RuntimeError, match="no more rows"):
+        mean_of(MetaScheduler(engine(), chunk=8, threads=2), 64, Broken())
+
+
+def test_a_chunk_size_is_measured_once_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "mdml_fast")
+    cache = ChunkCache(tmp_path / "deep" / "chunks.json")
+    for expected in ("measured", "measured earlier"):
+        scheduler = MetaScheduler(engine(), threads=2, cache=cache)
+        mean_of(scheduler, 64)
+        assert f"episodes at once ({expected}) on 2 threads" in scheduler.chosen
+        assert scheduler.chosen.startswith("fused path (an MLP in float32 on cpu, first order), ")
+    assert scheduler.chosen in caplog.text
+    assert len(json.loads(cache.path.read_text())) == 1
+    assert [path.name for path in cache.path.parent.iterdir()] == ["chunks.json"]
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '"x"', "\x00"])
+def test_a_damaged_cache_is_measured_again(tmp_path: Path, content: str) -> None:
+    cache = ChunkCache(tmp_path / "chunks.json")
+    cache.path.write_text(content)
+    scheduler = MetaScheduler(engine(), threads=1, cache=cache)
+    mean_of(scheduler, 32)
+    assert "(measured)" in scheduler.chosen
+    assert json.loads(cache.path.read_text())
+
+
+def test_a_cached_size_that_cannot_be_one_is_measured_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cache = ChunkCache(tmp_path / "chunks.json")
+    monkeypatch.setattr(chunks, "cache_key", lambda *_: "key")
+    cache.put("key", 7)
+    scheduler = MetaScheduler(engine(), threads=1, cache=cache)
+    mean_of(scheduler, 32)
+    assert "(measured)" in scheduler.chosen
+
+
+def test_without_a_folder_to_write_to_it_still_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "file"))
+    scheduler = MetaScheduler(engine(), threads=1)
+    mean_of(scheduler, 32)
+    assert "(measured)" in scheduler.chosen
+
+
+def test_the_cache_lies_in_the_users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert ChunkCache().path == tmp_path / "mdml-fast" / "chunks.json"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert ChunkCache().path == tmp_path / "home" / ".cache" / "mdml-fast" / "chunks.json"
+
+
+def test_numbers_out_of_range_are_refused() -> None:
+    for name in ("chunk", "threads", "memory"):
+        with pytest.raises(ValueError, match=f"{name} must be 1 or more, got 0"):
+            MetaScheduler(engine(), **{name: 0})
+
+
+@given(
+    n_episodes=st.integers(1, 10_000),
+    episode_bytes=st.integers(1, 1 << 24),
+    memory=st.integers(1, 1 << 32),
+    granule=st.sampled_from([1, 2, 8, 32]),
+)
+def test_candidates_fit_the_memory_and_are_whole_granules(
+    n_episodes: int, episode_bytes: int, memory: int, granule: int
+) -> None:
+    sizes = candidates(n_episodes, episode_bytes, memory, granule)
+    assert sizes == sorted(set(sizes))
+    assert sizes[0] >= 1
+    if memory >= max(granule, 8) * episode_bytes:
+        assert sizes[-1] * episode_bytes <= memory
+        assert all(size % granule == 0 for size in sizes)
+    assert sizes[-1] < n_episodes + granule
+
+
+@given(n_support=st.integers(1, 300), n_query=st.integers(1, 300), group=st.sampled_from([1, 8]))
+def test_a_granule_fills_whole_vectors(n_support: int, n_query: int, group: int) -> None:
+    granule = chunks.granule(Shape(n_support, n_query, 5), group)
+    assert granule % group == 0
+    assert granule * n_support % 32 == granule * n_query % 32 == 0
+    assert granule <= 32
+
+
+@given(n_episodes=st.integers(1, 200), size=st.integers(1, 70))
+def test_chunks_take_every_episode_once(n_episodes: int, size: int) -> None:
+    found = chunks.cuts(n_episodes, size)
+    assert [episode for start, count in found for episode in range(start, start + count)] == list(range(n_episodes))
+    assert max(count for _, count in found) <= size + 1
+    assert min(count for _, count in found) > 1 or size == 1 or n_episodes == 1
+
+
+def test_measuring_takes_the_fastest_and_stops_where_more_is_slower() -> None:
+    seconds, ran = {8: 8.0, 16: 10.0, 32: 40.0, 64: 1.0}, []
+
+    def run(size: int) -> float:
+        ran.append(size)
+        return seconds[size]
+
+    assert chunks.measure(run, [8, 16, 32, 64]) == 16
+    assert 64 not in ran
+
+
+def test_an_episodes_memory_grows_with_what_it_holds() -> None:
+    one = engine()
+    small = chunks.episode_bytes(one, Shape(16, 20, 12))
+    own_weights = sum(value.numel() for name, value in one.parameters().items() if name.startswith("encoder."))
+    assert small > 4 * own_weights
+    assert chunks.episode_bytes(one, Shape(160, 200, 12)) > 5 * small
+    assert chunks.episode_bytes(engine(first_order=False), Shape(16, 20, 12)) > 2 * small
+
+
+PEAKS = """
+    import resource, sys, torch
+    from torch import nn
+    from mdml_fast.episodes import EpisodeBatch
+    from mdml_fast.meta.engine import MetaEngine
+    from mdml_fast.meta.scheduler import MetaScheduler
+
+    class Source:
+        is_ood = torch.arange(16) >= 12
+
+        def batch(self, first, n):
+            rows = torch.randn(n, 16, 64)
+            return EpisodeBatch(rows, rows, self.is_ood.expand(n, -1), torch.arange(n))
+
+    def peak(path, inner_steps, n_episodes):
+        encoder = nn.Sequential(nn.Linear(64, 128), nn.ReLU(), nn.Linear(128, 32))
+        engine = MetaEngine(encoder, nn.Linear(32, 4), inner_steps, path=path)
+        scheduler = MetaScheduler(engine, chunk=16, threads=2)
+        next(scheduler.stream(Source(), n_steps=1, episodes_per_step=n_episodes))
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    torch.set_num_threads(2)
+    print(*[peak(*case) for case in eval(sys.argv[1])])
+"""
+
+
+def peaks(*cases: tuple[str, int, int]) -> list[float]:
+    """The peak memory of a process [MiB] after each run, one after the other."""
+    command = [sys.executable, "-c", textwrap.dedent(PEAKS), repr(cases)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    return [float(value) for value in done.stdout.split()]
+
+
+def test_ten_thousand_episodes_leave_the_peak_of_a_thousand() -> None:
+    """An episode's own weights are 50 KiB here: 9 000 more of them would take 440 MiB."""
+    thousand, ten_thousand = peaks(("fused", 1, 1_000), ("fused", 1, 10_000))
+    assert ten_thousand - thousand < 8
+
+
+def test_first_order_keeps_no_graph_through_the_inner_loop() -> None:
+    """A step's weights of a chunk are 0.8 MiB, its activations as much again: 100 more steps would take 150 MiB."""
+    few, many = peaks(("generic", 2, 64), ("generic", 102, 64))
+    assert many - few < 20
