@@ -15,8 +15,8 @@ from mdml_fast.data import FeatureEncoder, LabelledTable
 from mdml_fast.data.encoding import Floats, Rows
 from mdml_fast.detector import MDMLDetector
 from mdml_fast.errors import InputError
-from mdml_fast.meta.paper import PaperConfig
 from mdml_fast.peers import PEERS
+from mdml_fast.presets import Config
 
 
 class Scorer(Protocol):
@@ -33,7 +33,7 @@ RowScorer = Callable[[Rows], Floats]
 """A score of each encoded row [N, d] -> [N], higher for more normal rows."""
 
 
-def mdml(preset: str | PaperConfig, device: str, dtype: str) -> Method:
+def mdml(preset: str | Config, device: str, dtype: str) -> Method:
     """Our detector with these settings, as a method."""
 
     def fit(train: LabelledTable, seed: int) -> Scorer:

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
+from bisect import bisect_left, bisect_right
+from enum import StrEnum
 
 import numpy as np
 import numpy.typing as npt
+from scipy.special import logsumexp
+from scipy.stats import beta
 from sklearn.model_selection import GroupShuffleSplit
 
 from mdml_fast.data.encoding import Floats
@@ -17,30 +21,138 @@ Positions = npt.NDArray[np.intp]
 # The share of the normals that is kept out of training to calibrate on.
 CALIBRATION_SHARE = 0.2
 
+# The martingale's bets: small ε wins on a few very strange rows, ε near 1 on many slightly strange ones.
+BETS = np.arange(0.05, 1.0, 0.05)
+# Drift is reported where exchangeable rows would show as much once in so many streams.
+DRIFT_CHANCE = 0.01
+
+
+class Promise(StrEnum):
+    """What an alarm promises at a rate α.
+
+    - marginal: of new normal rows, a share of α at most is flagged, on average over calibration sets.
+    - certificate: with the stated confidence, this calibration set flags a share of α at most.
+    - fdr: of the alarms in a batch, a share of α at most is false, on average over batches.
+    """
+
+    MARGINAL = "marginal"
+    CERTIFICATE = "certificate"
+    FDR = "fdr"
+
 
 class ConformalCalibration:
     """Split-conformal p-values from the scores of normals that nothing was learned from.
 
     Args:
         scores: of the calibration normals [n], higher is more normal.
+        groups: the group of each [n], where a row shall be compared with its own group; or None.
+        trim: the share of the lowest scores that is left out, because so many of the normals may be anomalies. Where
+            none is, the false-alarm rate may exceed its promise by as much.
     """
 
-    def __init__(self, scores: Floats) -> None:
-        self.scores = np.sort(scores)
+    def __init__(self, scores: Floats, groups: Names | None = None, trim: float = 0.0) -> None:
+        order = np.argsort(scores, kind="stable")[math.floor(trim * len(scores)) :]
+        self.scores = scores[order]
+        self.groups = None if groups is None else groups[order].astype(str)
 
-    def p_value(self, scores: Floats) -> Floats:
+    def p_value(self, scores: Floats, groups: Names | None = None) -> Floats:
         """(1 + number of calibration scores ≤ s) / (n + 1) for each score s [N].
 
         For a new normal row, P(p_value ≤ α) ≤ α for every α (Vovk, Gammerman, Shafer, "Algorithmic learning in a
-        random world", 2005), as long as it is exchangeable with the calibration normals.
+        random world", 2005), as long as it is exchangeable with the calibration normals: with those of its own group,
+        where the groups of both are given. A row of a group without calibration normals is compared with all.
         """
-        ranks = np.searchsorted(self.scores, scores, side="right")
-        return (ranks.astype(np.float64) + 1.0) / (len(self.scores) + 1.0)
+        p_values = _p_values(self.scores, scores)
+        if groups is not None and self.groups is not None:
+            for name in np.unique(self.groups):
+                own = groups.astype(str) == name
+                p_values[own] = _p_values(self.scores[self.groups == name], scores[own])
+        return p_values
 
-    @property
-    def lowest_rate(self) -> float:
-        """The lowest false-alarm rate at which an alarm can be raised at all."""
-        return 1.0 / (len(self.scores) + 1.0)
+    def alarm_level(
+        self, p_values: Floats, rate: float, promise: Promise = Promise.MARGINAL, confidence: float = 0.95
+    ) -> float:
+        """The p-value up to which rows are alarms; 0 where no alarm can keep the promise.
+
+        Args:
+            p_values: of the batch [N]; only the FDR depends on them.
+            rate: α in (0, 1).
+            promise: of what kind.
+            confidence: 1 - δ, of a certificate.
+        """
+        if promise is Promise.CERTIFICATE:
+            return certified_rank(len(self.scores), rate, confidence) / (len(self.scores) + 1)
+        if promise is Promise.FDR:
+            return benjamini_hochberg(p_values, rate)
+        return rate
+
+    def lowest_rate(self, promise: Promise = Promise.MARGINAL, confidence: float = 0.95) -> float:
+        """The lowest rate at which an alarm can be raised at all."""
+        n = len(self.scores)
+        # The lowest score bounds the share below it by a Beta(1, n) variable.
+        return float(1 - (1 - confidence) ** (1 / n)) if promise is Promise.CERTIFICATE else 1 / (n + 1)
+
+    def drift_evidence(self, stream: Floats) -> Floats:
+        """`drift_evidence` of a stream of scores [N] against the calibration normals."""
+        return drift_evidence(self.scores, stream)
+
+
+def _p_values(calibration: Floats, scores: Floats) -> Floats:
+    ranks = np.searchsorted(calibration, scores, side="right")
+    return (ranks.astype(np.float64) + 1.0) / (len(calibration) + 1.0)
+
+
+def certified_rank(n: int, rate: float, confidence: float) -> int:
+    """The largest r such that fewer than a share `rate` of normals score below the r-th lowest of n, with confidence.
+
+    The share of normals below that order statistic is a Beta(r, n + 1 - r) variable, or smaller where scores tie
+    (Wilks, "Determination of sample sizes for setting tolerance limits", 1941). 0 where there is none.
+    """
+    ranks = np.arange(1, n + 1)
+    return int(np.sum(beta.cdf(rate, ranks, n + 1 - ranks) >= confidence))
+
+
+def benjamini_hochberg(p_values: Floats, rate: float) -> float:
+    """The largest p-value p_(k) ≤ k/N · rate, or 0: alarms up to it have a false discovery rate of at most `rate`.
+
+    Holds for conformal p-values that share their calibration set (Bates, Candès, Lei, Romano, Sesia, "Testing for
+    outliers with conformal p-values", 2023).
+    """
+    ordered = np.sort(p_values)
+    passing = np.flatnonzero(ordered <= rate * np.arange(1, len(ordered) + 1) / max(len(ordered), 1))
+    return float(ordered[passing[-1]]) if len(passing) else 0.0
+
+
+def drift_evidence(calibration: Floats, stream: Floats, seed: int = 0) -> Floats:
+    """How strongly scores, in the order they came, speak against "all of this is like the calibration normals" [N].
+
+    Entry t is the log of an exchangeability martingale after t + 1 rows. While the rows are exchangeable with the
+    calibration normals, it ever reaches log(1/δ) with probability δ at most (Ville's inequality). It grows when rows
+    score lower than normals do: drift, or more anomalies than a few. Each row's p-value is taken among all rows before
+    it; the wealth bets ε p^(ε-1) on it, mixed evenly over ε (Vovk, Nouretdinov, Gammerman, "Testing exchangeability
+    on-line", 2003).
+
+    Args:
+        calibration: scores of calibration normals [n].
+        stream: scores in order of time [N].
+        seed: of the random tie-breaking that the theorem asks for.
+    """
+    rng = np.random.default_rng(seed)
+    past = sorted(calibration.tolist())
+    log_p = np.empty(len(stream))
+    for t, (score, tie) in enumerate(zip(stream.tolist(), rng.random(len(stream)).tolist(), strict=True)):
+        low, high = bisect_left(past, score), bisect_right(past, score)
+        log_p[t] = math.log((low + (1 - tie) * (high - low + 1)) / (len(past) + 1))
+        past.insert(high, score)
+    bets = np.log(BETS) + (BETS - 1) * log_p[:, None]
+    wealth: Floats = logsumexp(np.cumsum(bets, axis=0), axis=1) - math.log(len(BETS))
+    return wealth
+
+
+def first_drift(evidence: Floats) -> int | None:
+    """The number, from 1, of the first row whose evidence has a chance of at most `DRIFT_CHANCE`; None without one."""
+    found = np.flatnonzero(evidence >= -math.log(DRIFT_CHANCE))
+    return int(found[0]) + 1 if len(found) else None
 
 
 def calibration_split(

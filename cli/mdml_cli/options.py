@@ -34,6 +34,14 @@ class Dtype(StrEnum):
     BFLOAT16 = "bfloat16"
 
 
+class PromiseName(StrEnum):
+    """What alarms keep to; the library's own `Promise` lives behind an import that takes seconds."""
+
+    MARGINAL = "marginal"
+    CERTIFICATE = "certificate"
+    FDR = "fdr"
+
+
 DataArgument = Annotated[
     Path | None,
     typer.Argument(

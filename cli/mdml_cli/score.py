@@ -8,7 +8,10 @@ from typing import Annotated
 import typer
 
 from mdml_cli import output
-from mdml_cli.options import Device, DeviceOption, JsonOption, ThreadsOption, set_threads
+from mdml_cli.options import Device, DeviceOption, JsonOption, PromiseName, ThreadsOption, set_threads
+
+# The columns that score adds.
+WRITTEN = ("score", "p_value", "is_anomaly", "drift_evidence")
 
 
 def score(
@@ -17,8 +20,25 @@ def score(
     out: Annotated[Path, typer.Option(metavar="FILE", help="Where to write: .parquet, .csv, .arrow or .feather.")],
     false_alarm_rate: Annotated[
         float | None,
-        typer.Option(metavar="RATE", help="The share of normals that may be flagged; the model's own: 0.01."),
+        typer.Option(metavar="RATE", help="The share that the promise is about; the model's own: 0.01."),
     ] = None,
+    promise: Annotated[
+        PromiseName | None,
+        typer.Option(
+            help="'marginal': so many normals are flagged on average; 'certificate': at most so many, with confidence; "
+            "'fdr': at most so many of the alarms are false. The model's own: marginal."
+        ),
+    ] = None,
+    confidence: Annotated[
+        float | None, typer.Option(metavar="SHARE", help="Of a certificate; the model's own: 0.95.")
+    ] = None,
+    group: Annotated[
+        str | None,
+        typer.Option(metavar="COLUMN", help="Hold a row against the calibration normals of its own group."),
+    ] = None,
+    monitor: Annotated[
+        bool, typer.Option("--monitor", help="Watch for drift: rows in order of time, a column drift_evidence.")
+    ] = False,
     keep: Annotated[
         list[str] | None, typer.Option(metavar="COLUMN", help="A column of DATA to carry over; repeat for more.")
     ] = None,
@@ -29,6 +49,7 @@ def score(
     """Write a score (higher is more normal), a p-value and an alarm (true or false) for each row."""
     import pyarrow as pa
 
+    from mdml_fast.calibration import DRIFT_CHANCE, first_drift
     from mdml_fast.data.tables import check_writable, read_table, write_table
     from mdml_fast.detector import MDMLDetector
     from mdml_fast.errors import InputError
@@ -36,30 +57,44 @@ def score(
     set_threads(threads)
     check_writable(out)
     detector = MDMLDetector.load(model, device.value)
-    rate = detector.false_alarm_rate if false_alarm_rate is None else false_alarm_rate
-    if not 0 < rate < 1:
-        raise InputError(f"--false-alarm-rate must be between 0 and 1, got {rate:g}")
+    settings = {"false_alarm_rate": false_alarm_rate, "promise": promise, "confidence": confidence}
+    detector.set_params(**{name: value for name, value in settings.items() if value is not None})
+    detector.check_settings()
     table = read_table(data)
-    kept = {}
-    for name in keep or ():
+    for name in [*(keep or ()), *([group] if group else ())]:
         if name not in table.column_names:
-            raise InputError(f"--keep: {data} has no column {name!r}; it has {', '.join(table.column_names)}")
-        if name in ("score", "p_value", "is_anomaly"):
+            raise InputError(f"{data} has no column {name!r}; it has {', '.join(table.column_names)}")
+    for name in keep or ():
+        if name in WRITTEN:
             raise InputError(f"--keep: the output has a column {name!r} of its own; rename that of {data}")
-        kept[name] = table[name]
 
-    scores = detector.score_samples(table)
-    p_values = detector.calibration_.p_value(scores)
-    alarms = p_values <= rate
-    write_table(pa.table({**kept, "score": scores, "p_value": p_values, "is_anomaly": alarms}), out)
+    result = detector.alarms(table, groups=table[group] if group else None)
+    columns = {name: table[name] for name in keep or ()}
+    columns |= {"score": result.scores, "p_value": result.p_values, "is_anomaly": result.is_alarm}
+    summary = {
+        "out": str(out),
+        "rows": len(result.scores),
+        "alarms": int(result.is_alarm.sum()),
+        "false_alarm_rate": detector.false_alarm_rate,
+        "promise": detector.promise,
+    }
+    if monitor:
+        evidence = detector.calibration_.drift_evidence(result.scores)
+        columns["drift_evidence"] = evidence
+        summary["drift_row"] = first_drift(evidence)
+    write_table(pa.table(columns), out)
 
-    lowest = detector.calibration_.lowest_rate
-    if lowest > rate:
+    for line in detector.attainable_notes():
+        output.note(f"note: {line}")
+    if summary.get("drift_row") is not None:
         output.note(
-            f"note: no alarm can be raised at a rate of {rate:g}; the lowest this model can hold is {lowest:.2g}"
+            f"note: from row {summary['drift_row']} on, rows are not like the calibration normals "
+            f"(by chance so at most once in {round(1 / DRIFT_CHANCE)} streams): recalibrate, or look for many anomalies"
         )
-    summary = {"out": str(out), "rows": len(scores), "alarms": int(alarms.sum()), "false_alarm_rate": rate}
     if json:
         output.print_json(summary)
     else:
-        typer.echo(f"{summary['alarms']} alarms in {summary['rows']} rows at a false-alarm rate of {rate:g}; see {out}")
+        typer.echo(
+            f"{summary['alarms']} alarms in {summary['rows']} rows at a rate of {detector.false_alarm_rate:g} "
+            f"({detector.promise}); see {out}"
+        )

@@ -183,7 +183,7 @@ def _fit_categorical(name: str, values: pa.ChunkedArray) -> CategoricalColumn:
 
 
 def _values(table: pa.Table, column: Column) -> Any:
-    if column.name not in table.column_names:
+    if table.schema.get_field_index(column.name) < 0:
         raise InputError(f"the data has no column {column.name!r}, which the model was trained with")
     values = _column(table, column.name)
     if isinstance(column, NumericColumn):

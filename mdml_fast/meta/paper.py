@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from mdml_kernels import SoftmaxMarginLoss
 from torch import Tensor, nn
 
-from mdml_fast.data.encoding import Rows
+from mdml_fast.data.encoding import Floats, Rows
 from mdml_fast.data.labelled import Names
 from mdml_fast.episodes import (
     EpisodeSampler,
@@ -27,6 +24,7 @@ from mdml_fast.episodes import (
 )
 from mdml_fast.meta.checkpoint import Checkpoint
 from mdml_fast.meta.engine import MetaEngine
+from mdml_fast.meta.model import TrainingRows, fingerprint
 from mdml_fast.meta.settings import ADAPTED, Parameters
 from mdml_fast.meta.training import Progress, train
 
@@ -66,14 +64,14 @@ class PaperConfig:
     # The final inner loop sees at most so many normals: its gradient is a mean that more rows hardly move.
     n_adaptation: int = 2_000
 
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> PaperConfig:
+        """The inverse of `dataclasses.asdict`.
 
-class TrainingRows(NamedTuple):
-    """Encoded training rows: normals [N, d] with classes [N], anomalies [M, d] with classes [M]; M may be 0."""
-
-    normals: Rows
-    normal_labels: Names
-    anomalies: Rows
-    anomaly_labels: Names
+        Raises:
+            TypeError: it names other constants.
+        """
+        return cls(**document)
 
 
 class PaperModel:
@@ -115,28 +113,40 @@ class PaperModel:
         losses = train(
             engine,
             _sampler(rows, config, seed, device),
+            torch.optim.Adam(engine.parameters().values(), lr=config.outer_lr),
             n_steps=config.outer_steps,
             episodes_per_step=config.episodes_per_step,
-            outer_lr=config.outer_lr,
             progress=progress,
-            checkpoint=Checkpoint(checkpoint, _fingerprint(rows, config, seed, dtype), resume) if checkpoint else None,
+            checkpoint=Checkpoint(checkpoint, fingerprint(rows, config, seed, dtype), resume) if checkpoint else None,
         )
         chosen = np.random.default_rng(seed).permutation(len(rows.normals))[: config.n_adaptation]
         normals = torch.as_tensor(rows.normals[chosen], device=device)
         return cls(config, engine, engine.adapt(normals.unsqueeze(0)), losses)
 
-    def score(self, rows: Rows) -> npt.NDArray[np.float64]:
+    def score(self, rows: Rows) -> Floats:
         """log(S / (1 - S)) of each row [N, d] -> [N]; higher is more normal."""
         loss = self._engine.modules["loss"]
         assert isinstance(loss, SoftmaxMarginLoss)
-        device = next(iter(self._adapted.values())).device
+        first = next(iter(self._adapted.values()))
+        n_families, device = len(first), first.device
         scores = [np.empty(0)]
         with torch.inference_mode():
             for start in range(0, len(rows), SCORING_ROWS):
                 part = torch.as_tensor(rows[start : start + SCORING_ROWS], device=device)
-                logits = self._engine.logits(self._adapted, part.unsqueeze(0)).squeeze(0)
-                scores.append(loss.log_odds(logits).double().cpu().numpy())
+                # One encoder for each family of normals; a row is as normal as the best of them finds it.
+                logits = self._engine.logits(self._adapted, part.expand(n_families, -1, -1))
+                scores.append(loss.log_odds(logits).amax(0).double().cpu().numpy())
         return np.concatenate(scores)
+
+    def calibration_scores(self, normals: Rows, groups: Names | None) -> Floats:  # noqa: ARG002 - a row's score is its own
+        """Scores [n] of normals [n, d] that nothing was learned from."""
+        return self.score(normals)
+
+    def adapt(self, normals: Rows) -> None:
+        """Take normals [n, d] of a new family as normal too: the inner loop on them, from the meta-parameters."""
+        rows = torch.as_tensor(normals, device=next(iter(self._adapted.values())).device)
+        own = self._engine.adapt(rows.unsqueeze(0))
+        self._adapted = {name: torch.cat([value, own[name]]) for name, value in self._adapted.items()}
 
     def to_tensors(self) -> dict[str, Tensor]:
         """The weights by name: the meta-parameters, and the adapted ones under `adapted.`."""
@@ -210,12 +220,3 @@ def _sampler(rows: TrainingRows, config: PaperConfig, seed: int, device: torch.d
         n_query_ood=config.n_query_ood,
         seed=seed,
     )
-
-
-def _fingerprint(rows: TrainingRows, config: PaperConfig, seed: int, dtype: torch.dtype | None) -> str:
-    """What decides the weights' bits: the data, the settings and torch's version."""
-    settings = [asdict(config), seed, str(dtype), torch.__version__, *map(list, (rows[1], rows[3]))]
-    digest = hashlib.sha256(json.dumps(settings).encode())
-    for matrix in (rows.normals, rows.anomalies):
-        digest.update(np.ascontiguousarray(matrix).tobytes())
-    return digest.hexdigest()

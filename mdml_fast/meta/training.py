@@ -26,23 +26,31 @@ class Progress(Protocol):
 def train(
     engine: MetaEngine,
     sampler: EpisodeSampler,
+    optimizer: torch.optim.Adam,
     *,
     n_steps: int,
     episodes_per_step: int,
-    outer_lr: float,
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> list[float]:
-    """Train the engine's meta-parameters in place with Adam.
+    """Train the engine's meta-parameters in place.
 
     An interrupted run that is resumed from its checkpoint ends with the same bits as one that was not interrupted,
     since an episode depends on its number alone.
+
+    Args:
+        engine: what is trained.
+        sampler: where its episodes come from.
+        optimizer: Adam over all meta-parameters, in their order.
+        n_steps: outer steps.
+        episodes_per_step: how many episodes a step's gradient is of.
+        progress: told after each step.
+        checkpoint: where the state of the run is kept.
 
     Returns:
         The mean outer loss of each step [n_steps].
     """
     params = engine.parameters()
-    optimizer = torch.optim.Adam(params.values(), lr=outer_lr)
     losses = checkpoint.restore(params, optimizer) if checkpoint else []
     steps = MetaScheduler(engine).stream(
         sampler,

@@ -147,7 +147,7 @@ def test_damaged_and_foreign_models_are_refused(fitted: MDMLDetector, tmp_path: 
     refused("sha256", weights=weights[:-1] + bytes([weights[-1] ^ 1]))
     refused("damaged", text=text[:-20])
     refused("not that of a model", text="{}")
-    refused("schema version 99", text=text.replace('"schema_version": 1', '"schema_version": 99'))
+    refused("schema version 99", text=text.replace('"schema_version": 2', '"schema_version": 99'))
     document = json.loads(text)
     del document["features"]
     refused("do not fit together", text=json.dumps(document))

@@ -1,0 +1,269 @@
+"""preset="default": views, an ensemble of directions, neighbours in their embeddings, anchored weights, a tree head."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from mdml_fast.data.encoding import Floats, Rows
+from mdml_fast.data.labelled import Names
+from mdml_fast.data.views import VIEWS, Views
+from mdml_fast.meta.checkpoint import Checkpoint
+from mdml_fast.meta.ensemble import Ensemble, EnsembleConfig, train_ensemble
+from mdml_fast.meta.fusion import FusionConfig, learn_weights, prior_weights
+from mdml_fast.meta.model import TrainingRows, fingerprint, tensors_under
+from mdml_fast.meta.neighbourhood import Neighbourhood, NeighbourhoodConfig
+from mdml_fast.meta.tails import Tails
+from mdml_fast.meta.training import Progress
+from mdml_fast.meta.trees import TreeHead
+
+# Rows that are scored at once, so that memory does not grow with the table.
+SCORING_ROWS = 4096
+
+# What is fused: the anchor first.
+SCORES = ("knn", "mahalanobis", *VIEWS)
+
+
+@dataclass(frozen=True)
+class DefaultConfig:
+    """The constants of the default algorithm: one set for all data."""
+
+    ensemble: EnsembleConfig = field(default_factory=EnsembleConfig)
+    fusion: FusionConfig = field(default_factory=FusionConfig)
+    neighbourhood: NeighbourhoodConfig = field(default_factory=NeighbourhoodConfig)
+    # Normals that the views, the encoders and the trees learn from, and those whose distances give the tails.
+    training_normals: int = 20_000
+    tail_normals: int = 3_000
+    tree_normals: int = 10_000
+    # Trees average; more of them change nothing but the time.
+    n_trees: int = 200
+    # The head speaks only where a row looks more anomalous than this share of the normals, so that it can't disturb
+    # the order of the others.
+    head_quantile: float = 0.98
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, object]) -> DefaultConfig:
+        """The inverse of `dataclasses.asdict`, also after a way through JSON.
+
+        Raises:
+            TypeError: it names other constants.
+        """
+        parts = dict(document)
+        ensemble = EnsembleConfig(**parts.pop("ensemble"))  # type: ignore[arg-type]
+        fusion = FusionConfig(**parts.pop("fusion"))  # type: ignore[arg-type]
+        neighbourhood = NeighbourhoodConfig(**parts.pop("neighbourhood"))  # type: ignore[arg-type]
+        return cls(ensemble, replace(fusion, quantiles=tuple(fusion.quantiles)), neighbourhood, **parts)  # type: ignore[arg-type]
+
+
+class NormalFamily(NamedTuple):
+    """Normals that rows are compared with, and how their own distances, each left out, are distributed."""
+
+    neighbourhood: Neighbourhood
+    tails: Tails
+
+    def scores(self, rows: Tensor, families: Tensor | None = None) -> Tensor:
+        """How far rows [N, d] lie from the family: tail scores by `SCORES` [6, N]."""
+        return self.by_view(self.neighbourhood.distances(rows, families))
+
+    def by_view(self, distances: Tensor, counted: Tensor | None = None) -> Tensor:
+        """Distances [2 + D, N] to scores [6, N]: the mean over the directions of a view that are counted [D, N]."""
+        scores = self.tails.score(distances)
+        anchors, directions = scores[:2], scores[2:]
+        if counted is None:
+            counted = torch.ones_like(directions, dtype=torch.bool)
+        return torch.cat([anchors, self.neighbourhood.ensemble.view_means(directions, counted)])
+
+
+class DefaultModel:
+    """The default algorithm, trained.
+
+    Args:
+        config: the constants.
+        families: the training normals, then those that it was adapted to; a row is as normal as the nearest finds it.
+        weights: of `SCORES`, positive with sum 1 [6].
+        head: the trees; None where there were no labelled anomalies.
+        head_gain: what the head adds to the score of a row that it is sure of, a scalar.
+        losses: the mean outer loss of each training step.
+    """
+
+    def __init__(
+        self,
+        config: DefaultConfig,
+        families: list[NormalFamily],
+        weights: Tensor,
+        head: TreeHead | None,
+        head_gain: Tensor,
+        losses: list[float],
+    ) -> None:
+        self.config, self.losses = config, losses
+        self._families, self._weights = families, weights
+        self._head, self._head_gain = head, head_gain
+
+    @classmethod
+    def fit(
+        cls,
+        rows: TrainingRows,
+        config: DefaultConfig,
+        *,
+        seed: int,
+        device: torch.device,
+        dtype: torch.dtype | None = None,
+        progress: Progress | None = None,
+        checkpoint: Path | None = None,
+        resume: bool = False,
+    ) -> DefaultModel:
+        """Learn from normals and labelled anomalies; without anomalies synthetic ones stand in.
+
+        Args:
+            rows: the training rows.
+            config: the constants.
+            seed: of every random choice.
+            device: where to compute.
+            dtype: of the encoders' computation in training; None is float32.
+            progress: told after each outer step.
+            checkpoint: a file for the state of the run; it stays when the run is cut off.
+            resume: go on from that file.
+        """
+        # A random order, so that "the first so many" is a fair sample wherever there is a bound.
+        order = np.random.default_rng(seed).permutation(len(rows.normals))
+        normals = torch.as_tensor(rows.normals[order], device=device)
+        families = torch.as_tensor(family_codes(rows.groups, len(order))[order], device=device)
+        anomalies = torch.as_tensor(rows.anomalies, device=device)
+
+        views = Views.fit(rows.normals[order[: config.training_normals]]).to(device)
+        ensemble, trained_on, losses = train_ensemble(
+            views.transform(normals[: config.training_normals]),
+            views.transform(anomalies),
+            rows.anomaly_labels,
+            config.ensemble,
+            seed=seed,
+            dtype=dtype,
+            progress=progress,
+            checkpoint=Checkpoint(checkpoint, fingerprint(rows, config, seed, dtype), resume) if checkpoint else None,
+        )
+        centre = torch.zeros(normals.shape[1], device=device)
+        neighbourhood = Neighbourhood(config.neighbourhood, views, ensemble, normals, families, centre)
+        held_out = neighbourhood.distances(normals[: config.tail_normals], families[: config.tail_normals])
+        known = NormalFamily(neighbourhood, Tails.fit(held_out))
+
+        normal_scores = known.by_view(held_out)
+        anomaly_scores = known.by_view(
+            neighbourhood.distances(anomalies), _not_in(rows.anomaly_labels, trained_on).to(device)
+        )
+        prior = prior_weights(len(SCORES), len(normals), config.fusion).to(device)
+        weights = learn_weights(normal_scores, anomaly_scores, rows.anomaly_labels, prior, config.fusion)
+        low, high = (weights @ normal_scores).quantile(weights.new_tensor([0.5, 0.999]))
+        head = None
+        if len(anomalies):
+            sample = rows.normals[order[: config.tree_normals]]
+            head = TreeHead.fit(sample, rows.anomalies, config.n_trees, config.head_quantile, seed, device)
+        return cls(config, [known], weights, head, high - low, losses)
+
+    def score(self, rows: Rows) -> Floats:
+        """Minus the anomaly score of each row [N, d] -> [N]: higher is more normal."""
+        return self._score(rows, None)
+
+    def calibration_scores(self, normals: Rows, groups: Names | None) -> Floats:
+        """Scores [n] of normals [n, d] that nothing was learned from, each left out of its own references.
+
+        From now on other rows are compared with these normals too: none of them is wasted.
+        """
+        neighbourhood, tails = self._families[0]
+        families = torch.as_tensor(family_codes(groups, len(normals))) + neighbourhood.n_families
+        self._families[0] = NormalFamily(neighbourhood.extended(torch.as_tensor(normals), families), tails)
+        return self._score(normals, families)
+
+    def adapt(self, normals: Rows) -> None:
+        """Take normals [n, d] of a new family as normal; nothing else changes.
+
+        The family keeps its own tails: its distances, each row left out, are what its other rows are held against, so
+        that a few rows do as well as many.
+        """
+        base = self._families[0].neighbourhood
+        rows = torch.as_tensor(normals, device=self._weights.device)
+        families = torch.arange(len(rows), device=rows.device)
+        centre = base.views.transform(rows)[VIEWS.index("whitened")].mean(0)
+        own = Neighbourhood(base.config, base.views, base.ensemble, rows, families, centre)
+        self._families.append(NormalFamily(own, Tails.fit(own.distances(rows, families))))
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """All that was learned, by name, on the CPU."""
+        views, ensemble = self._families[0].neighbourhood.views, self._families[0].neighbourhood.ensemble
+        parts = {
+            "views": views.tensors,
+            "encoders": ensemble.weights | {"views": ensemble.views},
+            "fusion": {"weights": self._weights, "head_gain": self._head_gain},
+            "trees": self._head.tensors if self._head else {},
+        }
+        for place, (neighbourhood, tails) in enumerate(self._families):
+            parts[f"normals{place}"] = {
+                "rows": neighbourhood.normals,
+                "families": neighbourhood.families,
+                "centre": neighbourhood.centre,
+                "distances": tails.distances,
+            }
+        return {f"{part}.{name}": value.cpu() for part, tensors in parts.items() for name, value in tensors.items()}
+
+    @classmethod
+    def from_tensors(
+        cls,
+        config: DefaultConfig,
+        tensors: Mapping[str, Tensor],
+        device: torch.device,
+        dtype: torch.dtype | None,  # noqa: ARG003 - scoring is in float32
+    ) -> DefaultModel:
+        """The inverse of `to_tensors`.
+
+        Raises:
+            KeyError, RuntimeError: the tensors are not those of this algorithm.
+        """
+        tensors = {name: value.to(device) for name, value in tensors.items()}
+        encoders, fusion, trees = (tensors_under(part, tensors) for part in ("encoders", "fusion", "trees"))
+        views = Views(tensors_under("views", tensors))
+        ensemble = Ensemble(encoders.pop("views"), encoders)
+        families: list[NormalFamily] = []
+        while own := tensors_under(f"normals{len(families)}", tensors):
+            neighbourhood = Neighbourhood(
+                config.neighbourhood, views, ensemble, own["rows"], own["families"], own["centre"]
+            )
+            families.append(NormalFamily(neighbourhood, Tails(own["distances"])))
+        if not families:
+            raise KeyError("normals0.rows")
+        return cls(config, families, fusion["weights"], TreeHead(trees) if trees else None, fusion["head_gain"], [])
+
+    def _score(self, rows: Rows, families: Tensor | None) -> Floats:
+        """Scores of rows, which may be normals themselves, of these families."""
+        scores = [np.empty(0)]
+        with torch.inference_mode():
+            for start in range(0, len(rows), SCORING_ROWS):
+                block = torch.as_tensor(rows[start : start + SCORING_ROWS], device=self._weights.device)
+                own = None if families is None else families[start : start + SCORING_ROWS].to(block.device)
+                first, *others = self._families
+                anomaly = self._weights @ first.scores(block, own)
+                for family in others:
+                    anomaly = torch.minimum(anomaly, self._weights @ family.scores(block))
+                if self._head:
+                    anomaly = anomaly + self._head_gain * self._head.excess(block)
+                scores.append(-anomaly.double().cpu().numpy())
+        return np.concatenate(scores)
+
+
+def _not_in(labels: Names, trained_on: Sequence[frozenset[str]]) -> Tensor:
+    """Whether each direction never saw the family of each row, bool [D, M]."""
+    return torch.tensor([[name not in names for name in labels] for names in trained_on], dtype=torch.bool)
+
+
+def family_codes(groups: Names | None, n_rows: int) -> npt.NDArray[np.int64]:
+    """A number [N] for each row: the same for rows of one group; without groups, or with one only, all differ."""
+    if groups is not None:
+        names, codes = np.unique(groups.astype(str), return_inverse=True)
+        if len(names) > 1:
+            return codes
+    return np.arange(n_rows)

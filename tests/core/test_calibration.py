@@ -1,0 +1,194 @@
+"""Alarms that hold their rate: each promise by simulation, then through the detector."""
+
+import numpy as np
+import pytest
+from scipy.stats import binomtest
+
+from mdml_fast import InputError, MDMLDetector
+from mdml_fast.calibration import (
+    ConformalCalibration,
+    Promise,
+    benjamini_hochberg,
+    certified_rank,
+    drift_evidence,
+    first_drift,
+)
+from mdml_fast.meta.default import DefaultConfig
+from mdml_fast.meta.ensemble import EnsembleConfig
+from mdml_fast.meta.neighbours import innermost
+from mdml_fast.meta.paper import PaperConfig
+
+FAST = DefaultConfig(
+    ensemble=EnsembleConfig(hidden=8, n_prototypes=32, n_queries=32, n_anomalies=24, n_synthetic=64, steps=5),
+    n_trees=10,
+)
+PAPER = PaperConfig(outer_steps=5, episodes_per_step=4)
+
+
+def normals(n: int, seed: int = 0, centre: float = 0.0) -> np.ndarray:
+    return np.random.default_rng(seed).normal(centre, 1, size=(n, 4))
+
+
+def test_the_certificate_fails_in_a_share_of_delta() -> None:
+    rng = np.random.default_rng(0)
+    failures = 0
+    for _ in range(2000):
+        scores = rng.uniform(size=300)
+        level = ConformalCalibration(scores).alarm_level(np.empty(0), 0.05, Promise.CERTIFICATE, 0.9)
+        # With uniform scores the share of normals that p-values up to the level flag is the order statistic itself.
+        rank = round(level * 301)
+        failures += np.sort(scores)[rank - 1] > 0.05
+    assert 0.05 < failures / 2000 < 0.12
+
+
+def test_certified_rank_is_the_largest_and_may_be_none() -> None:
+    assert certified_rank(58, 0.05, 0.95) == 0
+    assert certified_rank(59, 0.05, 0.95) == 1  # 0.95^59 = 0.0485
+    calibration = ConformalCalibration(np.arange(58.0))
+    assert calibration.alarm_level(np.empty(0), 0.05, Promise.CERTIFICATE, 0.95) == 0
+    assert calibration.lowest_rate(Promise.CERTIFICATE, 0.95) == pytest.approx(1 - 0.05 ** (1 / 58))
+    assert calibration.lowest_rate() == pytest.approx(1 / 59)
+
+
+def test_the_fdr_of_a_batch_is_held() -> None:
+    rng = np.random.default_rng(0)
+    false_shares, found = [], 0
+    for _ in range(400):
+        calibration = ConformalCalibration(rng.normal(size=500))
+        scores = np.concatenate([rng.normal(size=90), rng.normal(-6, 1, size=10)])
+        p_values = calibration.p_value(scores)
+        alarms = p_values <= calibration.alarm_level(p_values, 0.2, Promise.FDR)
+        false_shares.append(alarms[:90].sum() / max(alarms.sum(), 1))
+        found += alarms[90:].sum()
+    assert 0.12 < np.mean(false_shares) < 0.21
+    assert found > 3800
+
+
+def test_benjamini_hochberg_of_known_p_values() -> None:
+    assert benjamini_hochberg(np.array([0.01, 0.04, 0.03, 0.9]), 0.05) == pytest.approx(0.01)
+    assert benjamini_hochberg(np.array([0.01, 0.025, 0.03, 0.9]), 0.05) == pytest.approx(0.03)
+    assert benjamini_hochberg(np.array([0.5, 0.9]), 0.05) == 0
+    assert benjamini_hochberg(np.empty(0), 0.05) == 0
+
+
+def test_groups_are_held_against_their_own_normals() -> None:
+    groups = np.array(["quiet"] * 99 + ["loud"] * 99, dtype=object)
+    scores = np.concatenate([np.linspace(0, 1, 99), np.linspace(-10, 0, 99)])
+    calibration = ConformalCalibration(scores, groups)
+    p_values = calibration.p_value(np.array([-0.5, -0.5, -0.5]), np.array(["quiet", "loud", "new"], dtype=object))
+    assert p_values[0] == pytest.approx(0.01)
+    assert p_values[1] > 0.9
+    assert p_values[2] == calibration.p_value(np.array([-0.5]))[0]
+
+
+def test_trimmed_calibration_leaves_out_the_lowest() -> None:
+    calibration = ConformalCalibration(np.arange(100.0), trim=0.05)
+    assert calibration.scores[0] == 5
+    assert calibration.p_value(np.array([4.0]))[0] == pytest.approx(1 / 96)
+
+
+def test_drift_is_found_and_its_absence_is_not() -> None:
+    rng = np.random.default_rng(0)
+    quiet = [first_drift(drift_evidence(rng.normal(size=100), rng.normal(size=150))) for _ in range(200)]
+    assert sum(row is not None for row in quiet) <= 6  # at most 1 % is expected
+    stream = np.concatenate([rng.normal(size=200), rng.normal(-1.5, 1, size=200)])
+    row = first_drift(drift_evidence(rng.normal(size=500), stream))
+    assert row is not None
+    assert 200 < row < 280
+
+
+def test_drift_evidence_takes_ties() -> None:
+    evidence = drift_evidence(np.zeros(50), np.zeros(200))
+    assert np.isfinite(evidence).all()
+    assert first_drift(evidence) is None
+
+
+def test_false_alarms_are_held_on_average_over_fits() -> None:
+    alarms = [
+        (
+            MDMLDetector(FAST, false_alarm_rate=0.1, random_state=i).fit(normals(100, i)).predict(normals(200, 99 + i))
+            < 0
+        )
+        for i in range(12)
+    ]
+    # The spread is mostly that of 50 calibration normals in each fit.
+    assert binomtest(int(np.sum(alarms)) // 4, 600, 0.1).pvalue > 0.01
+
+
+@pytest.mark.parametrize("config", [FAST, PAPER], ids=["default", "paper"])
+def test_a_new_family_of_normals_is_adapted_to(config: DefaultConfig | PaperConfig) -> None:
+    detector = MDMLDetector(config, false_alarm_rate=0.05, random_state=0).fit(normals(300))
+    new = normals(450, seed=1, centre=6.0)
+    before = detector.predict(new[50:]) == -1
+    old = detector.score_samples(normals(50, seed=2))
+    detector.adapt(new[:50])
+    assert (detector.score_samples(normals(50, seed=2)) >= old - 1e-5).all()
+    after = detector.predict(new[50:]) == -1
+    if config is FAST:
+        assert before.mean() > 0.95
+        assert after.mean() < 0.12
+        far = normals(50, seed=3, centre=-6.0)
+        assert (detector.predict(far) == -1).mean() > 0.9
+
+
+def test_an_adapted_model_survives_saving(tmp_path) -> None:
+    for config in (FAST, PAPER):
+        detector = MDMLDetector(config, promise="fdr", random_state=0).fit(normals(100)).adapt(normals(30, 1, 5.0))
+        detector.save(tmp_path / "model")
+        loaded = MDMLDetector.load(tmp_path / "model")
+        np.testing.assert_array_equal(loaded.score_samples(normals(40, 2)), detector.score_samples(normals(40, 2)))
+        assert loaded.promise == "fdr"
+
+
+def test_recalibration_takes_todays_normals() -> None:
+    detector = MDMLDetector(FAST, false_alarm_rate=0.1, random_state=0).fit(normals(200))
+    today = normals(800, seed=1) * 1.5
+    assert (detector.predict(today[400:]) == -1).mean() > 0.2
+    groups = ["a"] * 200 + ["b"] * 200
+    detector.recalibrate(today[:400], groups)
+    assert (detector.predict(today[400:]) == -1).mean() < 0.15
+    assert set(detector.calibration_.groups) == {"a", "b"}
+
+
+def test_grouped_calibration_survives_saving(tmp_path) -> None:
+    groups = [f"g{i % 6}" for i in range(120)]
+    detector = MDMLDetector(FAST, random_state=0).fit(normals(120), groups=groups)
+    detector.save(tmp_path / "model")
+    loaded = MDMLDetector.load(tmp_path / "model")
+    rows, known = normals(40, 5), [detector.calibration_.groups[0]] * 40
+    np.testing.assert_array_equal(loaded.p_value(rows, known), detector.p_value(rows, known))
+    assert (loaded.p_value(rows, known) != loaded.p_value(rows)).any()
+
+
+def test_outliers_among_the_normals_can_be_left_out() -> None:
+    rows = np.concatenate([normals(190), normals(10, seed=1, centre=8.0)]).astype(np.float32)
+    kept = innermost(rows, 0.05, seed=0)
+    assert len(kept) == 190
+    assert (kept < 190).all()
+    plain = MDMLDetector(FAST, random_state=0).fit(rows)
+    trimmed = MDMLDetector(FAST, random_state=0, contamination=0.05).fit(rows)
+    hidden = normals(50, seed=2, centre=8.0)
+    assert (trimmed.p_value(hidden) < 0.03).mean() > (plain.p_value(hidden) < 0.03).mean() + 0.5
+
+
+@pytest.mark.parametrize(
+    ("settings", "match"),
+    [
+        ({"promise": "surely"}, "promise must be one of marginal, certificate, fdr"),
+        ({"confidence": 1.0}, "confidence must be between 0 and 1"),
+        ({"contamination": 0.5}, "contamination must be at least 0 and below 0.5"),
+    ],
+)
+def test_settings_of_alarms_that_cannot_be_used_are_refused(settings: dict[str, object], match: str) -> None:
+    with pytest.raises(InputError, match=match):
+        MDMLDetector(FAST, **settings).fit(normals(30))
+
+
+def test_too_few_normals_to_calibrate_on_or_adapt_to_are_refused() -> None:
+    detector = MDMLDetector(FAST, random_state=0).fit(normals(40))
+    with pytest.raises(InputError, match="only 19 normal rows to adapt to"):
+        detector.adapt(normals(19))
+    with pytest.raises(InputError, match="only 19 normal rows to calibrate on"):
+        detector.recalibrate(normals(19))
+    with pytest.raises(InputError, match="groups has 3 entries for 40 rows"):
+        detector.p_value(normals(40), ["a"] * 3)

@@ -1,0 +1,256 @@
+"""The default algorithm and its parts."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.ensemble import ExtraTreesClassifier
+from sklearn.metrics import roc_auc_score
+from sklearn.neighbors import NearestNeighbors
+
+from mdml_fast import MDMLDetector
+from mdml_fast.data.views import VIEWS, Views
+from mdml_fast.meta.default import DefaultConfig, DefaultModel
+from mdml_fast.meta.ensemble import EnsembleConfig
+from mdml_fast.meta.fusion import FusionConfig, learn_weights, prior_weights
+from mdml_fast.meta.neighbourhood import NeighbourhoodConfig
+from mdml_fast.meta.neighbours import neighbour_distances
+from mdml_fast.meta.tails import Tails
+from mdml_fast.meta.trees import TreeHead, _rounded_down
+
+CPU = torch.device("cpu")
+FAST = DefaultConfig(
+    ensemble=EnsembleConfig(hidden=8, n_prototypes=32, n_queries=32, n_anomalies=24, n_synthetic=64, steps=10),
+    n_trees=20,
+)
+
+
+def data(seed: int = 0, n: int = 300, d: int = 6) -> tuple[np.ndarray, np.ndarray]:
+    """Normals around 0; 'up' and 'side' are anomaly classes."""
+    rng = np.random.default_rng(seed)
+    rows = rng.normal(size=(n + 40, d))
+    rows[n : n + 20, 0] += 6
+    rows[n + 20 :, -1] -= 6
+    return rows, np.array(["ok"] * n + ["up"] * 20 + ["side"] * 20)
+
+
+@pytest.fixture(scope="module")
+def fitted() -> MDMLDetector:
+    return MDMLDetector(FAST, random_state=0).fit(*data(), normal=["ok"])
+
+
+# --- views ---
+
+
+def test_views_have_mean_variance_one_and_a_centre_near_zero() -> None:
+    normals = np.random.default_rng(0).gamma(2, size=(2000, 5)).astype(np.float32)
+    rows = Views.fit(normals).transform(torch.as_tensor(normals))
+    assert rows.shape == (4, 2000, 5)
+    torch.testing.assert_close(rows.var(dim=1).mean(1), torch.ones(4), rtol=1e-3, atol=0)
+    assert rows.mean(1).abs().max() < 0.05
+    whitened = rows[VIEWS.index("whitened")]
+    torch.testing.assert_close(whitened.T.cov(), torch.eye(5), rtol=0, atol=0.05)
+
+
+def test_the_cdf_view_is_the_mid_rank_and_grows_beyond_the_range() -> None:
+    normals = np.array([[0.0], [0.0], [1.0], [2.0]], dtype=np.float32).repeat(10, axis=0)
+    views = Views.fit(normals)
+    cdf = views.transform(torch.tensor([[0.0], [1.0], [2.0], [1.5], [3.0], [-1.0]]))[VIEWS.index("cdf"), :, 0]
+    level = cdf / views.tensors["scales"][1] / 12**0.5 + 0.5
+    torch.testing.assert_close(level[:4], torch.tensor([0.25, 0.625, 0.875, 0.75]))
+    assert cdf[4] > cdf[2]
+    assert cdf[5] < cdf[0]
+
+
+def test_views_of_a_feature_that_never_varies_are_finite() -> None:
+    normals = np.c_[np.zeros(30), np.arange(30)].astype(np.float32)
+    assert Views.fit(normals).transform(torch.tensor([[0.0, 3.0], [5.0, 3.0]])).isfinite().all()
+
+
+# --- neighbours, tails, weights, trees ---
+
+
+@pytest.mark.parametrize("n", [3, 40, 1003])
+def test_neighbour_distances_are_those_of_scikit_learn(n: int) -> None:
+    rng = np.random.default_rng(0)
+    rows, references = (rng.normal(size=(2, size, 4)).astype(np.float32) for size in (50, n))
+    ours = neighbour_distances(torch.as_tensor(rows), torch.as_tensor(references), 3)
+    for embedding in range(2):
+        peer = NearestNeighbors(n_neighbors=3).fit(references[embedding]).kneighbors(rows[embedding])[0].mean(1)
+        np.testing.assert_allclose(ours[embedding], peer, rtol=1e-4)
+
+
+def test_a_row_is_not_compared_with_its_own_family() -> None:
+    rows = torch.tensor([[[0.0], [0.1], [5.0], [6.0]]])
+    families = torch.tensor([0, 0, 1, 2])
+    distances = neighbour_distances(rows, rows, 2, families=families, reference_families=families)
+    torch.testing.assert_close(distances[0], torch.tensor([5.5, 5.4, 2.95, 3.45]))
+    # Of three rows of one family and one of another, that one is all that the three can be compared with.
+    families = torch.tensor([0, 0, 0, 1])
+    distances = neighbour_distances(rows, rows, 2, families=families, reference_families=families)
+    torch.testing.assert_close(distances[0], torch.tensor([6.0, 5.9, 1.0, 3.45]))
+
+
+def test_tail_scores_are_minus_log_shares_and_a_pareto_tail_is_found() -> None:
+    rng = np.random.default_rng(0)
+    tails = Tails.fit(torch.as_tensor(rng.pareto(3, size=(1, 20_000)) + 1))
+    x = torch.tensor([[1.2, 2.0, 5.0, 50.0]], dtype=torch.float64)
+    torch.testing.assert_close(tails.score(x)[0], 3 * x[0].log(), rtol=0.1, atol=0.02)
+
+
+def test_tails_of_equal_distances_are_finite_and_rank_what_is_beyond() -> None:
+    scores = Tails.fit(torch.ones(1, 30)).score(torch.tensor([[0.0, 1.0, 1.1, 2.0]]))[0]
+    assert scores.isfinite().all()
+    assert (scores[1:].diff() > 0).all()
+
+
+def test_weights_go_to_the_score_that_finds_the_families_and_stay_near_the_anchor_otherwise() -> None:
+    rng = np.random.default_rng(0)
+    normals = torch.as_tensor(rng.exponential(size=(6, 500)), dtype=torch.float32)
+    anomalies = torch.as_tensor(rng.exponential(size=(6, 40)), dtype=torch.float32)
+    anomalies[3] += 6
+    labels = np.array([f"family {i % 8}" for i in range(40)], dtype=object)
+    config = FusionConfig()
+    prior = prior_weights(6, 500, config)
+    weights = learn_weights(normals, anomalies, labels, prior, config)
+    assert weights[3] > 0.5
+    assert weights.sum() == pytest.approx(1)
+    one = learn_weights(normals, anomalies[:, :1], labels[:1], prior, config)
+    assert prior[3] < one[3] < weights[3]
+    assert torch.equal(learn_weights(normals, anomalies[:, :0], labels[:0], prior, config), prior)
+
+
+def test_the_anchor_rules_where_normals_are_few() -> None:
+    config = FusionConfig()
+    assert prior_weights(6, 10**6, config)[0] == pytest.approx(0.5, abs=1e-3)
+    assert prior_weights(6, 10, config)[0] > 0.9
+    assert prior_weights(6, 10, config).sum() == pytest.approx(1)
+
+
+def test_trees_walk_as_scikit_learn_does() -> None:
+    rows, labels = data()
+    rows = rows.astype(np.float32)
+    is_anomaly = labels != "ok"
+    head = TreeHead.fit(rows[~is_anomaly], rows[is_anomaly], 30, 0.98, 5, CPU)
+    forest = ExtraTreesClassifier(30, class_weight="balanced", bootstrap=True, random_state=5).fit(rows, is_anomaly)
+    new = np.random.default_rng(1).normal(scale=3, size=(400, 6)).astype(np.float32)
+    np.testing.assert_allclose(head.probability(torch.as_tensor(new)), forest.predict_proba(new)[:, 1], atol=1e-6)
+    excess = head.excess(torch.as_tensor(rows))
+    assert (excess[~is_anomaly] > 0).float().mean() < 0.05
+    assert (excess[is_anomaly] > 0.3).all()
+
+
+def test_thresholds_in_float32_compare_as_in_float64() -> None:
+    thresholds = np.array([0.1, np.nextafter(1.0, 2), -0.3])
+    rounded = _rounded_down(thresholds)
+    assert rounded.dtype == np.float32
+    near = np.concatenate([rounded, np.nextafter(rounded, np.float32(9)), np.nextafter(rounded, np.float32(-9))])
+    np.testing.assert_array_equal(near[:, None] <= rounded, near[:, None].astype(np.float64) <= thresholds)
+
+
+# --- the model ---
+
+
+def test_both_seen_and_unseen_classes_are_found(fitted: MDMLDetector) -> None:
+    rows, labels = data(seed=1)
+    unseen = np.random.default_rng(2).normal(loc=[0, 0, 5, 0, 0, 0], size=(50, 6))
+    scores, unseen_scores = fitted.score_samples(rows), fitted.score_samples(unseen)
+    assert roc_auc_score(labels == "ok", scores) > 0.99
+    normal_scores = scores[labels == "ok"]
+    is_normal = np.r_[np.ones(len(normal_scores)), np.zeros(50)]
+    assert roc_auc_score(is_normal, np.r_[normal_scores, unseen_scores]) > 0.95
+
+
+def test_training_lowers_the_loss_of_every_direction_together(fitted: MDMLDetector) -> None:
+    losses = fitted.model_.losses
+    assert len(losses) == 10
+    assert losses[-1] < losses[0]
+    encoders = {name: value for name, value in fitted.model_.to_tensors().items() if name.startswith("encoders.")}
+    assert encoders["encoders.views"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    for direction in range(8):
+        assert encoders["encoders.outer.weight"][direction].abs().max() > 0
+
+
+def test_labelled_rows_are_scored_by_directions_that_never_saw_their_family() -> None:
+    from mdml_fast.meta.ensemble import Ensemble
+
+    weights = {"log_scale": torch.zeros(4, 2), "inner.weight": torch.zeros(4, 3, 2)}
+    ensemble = Ensemble(torch.tensor([0, 0, 1, 1]), weights)
+    values = torch.tensor([[1.0, 1.0], [3.0, 3.0], [5.0, 5.0], [7.0, 7.0]])
+    counted = torch.tensor([[True, False], [False, False], [True, True], [True, False]])
+    # Where none of a view's directions counts, all do.
+    assert ensemble.view_means(values, counted).tolist() == [[1.0, 2.0], [6.0, 5.0]]
+
+
+@pytest.mark.parametrize(
+    ("n", "d", "classes"),
+    [(20, 6, ["up", "side"]), (100, 1, ["up"]), (100, 2000, ["up"]), (100, 6, ["one row"]), (100, 6, [])],
+    ids=["20 normals", "1 feature", "2000 features", "1 anomaly", "no anomalies"],
+)
+def test_extreme_sizes_train_and_score(n: int, d: int, classes: list[str]) -> None:
+    rows, labels = data(n=n, d=d)
+    kept = np.arange(n + 1) if classes == ["one row"] else np.flatnonzero(np.isin(labels, ["ok", *classes]))
+    detector = MDMLDetector(FAST, random_state=0).fit(rows[kept], labels[kept], normal=["ok"])
+    new, new_labels = data(seed=1, d=d)
+    scores = detector.score_samples(new)
+    assert np.isfinite(scores).all()
+    if d < 2000:
+        assert roc_auc_score(new_labels != "side", scores) > (0.6 if n == 20 else 0.8)
+
+
+def test_the_same_seed_gives_the_same_bytes_on_one_thread_and_on_two() -> None:
+    threads, weights = torch.get_num_threads(), []
+    try:
+        for n_threads in (1, 2):
+            torch.set_num_threads(n_threads)
+            detector = MDMLDetector(FAST, random_state=3).fit(*data(), normal=["ok"])
+            tensors = detector.model_.to_tensors() | {"scores": torch.as_tensor(detector.score_samples(data(1)[0]))}
+            weights.append({name: value.numpy().tobytes() for name, value in tensors.items()})
+    finally:
+        torch.set_num_threads(threads)
+    assert weights[0] == weights[1]
+    other = MDMLDetector(FAST, random_state=4).fit(*data(), normal=["ok"]).model_.to_tensors()
+    assert other["encoders.outer.weight"].numpy().tobytes() != weights[0]["encoders.outer.weight"]
+
+
+def test_a_saved_model_scores_the_same(fitted: MDMLDetector, tmp_path: Path) -> None:
+    rows, _ = data(seed=1)
+    fitted.save(tmp_path / "model")
+    loaded = MDMLDetector.load(tmp_path / "model")
+    assert loaded.model_.config == FAST
+    np.testing.assert_array_equal(loaded.score_samples(rows), fitted.score_samples(rows))
+    np.testing.assert_array_equal(loaded.p_value(rows), fitted.p_value(rows))
+
+
+def test_scores_do_not_depend_on_what_else_is_scored(fitted: MDMLDetector) -> None:
+    rows, _ = data(seed=1)
+    np.testing.assert_allclose(fitted.score_samples(rows[:7]), fitted.score_samples(rows)[:7], rtol=1e-4, atol=1e-4)
+
+
+def test_calibration_normals_become_references_and_are_scored_without_themselves() -> None:
+    config = DefaultConfig(ensemble=FAST.ensemble, neighbourhood=NeighbourhoodConfig(), n_trees=5)
+    rows, labels = data()
+    model: DefaultModel = MDMLDetector(config, random_state=0).fit(rows, labels, normal=["ok"]).model_
+    far = np.full((1, 6), 30.0, dtype=np.float32)
+    before = model.score(far)
+    own = model.calibration_scores(far, None)
+    np.testing.assert_allclose(own, before, rtol=1e-5)
+    assert model.score(far) > before
+
+
+def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
+    class CutOffError(Exception):
+        pass
+
+    def cut_off(step: int, n_steps: int, loss: float) -> None:
+        if step == 4:
+            raise CutOffError
+
+    path = tmp_path / "run.checkpoint"
+    whole = MDMLDetector(FAST, random_state=0).fit(*data(), normal=["ok"])
+    with pytest.raises(CutOffError):
+        MDMLDetector(FAST, random_state=0).fit(*data(), normal=["ok"], progress=cut_off, checkpoint=path)
+    resumed = MDMLDetector(FAST, random_state=0).fit(*data(), normal=["ok"], checkpoint=path, resume=True)
+    for name, value in whole.model_.to_tensors().items():
+        assert torch.equal(value, resumed.model_.to_tensors()[name]), name
