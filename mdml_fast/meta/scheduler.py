@@ -67,7 +67,6 @@ class MetaScheduler:
         # A pool even for one thread where torch has more: bits are those of a product on a single thread.
         alone = not on_cpu or self.threads == torch.get_num_threads() == 1
         self._pool = None if alone else _workers(self.threads)
-        self._sizes: dict[tuple[int, chunks.Shape], int] = {}
 
     def meta_gradients(
         self, support: Tensor, query: Tensor, is_ood: Tensor, direction: Tensor | None = None
@@ -94,7 +93,10 @@ class MetaScheduler:
         """
         if not n_steps * episodes_per_step:
             return
-        size = self._chunk(source, first, episodes_per_step)
+        sample = source.batch(first, 1)
+        shape = chunks.Shape(sample.support.shape[1], *sample.query.shape[1:])
+        self.engine.expect(n_steps * episodes_per_step, shape.n_support, shape.n_query)
+        size = self._chunk(source, first, episodes_per_step, shape)
         cuts = chunks.cuts(episodes_per_step, size)
         ranges = ((first + step * episodes_per_step + start, count) for step in range(n_steps) for start, count in cuts)
         with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as sampling:
@@ -125,12 +127,10 @@ class MetaScheduler:
         direction = batch.direction if self.engine.n_directions else None
         return self.engine.gradient_sums(batch.support, batch.query, batch.is_ood, direction)
 
-    def _chunk(self, source: EpisodeSource, first: int, n_episodes: int) -> int:
+    def _chunk(self, source: EpisodeSource, first: int, n_episodes: int, shape: chunks.Shape) -> int:
         """Episodes at once: the best size, less where the threads would not get equal shares."""
         size, how = self._forced, "asked for"
         if size is None:
-            sample = source.batch(first, 1)
-            shape = chunks.Shape(sample.support.shape[1], *sample.query.shape[1:])
             granule = chunks.granule(shape, 2 if self.engine.n_directions else GROUP)
             size, how = self._best(source, first, n_episodes, shape, granule)
             rounds = -(-n_episodes // (size * self.threads))
