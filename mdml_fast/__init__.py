@@ -8,8 +8,9 @@ if TYPE_CHECKING:
     from mdml_fast.errors import ArtifactError, InputError
     from mdml_fast.evaluation import evaluate
     from mdml_fast.meta.engine import MetaEngine, MetaGradients
+    from mdml_fast.meta.scheduler import MetaScheduler
 
-__all__ = ["ArtifactError", "InputError", "MDMLDetector", "MetaEngine", "MetaGradients", "evaluate"]
+__all__ = ["ArtifactError", "InputError", "MDMLDetector", "MetaEngine", "MetaGradients", "MetaScheduler", "evaluate"]
 
 _HOMES = {
     "ArtifactError": "mdml_fast.errors",
@@ -17,6 +18,7 @@ _HOMES = {
     "MDMLDetector": "mdml_fast.detector",
     "MetaEngine": "mdml_fast.meta.engine",
     "MetaGradients": "mdml_fast.meta.engine",
+    "MetaScheduler": "mdml_fast.meta.scheduler",
     "evaluate": "mdml_fast.evaluation",
 }
 

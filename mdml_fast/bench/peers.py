@@ -88,11 +88,12 @@ def torchopt_object(task: Task) -> Peer:
 
     encoder, head = copy.deepcopy(task.encoder), list(task.head.parameters())
     optimizer = torchopt.MetaSGD(encoder, lr=task.inner_lr)
+    frozen = copy.deepcopy(task.head).requires_grad_(False)  # MetaSGD always keeps the graph of its steps
 
     def episode(support: Tensor, query: Tensor, is_ood: Tensor) -> tuple[Tensor, ...]:
         start = torchopt.extract_state_dict(encoder), torchopt.extract_state_dict(optimizer)
         for _ in range(task.inner_steps):
-            optimizer.step(one_class(task.head(encoder(support))))
+            optimizer.step(one_class(frozen(encoder(support))))
         outer = hinge(task.head(encoder(query)), is_ood, task.margin)
         grads = torch.autograd.grad(outer, [*encoder.parameters(), *head])
         torchopt.recover_state_dict(encoder, start[0])

@@ -1,5 +1,6 @@
 """The meta-learning: engine, networks and the training of a preset."""
 
 from mdml_fast.meta.engine import MetaEngine, MetaGradients
+from mdml_fast.meta.scheduler import MetaScheduler
 
-__all__ = ["MetaEngine", "MetaGradients"]
+__all__ = ["MetaEngine", "MetaGradients", "MetaScheduler"]

@@ -23,7 +23,7 @@ from mdml_fast.files import replace_file
 from mdml_fast.meta.engine import MetaEngine
 
 # Tried in this order, as long as more is better by so much.
-CANDIDATES = (8, 16, 32, 64, 128, 256)
+CANDIDATES = (2, 4, 8, 16, 32, 64, 128, 256)
 WORTHWHILE = 0.97
 # Each candidate is timed so often, and the best time counts: what disturbs only adds.
 REPEATS = 3

@@ -9,6 +9,8 @@ import torch
 from mdml_kernels import SoftmaxMarginLoss
 from torch import Tensor, nn
 
+from mdml_fast.meta import compiling
+from mdml_fast.meta.compiling import Compile
 from mdml_fast.meta.fused import FusedPath
 from mdml_fast.meta.generic import GenericPath
 from mdml_fast.meta.paths import Path, choose_path
@@ -105,6 +107,8 @@ class MetaEngine:
         dtype: what encoder, head and decoder compute in; parameters, updates and losses keep their own dtype.
         n_directions: D, at least 1; None for parameters that all episodes share.
         path: ``auto``, ``generic`` (any modules) or ``fused`` (an MLP, analytic gradients); `choice` says which it is.
+        compile: have the generic path compiled; ``auto`` where a run is long enough to earn that back. The fused path
+            has nothing that a compiler would make faster.
 
     Raises:
         ValueError: a module can't be batched over episodes, the path can't serve, or a number is out of range.
@@ -124,6 +128,7 @@ class MetaEngine:
         dtype: torch.dtype | None = None,
         n_directions: int | None = None,
         path: Path = "auto",
+        compile: Compile = "auto",  # noqa: A002 - torch's word for it
     ) -> None:
         self.settings = EngineSettings(inner_steps, inner_lr, first_order, reconstruction_weight, dtype)
         self.modules = nn.ModuleDict({"encoder": encoder, "head": head, "loss": loss or SoftmaxMarginLoss()})
@@ -136,6 +141,11 @@ class MetaEngine:
         first = next(iter(self.parameters().values()), torch.empty(0))
         self.choice = choose_path(self.modules, first.device.type, dtype or first.dtype, first_order, path)
         self._path = (FusedPath if self.choice.path == "fused" else GenericPath)(self.modules, self.settings)
+        self._compile = compile
+        if compile is True:
+            if not isinstance(self._path, GenericPath):
+                raise ValueError("compile=True: the fused path has nothing to compile; give path='generic' too")
+            self._path.compile()
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The meta-parameters by name: `encoder.…`, `head.…`, …; the keys of `MetaGradients.grads`."""
@@ -210,6 +220,15 @@ class MetaEngine:
         values = self._values(direction)
         losses, groups = self._path.gradients(values, support, query, is_ood, direction is not None, group)
         return GradientSums(losses, groups, direction)
+
+    def expect(self, n_episodes: int, n_support: int, n_query: int) -> None:
+        """Prepare for a run of so many episodes of so many rows: compile where that pays."""
+        if self._compile == "auto" and isinstance(self._path, GenericPath):
+            weights = sum(value.numel() for value in self.parameters().values()) // (self.n_directions or 1)
+            rows = n_support * self.settings.inner_steps + n_query
+            if compiling.pays(6.0 * weights * rows * n_episodes):
+                self._path.compile()
+                self._compile = True
 
     def _values(self, direction: Tensor | None) -> Parameters:
         """Parameters and buffers without a graph: shared, or those of each episode's direction [E, …]."""

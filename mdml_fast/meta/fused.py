@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 from mdml_fast.meta.fused_heads import read_head
 from mdml_fast.meta.fused_layers import BatchedNetwork, Buffers, read_encoder
 from mdml_fast.meta.fused_program import Program, Recipe
+from mdml_fast.meta.on_gpu import Replayed
 from mdml_fast.meta.settings import EngineSettings, Parameters
 
 # Programs kept for each thread: a training run has one shape, and another for what is left over.
@@ -64,7 +66,14 @@ class FusedPath:
             losses, grads = zip(*parts, strict=True)
             return torch.cat(losses), {name: torch.cat([part[name] for part in grads]) for name in grads[0]}
         program = self._program(values, support, query.shape[1], stacked)
-        return program.gradients(support, query, is_ood, min(group, len(support)))
+        group = min(group, len(support))
+        if support.device.type != "cuda":
+            return program.gradients(support, query, is_ood, group)
+        if program.replayed is None:
+            gradients = functools.partial(program.gradients, group=group)
+            program.replayed = Replayed(gradients, support, query, is_ood)
+        replayed: tuple[Tensor, Parameters] = program.replayed(support, query, is_ood)
+        return replayed
 
     def _program(self, values: Parameters, support: Tensor, n_query: int, stacked: bool) -> Program:
         """This thread's program for batches of this shape, with these values in it."""

@@ -12,6 +12,7 @@ import torch
 from mdml_kernels import SoftmaxMarginLoss, direct
 from torch import Tensor
 
+from mdml_fast.meta import on_gpu
 from mdml_fast.meta.fused_heads import PROTOTYPES, BatchedLinearHead, BatchedPrototypes
 from mdml_fast.meta.fused_layers import BatchedLayer, BatchedNetwork, Buffers, Layer, Network, Weights
 from mdml_fast.meta.settings import EngineSettings, Parameters
@@ -71,6 +72,7 @@ class Program:
 
     def __init__(self, recipe: Recipe, values: Parameters, support: Tensor, n_query: int, stacked: bool) -> None:
         self.recipe = recipe
+        self.replayed: on_gpu.Replayed | None = None  # `gradients` as a CUDA graph
         n_episodes, n_support, _ = support.shape
         self.n_episodes, self.n_centers = n_episodes, n_support if recipe.takes_support else 0
         buffers, dtype = Buffers(support.device), support.dtype
@@ -80,6 +82,7 @@ class Program:
             shape = values[name].shape if stacked else (n_episodes, *values[name].shape)
             own[name] = torch.empty(shape, dtype=values[name].dtype, device=support.device)
         self.own = recipe.weights(self.given.master | own)
+        self.by_triton = on_gpu.takes_triton(recipe.network, recipe.head, support.device, dtype)
         last = self.own if recipe.settings.inner_steps else self.given
         self.start = BatchedNetwork(recipe.network, self.given, n_episodes, n_support, buffers)
         self.inner = BatchedNetwork(recipe.network, self.own, n_episodes, n_support, buffers)
@@ -101,24 +104,11 @@ class Program:
 
     def adapt(self, support: Tensor) -> Parameters:
         """The encoder after SGD on the one-class loss of support rows [C, n, d]: [C, …], in the program's memory."""
-        lr, rows = self.recipe.settings.inner_lr, self.recipe.cast(support)
         tau, background = self._tau(support), self._background(support)
-
-        def descend(layer: BatchedLayer, grad: Tensor) -> None:
-            self.successor[layer].descend(layer, grad, lr)
-
-        for step in range(self.recipe.settings.inner_steps):
-            network = self.inner if step else self.start
-            z = network.forward(rows)
-            logits = self.inner_head.logits(z, z)
-            grad = direct.one_class_gradient_(logits, tau, background, self.recipe.loss.confidence)
-            grad_z, grad_centers = self.inner_head.pull(grad, None)
-            if grad_centers is not None:
-                grad_z.add_(grad_centers)
-            by_scale = network.backward(grad_z, descend)
-            if by_scale is not None:
-                assert network.log_scale is not None
-                torch.add(network.log_scale, by_scale, alpha=-lr, out=self.inner.log_scale)
+        if self.by_triton and self.recipe.settings.inner_steps:
+            on_gpu.adapt(self.recipe, self.given, self.own, support, tau, background)
+        else:
+            self._adapt(self.recipe.cast(support), tau, background)
         return {name: self.own.master[name] for name in self.recipe.adapted}
 
     def gradients(self, support: Tensor, query: Tensor, is_ood: Tensor, group: int) -> tuple[Tensor, Parameters]:
@@ -160,6 +150,26 @@ class Program:
             assert out.background is not None
             grads["loss.background"] = group_sums(out.background)
         return out.loss, grads
+
+    def _adapt(self, rows: Tensor, tau: Tensor | None, background: Tensor | None) -> None:
+        """Fill `own` by the inner loop on rows as the products take them."""
+        lr = self.recipe.settings.inner_lr
+
+        def descend(layer: BatchedLayer, grad: Tensor) -> None:
+            self.successor[layer].descend(layer, grad, lr)
+
+        for step in range(self.recipe.settings.inner_steps):
+            network = self.inner if step else self.start
+            z = network.forward(rows)
+            logits = self.inner_head.logits(z, z)
+            grad = direct.one_class_gradient_(logits, tau, background, self.recipe.loss.confidence)
+            grad_z, grad_centers = self.inner_head.pull(grad, None)
+            if grad_centers is not None:
+                grad_z.add_(grad_centers)
+            by_scale = network.backward(grad_z, descend)
+            if by_scale is not None:
+                assert network.log_scale is not None
+                torch.add(network.log_scale, by_scale, alpha=-lr, out=self.inner.log_scale)
 
     def _margin(self, logits: Tensor, is_ood: Tensor) -> direct.LossGradients:
         loss = self.recipe.loss

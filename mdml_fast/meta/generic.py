@@ -9,7 +9,11 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vmap
 
+from mdml_fast.meta.compiling import Compiled
 from mdml_fast.meta.settings import ADAPTED, EngineSettings, Parameters
+
+# With fewer logits in an episode the fused loss's calls cost more, under vmap, than its arithmetic saves.
+_FEW_LOGITS = 1 << 14
 
 
 class GenericPath:
@@ -24,25 +28,21 @@ class GenericPath:
     """
 
     def __init__(self, modules: nn.ModuleDict, settings: EngineSettings) -> None:
-        self._modules, self.settings = modules, settings
-        self.takes_support = bool(getattr(modules["head"], "takes_support", False))
+        self._modules, self._settings = modules, settings
         self._local = threading.local()
-        self._trained = {name for name, _ in modules.named_parameters()}
+        self._compiled = False
+        self.takes_support = bool(getattr(modules["head"], "takes_support", False))
 
     def adapt(self, values: Parameters, support: Tensor, stacked: bool) -> Parameters:
         """The adapted parameters [E, …] of support rows [E, n, d]."""
-        return vmap(self._adapt, in_dims=(0 if stacked else None, 0))(values, support)
+        return vmap(self._episode().adapt, in_dims=(0 if stacked else None, 0))(values, support)
 
     def logits(
         self, adapted: Parameters, values: Parameters, rows: Tensor, support: Tensor | None, stacked: bool
     ) -> Tensor:
         """Logits [E, n, K] of rows [E, n, d] under the adapted parameters [E, …]."""
-
-        def episode(own: Parameters, values: Parameters, rows: Tensor, support: Tensor | None) -> Tensor:
-            return self._logits(values | own, rows, support)[0]
-
         in_dims = (0, 0 if stacked else None, 0, None if support is None else 0)
-        return vmap(episode, in_dims=in_dims)(adapted, values, rows, support)
+        return vmap(self._episode().adapted_logits, in_dims=in_dims)(adapted, values, rows, support)
 
     def gradients(
         self, values: Parameters, support: Tensor, query: Tensor, is_ood: Tensor, stacked: bool, group: int
@@ -51,45 +51,86 @@ class GenericPath:
 
         A group is so many consecutive episodes, the last one perhaps fewer; a group's bits depend on it alone.
         """
-        differentiate = self._first_order if self.settings.first_order else self._second_order
-        losses, own = vmap(differentiate, in_dims=(0 if stacked else None, 0, 0, 0))(values, support, query, is_ood)
+        self._episode()
+        batched = self._local.stacked if stacked else self._local.shared
+        losses, own = batched(values, support, query, is_ood)
         if group == 1:
             return losses, own
         return losses, {
             name: torch.stack([part.sum(0) for part in torch.split(value, group)]) for name, value in own.items()
         }
 
-    def _first_order(
+    def compile(self) -> None:
+        """Have `gradients` compiled from now on; where that fails it goes on as it is, with one warning."""
+        self._compiled, self._local = True, threading.local()
+
+    def _episode(self) -> _Episode:
+        """This thread's own: functional_call puts values into a module for as long as it runs, where all see them."""
+        episode: _Episode | None = getattr(self._local, "episode", None)
+        if episode is None:
+            episode = self._local.episode = _Episode(copy.deepcopy(self._modules), self._settings)
+            self._local.shared, self._local.stacked = (
+                vmap(episode.gradients, in_dims=(dim, 0, 0, 0)) for dim in (None, 0)
+            )
+            if self._compiled:
+                self._local.shared, self._local.stacked = Compiled(self._local.shared), Compiled(self._local.stacked)
+        return episode
+
+
+class _Episode:
+    """The computation of one episode: pure functions of values and rows."""
+
+    def __init__(self, modules: nn.ModuleDict, settings: EngineSettings) -> None:
+        self.modules, self.settings = modules, settings
+        self.takes_support = bool(getattr(modules["head"], "takes_support", False))
+        self.trained = {name for name, _ in modules.named_parameters()}
+        loss = modules["loss"]
+        few = copy.copy(loss)
+        if getattr(loss, "backend", "") == "auto":
+            few.backend = "reference"  # type: ignore[assignment]
+        # functional_call only calls forward. Made here, because a compiler can't follow the making of a module.
+        self.losses = {
+            (method, is_few): _Method(module, method)
+            for method in ("forward", "one_class")
+            for module, is_few in ((loss, False), (few, True))
+        }
+
+    def gradients(
         self, values: Parameters, support: Tensor, query: Tensor, is_ood: Tensor
     ) -> tuple[Tensor, Parameters]:
-        # The gradient is taken at the adapted parameters, which are constants here: no graph through the inner loop.
-        params, buffers = self._split(values | self._adapt(values, support))
-        grads, loss = grad_and_value(self._outer_loss)(params, buffers, support, query, is_ood)
+        """The outer loss, and its gradients."""
+        if self.settings.first_order:
+            # At the adapted parameters, which are constants here: no graph leads through the inner loop.
+            params, buffers = self._split(values | self.adapt(values, support))
+            grads, loss = grad_and_value(self._outer_loss)(params, buffers, support, query, is_ood)
+        else:
+            params, buffers = self._split(values)
+            grads, loss = grad_and_value(self._loss_through)(params, buffers, support, query, is_ood)
         return loss, grads
 
-    def _second_order(
-        self, values: Parameters, support: Tensor, query: Tensor, is_ood: Tensor
-    ) -> tuple[Tensor, Parameters]:
-        def through(params: Parameters, buffers: Parameters) -> Tensor:
-            adapted = self._adapt(params | buffers, support)
-            return self._outer_loss(params | adapted, buffers, support, query, is_ood)
-
-        grads, loss = grad_and_value(through)(*self._split(values))
-        return loss, grads
-
-    def _adapt(self, values: Parameters, support: Tensor) -> Parameters:
-        """One episode's inner loop."""
-        own = {name: value for name, value in values.items() if name.startswith(ADAPTED) and name in self._trained}
+    def adapt(self, values: Parameters, support: Tensor) -> Parameters:
+        """The inner loop."""
+        own = {name: value for name, value in values.items() if name.startswith(ADAPTED) and name in self.trained}
         shared = {name: value for name, value in values.items() if name not in own}
         for _ in range(self.settings.inner_steps):
             steps = grad(self._inner_loss)(own, shared, support)
             own = {name: value - self.settings.inner_lr * steps[name] for name, value in own.items()}
         return own
 
+    def adapted_logits(self, own: Parameters, values: Parameters, rows: Tensor, support: Tensor | None) -> Tensor:
+        """Logits [n, K] of rows [n, d]."""
+        return self._logits(values | own, rows, support)[0]
+
+    def _loss_through(
+        self, params: Parameters, buffers: Parameters, support: Tensor, query: Tensor, is_ood: Tensor
+    ) -> Tensor:
+        adapted = self.adapt(params | buffers, support)
+        return self._outer_loss(params | adapted, buffers, support, query, is_ood)
+
     def _inner_loss(self, own: Parameters, shared: Parameters, support: Tensor) -> Tensor:
         values = shared | own
         logits, z = self._logits(values, support, support)
-        one_class = self._call(values, "loss", logits, method="one_class")
+        one_class = self._loss(values, "one_class", logits)
         return one_class + self._reconstruction(values, z, support).mean()
 
     def _outer_loss(
@@ -97,7 +138,7 @@ class GenericPath:
     ) -> Tensor:
         values = params | buffers
         logits, z = self._logits(values, query, support)
-        margin = self._call(values, "loss", logits, is_ood)
+        margin = self._loss(values, "forward", logits, is_ood)
         is_id = ~is_ood
         errors = self._reconstruction(values, z, query) * is_id
         return margin + errors.sum() / is_id.sum().clamp(min=1)
@@ -113,48 +154,41 @@ class GenericPath:
 
     def _reconstruction(self, values: Parameters, z: Tensor, rows: Tensor) -> Tensor:
         """The weighted mean squared error of each row [n]; zero without a decoder."""
-        if "decoder" not in self._modules:
+        if "decoder" not in self.modules:
             return rows.new_zeros(rows.shape[0])
         decoded = self._call(values, "decoder", z).to(rows.dtype)
         errors: Tensor = (decoded - rows).square().mean(-1)
         return self.settings.reconstruction_weight * errors
 
-    def _call(self, values: Parameters, part: str, *args: Tensor, method: str | None = None) -> Tensor:
-        """Call a module, or a method of it, with these values; networks compute in the settings' dtype."""
-        prefix = f"{part}."
+    def _call(self, values: Parameters, part: str, *args: Tensor) -> Tensor:
+        """Call a network with these values; it computes in the settings' dtype."""
+        prefix, dtype = f"{part}.", self.settings.dtype
         own = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
-        dtype = self.settings.dtype
-        if dtype is not None and part != "loss":
+        if dtype is not None:
             own = {name: value.to(dtype) if value.is_floating_point() else value for name, value in own.items()}
             args = tuple(arg.to(dtype) for arg in args)
-        module = self._own_modules()[part]
-        if method is not None:
-            module = _Method(module, method)
-            own = {f"module.{name}": value for name, value in own.items()}
-        result: Tensor = functional_call(module, own, args)
+        result: Tensor = functional_call(self.modules[part], own, args)
         return result
 
-    def _own_modules(self) -> nn.ModuleDict:
-        """This thread's copy: functional_call puts values into a module for as long as it runs, where all see them."""
-        copied: nn.ModuleDict | None = getattr(self._local, "modules", None)
-        if copied is None:
-            copied = self._local.modules = copy.deepcopy(self._modules)
-        return copied
+    def _loss(self, values: Parameters, method: str, logits: Tensor, *args: Tensor) -> Tensor:
+        """A method of the loss with these values."""
+        own = {name: value for name, value in values.items() if name.startswith("loss.")}
+        result: Tensor = functional_call(self.losses[method, logits.numel() <= _FEW_LOGITS], own, (logits, *args))
+        return result
 
     def _split(self, values: Parameters) -> tuple[Parameters, Parameters]:
         """Parameters and buffers."""
-        params = {name: value for name, value in values.items() if name in self._trained}
-        return params, {name: value for name, value in values.items() if name not in self._trained}
+        params = {name: value for name, value in values.items() if name in self.trained}
+        return params, {name: value for name, value in values.items() if name not in self.trained}
 
 
 class _Method(nn.Module):
-    """A module whose forward is a method of another: functional_call only calls forward."""
+    """A module whose forward is a method of the loss."""
 
-    def __init__(self, module: nn.Module, method: str) -> None:
+    def __init__(self, loss: nn.Module, method: str) -> None:
         super().__init__()
-        self.module = module
-        self.method = method
+        self.loss, self.method = loss, method
 
     def forward(self, *args: Tensor) -> Tensor:
-        result: Tensor = getattr(self.module, self.method)(*args)
+        result: Tensor = getattr(self.loss, self.method)(*args)
         return result

@@ -62,12 +62,12 @@ class MetaScheduler:
                 raise ValueError(f"{name} must be 1 or more, got {value}")
         self.engine, self.chosen = engine, ""
         self._forced, self._memory, self._cache = chunk, memory, cache or chunks.ChunkCache()
+        self._chunks: dict[tuple[chunks.Shape, int], int] = {}
         on_cpu = engine.device.type == "cpu"
         self.threads = (threads or torch.get_num_threads()) if on_cpu else 1
         # A pool even for one thread where torch has more: bits are those of a product on a single thread.
         alone = not on_cpu or self.threads == torch.get_num_threads() == 1
         self._pool = None if alone else _workers(self.threads)
-        self._sizes: dict[tuple[int, chunks.Shape], int] = {}
 
     def meta_gradients(
         self, support: Tensor, query: Tensor, is_ood: Tensor, direction: Tensor | None = None
@@ -76,8 +76,7 @@ class MetaScheduler:
         n = len(support)
         numbers = torch.arange(n, device=support.device) if direction is None else direction
         given = _Given(EpisodeBatch(support, query, is_ood, numbers))
-        [out] = self.stream(given, n_steps=1, episodes_per_step=n)
-        return out
+        return self._mean(given.batch(*cut) for cut in self._cuts(given, 0, n, n_steps=1))
 
     def stream(
         self, source: EpisodeSource, *, n_steps: int, episodes_per_step: int, first: int = 0
@@ -94,8 +93,7 @@ class MetaScheduler:
         """
         if not n_steps * episodes_per_step:
             return
-        size = self._chunk(source, first, episodes_per_step)
-        cuts = chunks.cuts(episodes_per_step, size)
+        cuts = self._cuts(source, first, episodes_per_step, n_steps)
         ranges = ((first + step * episodes_per_step + start, count) for step in range(n_steps) for start, count in cuts)
         with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as sampling:
             batches = _ahead(sampling, source, ranges, self.threads + 1)
@@ -125,23 +123,28 @@ class MetaScheduler:
         direction = batch.direction if self.engine.n_directions else None
         return self.engine.gradient_sums(batch.support, batch.query, batch.is_ood, direction)
 
-    def _chunk(self, source: EpisodeSource, first: int, n_episodes: int) -> int:
+    def _cuts(self, source: EpisodeSource, first: int, n_episodes: int, n_steps: int) -> list[tuple[int, int]]:
+        """How the episodes of a step are cut into chunks, as `chunks.cuts`."""
+        sample = source.batch(first, 1)
+        shape = chunks.Shape(sample.support.shape[1], *sample.query.shape[1:])
+        self.engine.expect(n_steps * n_episodes, shape.n_support, shape.n_query)
+        if (shape, n_episodes) not in self._chunks:
+            self._chunks[shape, n_episodes] = self._chunk(source, first, n_episodes, shape)
+        return chunks.cuts(n_episodes, self._chunks[shape, n_episodes])
+
+    def _chunk(self, source: EpisodeSource, first: int, n_episodes: int, shape: chunks.Shape) -> int:
         """Episodes at once: the best size, less where the threads would not get equal shares."""
         size, how = self._forced, "asked for"
         if size is None:
-            sample = source.batch(first, 1)
-            shape = chunks.Shape(sample.support.shape[1], *sample.query.shape[1:])
             granule = chunks.granule(shape, 2 if self.engine.n_directions else GROUP)
             size, how = self._best(source, first, n_episodes, shape, granule)
             rounds = -(-n_episodes // (size * self.threads))
             share = -(-n_episodes // (rounds * self.threads))
             size = min(size, -(-share // granule) * granule)
-        threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
         path = self.engine.choice
-        chosen = f"{path.path} path ({path.reason}), {size} episodes at once ({how}) on {threads}"
-        if chosen != self.chosen:
-            log.info("engine: %s", chosen)
-            self.chosen = chosen
+        threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
+        self.chosen = f"{path.path} path ({path.reason}), {size} episodes at once ({how}) on {threads}"
+        log.info("engine: %s", self.chosen)
         return size
 
     def _best(

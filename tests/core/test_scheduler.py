@@ -179,7 +179,7 @@ def test_candidates_fit_the_memory_and_are_whole_granules(
     sizes = candidates(n_episodes, episode_bytes, memory, granule)
     assert sizes == sorted(set(sizes))
     assert sizes[0] >= 1
-    if memory >= max(granule, 8) * episode_bytes:
+    if memory >= max(granule, 2) * episode_bytes:
         assert sizes[-1] * episode_bytes <= memory
         assert all(size % granule == 0 for size in sizes)
     assert sizes[-1] < n_episodes + granule

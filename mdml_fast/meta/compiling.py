@@ -1,0 +1,56 @@
+"""`torch.compile` where it pays, and never at the cost of a run."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch.utils._pytree import tree_leaves
+
+Compile = bool | Literal["auto"]
+
+log = logging.getLogger("mdml_fast")
+
+# What the generic path makes of a core without a compiler, roughly; about twice that with one (measured).
+_FLOPS_A_SECOND = 2e10
+# Compiling takes half a minute, so a run of this many seconds has it back several times over.
+_WORTHWHILE_SECONDS = 300.0
+
+
+def pays(flops: float) -> bool:
+    """Whether a run of so many floating point operations, on the generic path, earns back what compiling takes.
+
+    By a count, not by the clock: the same run decides alike each time, and its bits are the same.
+    """
+    return flops / _FLOPS_A_SECOND >= _WORTHWHILE_SECONDS
+
+
+class Compiled:
+    """A function that is compiled at its first call, for arguments of those shapes; others it takes as it is.
+
+    Where compiling fails it stays as it is, which is logged once.
+    """
+
+    _warned = False
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self._plain = function
+        self._compiled: Callable[..., Any] | None = torch.compile(function, dynamic=False, fullgraph=True)
+        self._shapes: list[torch.Size] | None = None
+
+    def __call__(self, *args: Any) -> Any:
+        """What the function gives."""
+        shapes = [leaf.shape for leaf in tree_leaves(args)]
+        self._shapes = self._shapes or shapes
+        if self._compiled is None or shapes != self._shapes:
+            return self._plain(*args)
+        try:
+            return self._compiled(*args)
+        except Exception as error:  # whatever a compiler comes up with: where it is ours, the plain function raises it
+            self._compiled = None
+            if not Compiled._warned:
+                Compiled._warned = True
+                log.warning("engine: goes on without torch.compile, which failed: %s", str(error).partition("\n")[0])
+            return self._plain(*args)
