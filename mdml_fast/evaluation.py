@@ -12,11 +12,14 @@ from sklearn.metrics import average_precision_score, roc_auc_score
 
 from mdml_fast.baselines import Method
 from mdml_fast.calibration import Positions, split_by_group
+from mdml_fast.comparison import paired_difference
 from mdml_fast.data.encoding import Floats, row_ids
 from mdml_fast.data.labelled import MIN_NORMALS, LabelledTable
 from mdml_fast.errors import InputError
+from mdml_fast.resources import PeakMemory
 
 METRICS = ("auroc", "auprc", "fpr95")
+LOWER_IS_BETTER = ("fpr95",)
 
 
 @dataclass(frozen=True)
@@ -71,13 +74,14 @@ def evaluate(
 
     Args:
         data: the table.
-        methods: by the name that the results go under.
+        methods: by the name that the results go under; the first is ours, which the others are compared with.
         protocol: the sizes.
         progress: told (fits done, fits in all, what was fitted).
 
     Returns:
         A JSON document: `data`, `protocol`, and for each method in `results` the metrics on unseen and on seen
-        classes (`mean` and `std` over the splits; null where there is no such class), on each class, for each split.
+        classes (`mean` and `std` over the splits; null where there is no such class), on each class, for each split,
+        time and memory. `differences` has for each other method how much better ours is (`paired_difference`).
 
     Raises:
         InputError: there are no anomaly classes, or the rows can't be split as asked.
@@ -97,6 +101,7 @@ def evaluate(
             runs[name].append(_run(data, method, split, protocol))
             if progress:
                 progress(done * len(methods) + place + 1, len(splits) * len(methods), name)
+    (_, ours), *others = runs.items()
     return {
         "data": {
             "rows": n_rows,
@@ -108,6 +113,25 @@ def evaluate(
         },
         "protocol": asdict(protocol),
         "results": {name: _summary(data, splits, done) for name, done in runs.items()},
+        "differences": _differences(ours, dict(others)),
+    }
+
+
+def _differences(ours: Sequence[_Run], others: Mapping[str, Sequence[_Run]]) -> dict[str, Any]:
+    """How much better ours is than each of the others, on unseen and on seen classes, by metric."""
+    return {
+        name: {
+            side: {
+                metric: paired_difference(
+                    [getattr(run, side).get(metric) for run in ours],
+                    [getattr(run, side).get(metric) for run in theirs],
+                    higher_is_better=metric not in LOWER_IS_BETTER,
+                )
+                for metric in METRICS
+            }
+            for side in ("unseen", "seen")
+        }
+        for name, theirs in others.items()
     }
 
 
@@ -119,6 +143,7 @@ class _Run(NamedTuple):
     auroc: dict[str, float]
     fit_seconds: float
     score_seconds: float
+    peak_memory: int | None
 
 
 def _split(data: LabelledTable, ids: Positions, protocol: EvaluationProtocol, split: int, seed: int) -> Split:
@@ -157,12 +182,12 @@ def _split(data: LabelledTable, ids: Positions, protocol: EvaluationProtocol, sp
 
 
 def _run(data: LabelledTable, method: Method, split: Split, protocol: EvaluationProtocol) -> _Run:
-    start = time.perf_counter()
+    memory, start = PeakMemory(), time.perf_counter()
     score = method(data.take(split.train), split.seed)
     fitted = time.perf_counter()
     test = data.take(split.test)
     scores = score(test.features)
-    scored = time.perf_counter()
+    scored, peak_memory = time.perf_counter(), memory.bytes()
     if not np.isfinite(scores).all():
         raise InputError("a method gave scores that are not finite; the training rows may be degenerate")
 
@@ -176,6 +201,7 @@ def _run(data: LabelledTable, method: Method, split: Split, protocol: Evaluation
         auroc={name: metrics["auroc"] for name, metrics in by_class.items()},
         fit_seconds=fitted - start,
         score_seconds=scored - fitted,
+        peak_memory=peak_memory,
     )
 
 
@@ -227,6 +253,8 @@ def _summary(data: LabelledTable, splits: Sequence[Split], runs: Sequence[_Run])
         ],
         "fit_seconds": float(np.mean([run.fit_seconds for run in runs])),
         "score_rows_per_second": test_rows / sum(run.score_seconds for run in runs),
+        # Of fitting and scoring; the first runs count most, before the allocator has memory to use again.
+        "peak_memory_bytes": max((run.peak_memory for run in runs if run.peak_memory is not None), default=None),
     }
 
 

@@ -38,7 +38,10 @@ def evaluate(
     baseline: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME", help="What to compare with: knn (the default), isolation-forest; repeat for more."
+            metavar="NAME",
+            help="What to compare with: knn (the default), knn-clipped, isolation-forest, lof, extra-trees, "
+            "boosted-trees, extra-trees-on-scores; where installed deepsad, devnet, prenet, rosas, ecod, copod; "
+            "repeat for more, or 'all'.",
         ),
     ] = None,
     max_rows: Annotated[
@@ -52,13 +55,14 @@ def evaluate(
 ) -> None:
     """Measure how well anomaly classes are found that were left out of training."""
     from mdml_fast.baselines import baseline as baseline_method
-    from mdml_fast.baselines import mdml
+    from mdml_fast.baselines import installed_baselines, mdml
     from mdml_fast.evaluation import EvaluationProtocol
     from mdml_fast.evaluation import evaluate as run_evaluation
 
     set_threads(threads)
     methods = {"mdml": mdml(preset.value, device.value, dtype.value)}
-    methods |= {name: baseline_method(name) for name in baseline or ["knn"]}
+    names = installed_baselines() if baseline == ["all"] else baseline or ["knn"]
+    methods |= {name: baseline_method(name) for name in names}
     table = load_data(data, label, normal, ignore, group)
     if max_rows is not None and len(table) > max_rows:
         output.note(f"note: about {max_rows} of the {len(table)} rows are used, the classes keeping their shares")
@@ -69,6 +73,7 @@ def evaluate(
         output.print_json(document)
         return
     output.print_results(document["results"])
+    output.print_differences(document["differences"])
     rows = document["data"]
     typer.echo(
         f"{rows['rows_used']} rows, {rows['normals']} normal, {len(rows['families'])} anomaly classes; "

@@ -85,10 +85,19 @@ def test_doctor_checks_the_engine(mdml_fast: Run) -> None:
     assert document["ok"]
     assert len(document["checks"]) >= 4
     assert document["environment"]["float32 engine"] == "fused"
+    assert document["backends"]["cpu, float32"].startswith("cpu: ")
     assert "torch" in mdml_fast("doctor").stdout
 
 
-def test_bench_prints_ratios_and_refuses_what_is_no_case(mdml_fast: Run) -> None:
+def test_bench_kernels_prints_ratios(mdml_fast: Run) -> None:
+    result = mdml_fast("bench", "kernels", "--case", "pairwise [8", "--rounds", 1, "--json")
+    assert result.returncode == 0, result.stderr
+    (row,) = json.loads(result.stdout)["kernels"]["rows"]
+    assert row["case"] == "pairwise [8, 4096, 16]"
+    assert row["ratios"]["eager"] > 1
+
+
+def test_bench_engine_prints_ratios_and_refuses_what_is_no_case(mdml_fast: Run) -> None:
     result = mdml_fast("bench", "engine", "--case", "small", "--rounds", 1, "--json")
     assert result.returncode == 0, result.stderr
     [row] = json.loads(result.stdout)["engine"]["rows"]
@@ -104,6 +113,7 @@ def test_bench_prints_ratios_and_refuses_what_is_no_case(mdml_fast: Run) -> None
     ("arguments", "says"),
     [
         (["train", "nothing.csv", *SMALL], "no such file: nothing.csv"),
+        (["bench", "kernels", "--case", "square"], "no case has a name with square in it"),
         (["train", "text.txt", *SMALL], "not a table"),
         (["train", "small.csv"], "give --label"),
         (
