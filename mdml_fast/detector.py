@@ -294,14 +294,20 @@ class MDMLDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         return notes + self.attainable_notes()
 
     def attainable_notes(self) -> list[str]:
-        """A line where the false-alarm rate can't be promised with the calibration normals that there are."""
-        lowest = self.calibration_.lowest_rate(Promise(self.promise), self.confidence)
-        if lowest <= self.false_alarm_rate:
-            return []
-        return [
-            f"a false-alarm rate of {self.false_alarm_rate:g} can't be promised with "
-            f"{len(self.calibration_.scores)} calibration normals; the lowest attainable is {lowest:.2g}"
-        ]
+        """What keeps the false-alarm rate from being promised with these calibration normals, a line each."""
+        rate, calibration = self.false_alarm_rate, self.calibration_
+        lowest = calibration.lowest_rate(Promise(self.promise), self.confidence)
+        notes = []
+        if lowest > rate:
+            notes.append(
+                f"a false-alarm rate of {rate:g} can't be promised with {len(calibration.scores)} calibration normals; "
+                f"the lowest attainable is {lowest:.2g}"
+            )
+        if calibration.groups is not None and 1 / ((n_groups := len(set(calibration.groups))) + 1) > rate:
+            notes.append(
+                f"calibrated on {n_groups} groups: in a new group a rate of {rate:g} holds as far as groups are alike"
+            )
+        return notes
 
     def _level(self, p_values: Floats) -> float:
         return self.calibration_.alarm_level(p_values, self.false_alarm_rate, Promise(self.promise), self.confidence)

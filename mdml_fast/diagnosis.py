@@ -19,18 +19,18 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
 def diagnose() -> dict[str, Any]:
-    """Versions, devices, the loss's backends, the engine's path for the paper's networks, and gradients checked."""
+    """Versions, devices, backends of the loss, the engine's path, and its gradients against a plain loop."""
     environment = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
     environment["cpu threads"] = str(torch.get_num_threads())
     environment["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none found by torch"
     environment |= _paths()
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    orders: list[tuple[bool, Path]] = [(True, "fused"), (True, "generic"), (False, "generic")]
     backends = {
         f"{device}, {str(dtype).removeprefix('torch.')}": explain(torch.empty(1, 1, 2, dtype=dtype, device=device))
         for device in devices
         for dtype in (torch.float32, torch.bfloat16)
     }
-    orders: list[tuple[bool, Path]] = [(True, "fused"), (True, "generic"), (False, "generic")]
     checks = [
         _check(torch.device(device), dtype, first_order, path)
         for device in devices

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import asdict
 from enum import StrEnum
-from importlib import import_module
+from functools import partial
 from typing import Annotated, Any
 
 import typer
@@ -12,8 +13,8 @@ import typer
 from mdml_cli import output
 from mdml_cli.options import JsonOption, ThreadsOption, set_threads
 
-# Each module has CASES, run(case, device, rounds) -> a dataclass, table(rows) and environment(device).
-BENCHMARKS = {"kernels": "mdml_kernels.benchmark", "engine": "mdml_fast.bench.engine"}
+Measure = Callable[[list[str], int | None, bool], dict[str, Any]]
+"""Parts of the names of cases, rounds, and whether JSON is asked for; gives a document with `rows`."""
 
 
 class Benchmark(StrEnum):
@@ -21,42 +22,90 @@ class Benchmark(StrEnum):
 
     KERNELS = "kernels"
     ENGINE = "engine"
+    DETECTOR = "detector"
     ALL = "all"
 
 
 def bench(
     what: Annotated[Benchmark, typer.Argument(help="What to measure.")] = Benchmark.ALL,
     case: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Part of a case's name; repeat for more.")
+        list[str] | None, typer.Option(metavar="TEXT", help="Only cases whose name holds this; repeat for more.")
     ] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, metavar="N", help="Rounds of every case (its own).")] = None,
+    rounds: Annotated[int | None, typer.Option(min=1, metavar="N", help="Rounds of every case; its own.")] = None,
     threads: ThreadsOption = 1,
+    ablate: Annotated[
+        bool, typer.Option("--ablate", help="detector: ours with one part taken out each, in place of the peers.")
+    ] = False,
     json: JsonOption = False,
 ) -> None:
     """Measure this machine: ours against its peers, each first checked to compute the same.
 
     One CPU thread unless --threads says more. Ratios count, not times: contenders take turns within one run.
+    `detector` runs on the digits and on the tables of the folder that MDML_DATA names; its cases are tables, its rounds
+    splits.
     """
     set_threads(threads)
-    documents = {name: _run(name, case, rounds, json) for name in BENCHMARKS if what in (name, Benchmark.ALL)}
+    measure: dict[Benchmark, Measure] = {
+        Benchmark.KERNELS: _kernels,
+        Benchmark.ENGINE: _engine,
+        Benchmark.DETECTOR: partial(_detector, ablate),
+    }
+    chosen = measure if what is Benchmark.ALL else {what: measure[what]}
+    documents = {name.value: function(case or [], rounds, json) for name, function in chosen.items()}
     if not any(document["rows"] for document in documents.values()):
         raise typer.BadParameter(f"no case has a name with {' or '.join(case or [])} in it")
     if json:
         output.print_json(documents)
 
 
-def _run(name: str, wanted: list[str] | None, rounds: int | None, json: bool) -> dict[str, Any]:
-    """One benchmark: its document, and unless that is all that is asked for its table."""
-    import torch
+def _kernels(parts: list[str], rounds: int | None, json: bool) -> dict[str, Any]:
+    from mdml_kernels import benchmark
 
-    module = import_module(BENCHMARKS[name])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cases = [case for case in module.CASES if not wanted or any(part in case.name for part in wanted)]
+    device = _device()
+    rows = benchmark.run_all(device, parts, rounds)
+    if rows and not json:
+        typer.echo(benchmark.table(rows))
+    return benchmark.document(rows, device)
+
+
+def _engine(parts: list[str], rounds: int | None, json: bool) -> dict[str, Any]:
+    from mdml_fast.bench import engine
+
+    device = _device()
+    cases = [case for case in engine.CASES if not parts or any(part in case.name for part in parts)]
     rows = []
-    with output.progress_bar(name) as update:
+    with output.progress_bar("engine") as update:
         for number, case in enumerate(cases):
             update(number, len(cases), case.name)
-            rows.append(module.run(case, device, rounds))
+            rows.append(engine.run(case, device, rounds))
     if rows and not json:
-        typer.echo(module.table(rows))
-    return {"environment": module.environment(device), "rows": [asdict(row) for row in rows]}
+        typer.echo(engine.table(rows))
+    return {"environment": engine.environment(device), "rows": [asdict(row) for row in rows]}
+
+
+def _detector(ablate: bool, parts: list[str], rounds: int | None, json: bool) -> dict[str, Any]:
+    from mdml_fast.bench import detector
+    from mdml_fast.data.open_sets import open_sets
+
+    methods = detector.without_parts("auto", "float32") if ablate else detector.peers("auto", "float32")
+    tables = {name: load for name, load in open_sets().items() if not parts or any(part in name for part in parts)}
+    with output.progress_bar("detector") as update:
+        documents = detector.run(
+            tables, methods, rounds or 5, lambda table, done, of, method: update(done, of, f"{table}: {method}")
+        )
+    if not documents:
+        return {"rows": {}}
+    total = detector.summary(list(documents.values()))
+    if not json:
+        for name, document in documents.items():
+            typer.echo(name)
+            output.print_results(document["results"])
+            output.print_differences(document["differences"])
+        output.print_summary(total, len(documents))
+    return {"environment": detector.environment(_device()), "rows": documents, "summary": total}
+
+
+def _device() -> Any:
+    import torch
+
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")

@@ -102,6 +102,21 @@ def print_differences(differences: Mapping[str, Any]) -> None:
     Console().print(table)
 
 
+def print_summary(summary: Mapping[str, Any], n_tables: int) -> None:
+    """The mean over tables of what ours gains on each other method."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"Mean gain over {n_tables} table(s)", caption="mean [95 % interval]; positive is better")
+    table.add_column("mdml against")
+    for name in ("unseen AUROC", "lost", "seen AUROC", "unseen FPR95"):
+        table.add_column(name, justify="right")
+    for method, gains in summary.items():
+        unseen, seen, alarms = gains["unseen"], gains["seen"], gains["fewer false alarms"]
+        table.add_row(method, _gain(unseen), f"{unseen['losses']}/{unseen['splits']}", _gain(seen), _gain(alarms))
+    Console().print(table)
+
+
 def _gain(difference: Mapping[str, Any]) -> str:
     if difference["mean"] is None:
         return "–"

@@ -42,7 +42,7 @@ class DefaultConfig:
     training_normals: int = 20_000
     tail_normals: int = 3_000
     tree_normals: int = 10_000
-    # Trees average; more of them change nothing but the time.
+    # Trees average; more of them change nothing but the time. 0 leaves the head out.
     n_trees: int = 200
     # The head speaks only where a row looks more anomalous than this share of the normals, so that it can't disturb
     # the order of the others.
@@ -161,7 +161,7 @@ class DefaultModel:
         weights = learn_weights(normal_scores, anomaly_scores, rows.anomaly_labels, prior, config.fusion)
         low, high = (weights @ normal_scores).quantile(weights.new_tensor([0.5, 0.999]))
         head = None
-        if len(anomalies):
+        if len(anomalies) and config.n_trees:
             sample = rows.normals[order[: config.tree_normals]]
             head = TreeHead.fit(sample, rows.anomalies, config.n_trees, config.head_quantile, seed, device)
         return cls(config, [known], weights, head, high - low, losses)

@@ -34,6 +34,9 @@ class EnsembleConfig:
     # Labelled and synthetic anomalies of an episode, on average two to one: the seen families tell where anomalies
     # are, the synthetic ones that they may be anywhere.
     n_anomalies: int = 192
+    # Whether they see the ones and the others at all; without both of them there is nothing to train on.
+    labelled: bool = True
+    synthetic: bool = True
     # The synthetic anomalies are drawn once for each view; episodes pick from so many.
     n_synthetic: int = 4096
     # The encoder starts as the identity, that is, at the neighbour distances of its view; so many steps move it away
@@ -106,7 +109,8 @@ def train_ensemble(
         The encoders, the families that each direction was trained on, and the mean outer loss of each step.
     """
     rng = np.random.default_rng(seed)
-    halves = _halves(len(normals), np.unique(labels.astype(str)).tolist(), config.directions_per_view, rng)
+    names = np.unique(labels.astype(str)).tolist() if config.labelled else []
+    halves = _halves(len(normals), names, config.directions_per_view, rng)
     sampler = _sampler(normals, anomalies, labels, halves, config, rng, seed)
     engine = _engine(normals.shape[-1], len(halves), config, seed, dtype, normals.device)
     _start_at_the_data(engine, sampler, config)
@@ -181,7 +185,8 @@ def _sampler(
         first = view * len(within)
         families = [first + 1 + names.index(name) for name in family_names]
         # Families are drawn evenly: two labelled rows to a synthetic one.
-        return Direction((view,), (*families, *families, *[first] * max(len(families), 1)))
+        synthetic = [first] * max(len(families), 1) if config.synthetic or not families else []
+        return Direction((view,), (*families, *families, *synthetic))
 
     return EpisodeSampler(
         rows.flatten(0, 1),

@@ -69,5 +69,6 @@ def train(
         if progress:
             progress(step + 1, n_steps, losses[-1])
     seconds, n_episodes = time.perf_counter() - start, (n_steps - already) * episodes_per_step
-    log.info("engine: %d episodes in %.1f s, %.0f a second", n_episodes, seconds, n_episodes / seconds)
+    if n_episodes:
+        log.info("engine: %d episodes in %.1f s, %.0f a second", n_episodes, seconds, n_episodes / seconds)
     return losses

@@ -84,20 +84,29 @@ def test_doctor_checks_the_engine(mdml_fast: Run) -> None:
     document = json.loads(result.stdout)
     assert document["ok"]
     assert len(document["checks"]) >= 4
-    assert document["backends"]["cpu, float32"].startswith("cpu: ")
     assert document["environment"]["float32 engine"] == "fused"
+    assert document["backends"]["cpu, float32"].startswith("cpu: ")
     assert "torch" in mdml_fast("doctor").stdout
 
 
-@pytest.mark.parametrize(
-    ("what", "case", "peer"), [("kernels", "pairwise [8", "eager"), ("engine", "small", "plain loop")]
-)
-def test_bench_prints_ratios(mdml_fast: Run, what: str, case: str, peer: str) -> None:
-    result = mdml_fast("bench", what, "--case", case, "--rounds", 1, "--json")
+def test_bench_kernels_prints_ratios(mdml_fast: Run) -> None:
+    result = mdml_fast("bench", "kernels", "--case", "pairwise [8", "--rounds", 1, "--json")
     assert result.returncode == 0, result.stderr
-    [row] = json.loads(result.stdout)[what]["rows"]
-    assert case in row["case"]
-    assert row["seconds"][peer] > row["seconds"]["ours"]
+    (row,) = json.loads(result.stdout)["kernels"]["rows"]
+    assert row["case"] == "pairwise [8, 4096, 16]"
+    assert row["ratios"]["eager"] > 1
+
+
+def test_bench_engine_prints_ratios_and_refuses_what_is_no_case(mdml_fast: Run) -> None:
+    result = mdml_fast("bench", "engine", "--case", "small", "--rounds", 1, "--json")
+    assert result.returncode == 0, result.stderr
+    [row] = json.loads(result.stdout)["engine"]["rows"]
+    assert row["case"] == "small"
+    assert {"ours", "ours, bfloat16", "plain loop", "vmap"} <= row["seconds"].keys()
+    assert 0 < row["share"]["plain loop"] < row["share"]["ours"] < 1.5
+    refused = mdml_fast("bench", "engine", "--case", "huge")
+    assert refused.returncode == 2
+    assert "no case has a name with huge in it" in refused.stderr
 
 
 @pytest.mark.parametrize(
