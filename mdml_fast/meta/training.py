@@ -45,10 +45,7 @@ def train(
     optimizer = torch.optim.Adam(params.values(), lr=outer_lr)
     losses = checkpoint.restore(params, optimizer) if checkpoint else []
     steps = MetaScheduler(engine).stream(
-        sampler,
-        n_steps=n_steps - len(losses),
-        episodes_per_step=episodes_per_step,
-        first=len(losses) * episodes_per_step,
+        sampler, n_steps=n_steps, episodes_per_step=episodes_per_step, done=len(losses)
     )
     start, already = time.perf_counter(), len(losses)
     for step, out in enumerate(steps, start=already):
