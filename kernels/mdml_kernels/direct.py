@@ -54,13 +54,13 @@ def one_class_gradient_(
     p, top, first = _softmax_and_largest_(logits, tau)
     # ∂(-log S)/∂x is the softmax with the background among the logits, less 1 at the first maximum. That entry is
     # minus the sum of all others, which is exact where S rounds to 1.
-    dropped: Tensor | float = 0.0
-    if background is not None:
-        log_sum = top - p.gather(-1, first).log()
-        dropped = torch.sigmoid(background[:, None, None] - log_sum)
-        p.mul_(1 - dropped)
-    p.scatter_(-1, first, 0.0)
-    rest = p.sum(-1, keepdim=True) + dropped
+    p_largest = p.gather(-1, first) if background is not None else None
+    rest = p.scatter_(-1, first, 0.0).sum(-1, keepdim=True)
+    if background is not None and p_largest is not None:
+        against = background[:, None, None] - (top - p_largest.log())
+        kept = torch.sigmoid(-against)
+        p.mul_(kept)
+        rest = rest * kept + torch.sigmoid(against)
     return p.scatter_(-1, first, rest.neg_()).mul_(scale)
 
 

@@ -45,6 +45,7 @@ class Case:
     widths: tuple[int, int, int, int]
     inner_steps: int = 5
     rounds: int = 15
+    compiled: bool = False
 
     @property
     def flops(self) -> float:
@@ -60,7 +61,7 @@ class Case:
 
 CASES = (
     Case("small", 256, 32, 40, (32, 64, 32, 16)),
-    Case("reference", 64, 64, 80, (64, 128, 64, 16)),
+    Case("reference", 64, 64, 80, (64, 128, 64, 16), compiled=True),
     Case("large", 16, 64, 80, (128, 256, 128, 32)),
     Case("detector", 8, 512, 448, (120, 64, 120, 512), inner_steps=0),
 )
@@ -158,6 +159,8 @@ def _contenders(case: Case, device: torch.device) -> tuple[dict[str, Peer], Call
         "ours, bfloat16": _of(MetaScheduler(_engine(case, device, dtype=torch.bfloat16))),
         "ours, generic": _of(MetaScheduler(_engine(case, device, path="generic"))),
     }
+    if case.compiled:
+        contenders["ours, compiled"] = _of(MetaScheduler(_engine(case, device, compile=True)))
     if scheduler.threads > 1:
         contenders["ours, one thread"] = _of(MetaScheduler(engine, threads=1))
     if case.name == "detector":

@@ -107,8 +107,8 @@ class MetaEngine:
         dtype: what encoder, head and decoder compute in; parameters, updates and losses keep their own dtype.
         n_directions: D, at least 1; None for parameters that all episodes share.
         path: ``auto``, ``generic`` (any modules) or ``fused`` (an MLP, analytic gradients); `choice` says which it is.
-        compile: have the generic path compiled; ``auto`` where a run is long enough to earn that back. The fused path
-            has nothing that a compiler would make faster.
+        compile: have the computation of gradients compiled by torch (on a CPU, with a compiler installed); ``auto``
+            where a run is long enough to earn that back, which the scheduler knows.
 
     Raises:
         ValueError: a module can't be batched over episodes, the path can't serve, or a number is out of range.
@@ -143,8 +143,6 @@ class MetaEngine:
         self._path = (FusedPath if self.choice.path == "fused" else GenericPath)(self.modules, self.settings)
         self._compile = compile
         if compile is True:
-            if not isinstance(self._path, GenericPath):
-                raise ValueError("compile=True: the fused path has nothing to compile; give path='generic' too")
             self._path.compile()
 
     def parameters(self) -> dict[str, nn.Parameter]:
@@ -155,6 +153,11 @@ class MetaEngine:
     def device(self) -> torch.device:
         """Where the parameters are."""
         return next((value.device for value in self.parameters().values()), torch.device("cpu"))
+
+    @property
+    def compiled(self) -> bool:
+        """Whether gradients are computed by compiled code, where compiling does not fail."""
+        return self._compile is True
 
     @property
     def takes_support(self) -> bool:
@@ -223,10 +226,10 @@ class MetaEngine:
 
     def expect(self, n_episodes: int, n_support: int, n_query: int) -> None:
         """Prepare for a run of so many episodes of so many rows: compile where that pays."""
-        if self._compile == "auto" and isinstance(self._path, GenericPath):
+        if self._compile == "auto":
             weights = sum(value.numel() for value in self.parameters().values()) // (self.n_directions or 1)
             rows = n_support * self.settings.inner_steps + n_query
-            if compiling.pays(6.0 * weights * rows * n_episodes):
+            if compiling.pays(self.choice.path, 6.0 * weights * rows * n_episodes):
                 self._path.compile()
                 self._compile = True
 

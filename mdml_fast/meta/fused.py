@@ -9,6 +9,7 @@ import torch
 from mdml_kernels import SoftmaxMarginLoss
 from torch import Tensor, nn
 
+from mdml_fast.meta.compiling import Compiled
 from mdml_fast.meta.fused_heads import read_head
 from mdml_fast.meta.fused_layers import BatchedNetwork, Buffers, read_encoder
 from mdml_fast.meta.fused_program import Program, Recipe
@@ -29,6 +30,7 @@ class FusedPath:
         assert isinstance(loss, SoftmaxMarginLoss)
         self._recipe = Recipe(network, head, loss, settings, [name for name, _ in modules.named_parameters()])
         self.takes_support = self._recipe.takes_support
+        self._compiled = False
         self._kept = threading.local()
 
     def adapt(self, values: Parameters, support: Tensor, stacked: bool) -> Parameters:
@@ -66,14 +68,18 @@ class FusedPath:
             losses, grads = zip(*parts, strict=True)
             return torch.cat(losses), {name: torch.cat([part[name] for part in grads]) for name in grads[0]}
         program = self._program(values, support, query.shape[1], stacked)
-        group = min(group, len(support))
-        if support.device.type != "cuda":
-            return program.gradients(support, query, is_ood, group)
-        if program.replayed is None:
-            gradients = functools.partial(program.gradients, group=group)
-            program.replayed = Replayed(gradients, support, query, is_ood)
-        replayed: tuple[Tensor, Parameters] = program.replayed(support, query, is_ood)
-        return replayed
+        if program.run is None:
+            gradients = functools.partial(program.gradients, group=min(group, len(support)))
+            if support.device.type == "cuda":
+                program.run = Replayed(gradients, support, query, is_ood)
+            else:
+                program.run = Compiled(gradients) if self._compiled else gradients
+        result: tuple[Tensor, Parameters] = program.run(support, query, is_ood)
+        return result
+
+    def compile(self) -> None:
+        """Have `gradients` compiled from now on; where that fails it goes on as it is, with one warning."""
+        self._compiled, self._kept = True, threading.local()
 
     def _program(self, values: Parameters, support: Tensor, n_query: int, stacked: bool) -> Program:
         """This thread's program for batches of this shape, with these values in it."""

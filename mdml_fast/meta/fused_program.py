@@ -6,7 +6,9 @@ all episodes share their weights (before the first inner step) a layer is one la
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from mdml_kernels import SoftmaxMarginLoss, direct
@@ -72,7 +74,7 @@ class Program:
 
     def __init__(self, recipe: Recipe, values: Parameters, support: Tensor, n_query: int, stacked: bool) -> None:
         self.recipe = recipe
-        self.replayed: on_gpu.Replayed | None = None  # `gradients` as a CUDA graph
+        self.run: Callable[..., Any] | None = None  # `gradients`, or what was made of it: compiled, or a CUDA graph
         n_episodes, n_support, _ = support.shape
         self.n_episodes, self.n_centers = n_episodes, n_support if recipe.takes_support else 0
         buffers, dtype = Buffers(support.device), support.dtype

@@ -79,25 +79,26 @@ class MetaScheduler:
         return self._mean(given.batch(*cut) for cut in self._cuts(given, 0, n, n_steps=1))
 
     def stream(
-        self, source: EpisodeSource, *, n_steps: int, episodes_per_step: int, first: int = 0
+        self, source: EpisodeSource, *, n_steps: int, episodes_per_step: int, done: int = 0
     ) -> Iterator[MetaGradients]:
         """The meta-gradient of each step's episodes, one step after the other; parameters may be changed in between.
 
-        The episodes of the next chunks, and of the next step, are sampled while these are computed.
+        Step i takes episodes i · episodes_per_step and following. Those of the next chunks, and of the next step, are
+        sampled while these are computed.
 
         Args:
             source: of the episodes.
-            n_steps: how many meta-gradients.
+            n_steps: steps of the whole run.
             episodes_per_step: episodes of each.
-            first: the first step's first episode.
+            done: steps that are left out, because they were done before.
         """
-        if not n_steps * episodes_per_step:
+        if done >= n_steps:
             return
-        cuts = self._cuts(source, first, episodes_per_step, n_steps)
-        ranges = ((first + step * episodes_per_step + start, count) for step in range(n_steps) for start, count in cuts)
+        cuts = self._cuts(source, done * episodes_per_step, episodes_per_step, n_steps)
+        ranges = ((step * episodes_per_step + start, count) for step in range(done, n_steps) for start, count in cuts)
         with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as sampling:
             batches = _ahead(sampling, source, ranges, self.threads + 1)
-            for _ in range(n_steps):
+            for _ in range(done, n_steps):
                 yield self._mean(next(batches) for _ in cuts)
 
     def _mean(self, batches: Iterable[EpisodeBatch]) -> MetaGradients:
@@ -143,7 +144,8 @@ class MetaScheduler:
             size = min(size, -(-share // granule) * granule)
         path = self.engine.choice
         threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
-        self.chosen = f"{path.path} path ({path.reason}), {size} episodes at once ({how}) on {threads}"
+        compiled = ", compiled" if self.engine.compiled else ""
+        self.chosen = f"{path.path} path ({path.reason}){compiled}, {size} episodes at once ({how}) on {threads}"
         log.info("engine: %s", self.chosen)
         return size
 

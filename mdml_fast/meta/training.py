@@ -53,10 +53,7 @@ def train(
     params = engine.parameters()
     losses = checkpoint.restore(params, optimizer) if checkpoint else []
     steps = MetaScheduler(engine).stream(
-        sampler,
-        n_steps=n_steps - len(losses),
-        episodes_per_step=episodes_per_step,
-        first=len(losses) * episodes_per_step,
+        sampler, n_steps=n_steps, episodes_per_step=episodes_per_step, done=len(losses)
     )
     start, already = time.perf_counter(), len(losses)
     for step, out in enumerate(steps, start=already):

@@ -10,9 +10,9 @@ from mdml_fast import MetaEngine
 from mdml_fast.meta.compiling import Compiled, pays
 
 
-def engine(**settings: object) -> MetaEngine:
+def engine(path: str = "generic", **settings: object) -> MetaEngine:
     torch.manual_seed(0)
-    return MetaEngine(nn.Sequential(nn.Linear(4, 6), nn.SiLU()), nn.Linear(6, 3), 1, **settings)
+    return MetaEngine(nn.Sequential(nn.Linear(4, 6), nn.Tanh()), nn.Linear(6, 3), 1, path=path, **settings)
 
 
 def episodes() -> tuple[Tensor, Tensor, Tensor]:
@@ -22,8 +22,9 @@ def episodes() -> tuple[Tensor, Tensor, Tensor]:
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_compiled_gradients_are_the_same(caplog: pytest.LogCaptureFixture) -> None:
-    plain, compiled = engine().meta_gradients(*episodes()), engine(compile=True).meta_gradients(*episodes())
+@pytest.mark.parametrize("path", ["generic", "fused"])
+def test_compiled_gradients_are_the_same(path: str, caplog: pytest.LogCaptureFixture) -> None:
+    plain, compiled = (engine(path, compile=compiled).meta_gradients(*episodes()) for compiled in (False, True))
     assert not [record for record in caplog.records if record.name == "mdml_fast"]
     torch.testing.assert_close(compiled.loss, plain.loss)
     for name, value in plain.grads.items():
@@ -63,8 +64,10 @@ def test_other_shapes_are_not_compiled_again(monkeypatch: pytest.MonkeyPatch) ->
 def test_a_short_run_is_not_compiled_and_a_long_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
     compiled: list[object] = []
     monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or function)
-    assert not pays(1e12)
-    assert pays(1e13)
+    assert not pays("generic", 1e12)
+    assert pays("generic", 1e13)
+    assert not pays("fused", 1e13)
+    assert pays("fused", 1e14)
     one = engine()
     one.expect(1_000, 64, 80)
     one.meta_gradients(*episodes())
@@ -72,9 +75,3 @@ def test_a_short_run_is_not_compiled_and_a_long_one_is(monkeypatch: pytest.Monke
     one.expect(10**10, 64, 80)
     one.meta_gradients(*episodes())
     assert compiled
-
-
-def test_compiling_the_fused_path_is_refused() -> None:
-    with pytest.raises(ValueError, match="compile=True: the fused path has nothing to compile; give path='generic'"):
-        MetaEngine(nn.Linear(4, 6), nn.Linear(6, 3), compile=True)
-    assert MetaEngine(nn.Linear(4, 6), nn.Linear(6, 3), path="generic", compile=True).choice.path == "generic"

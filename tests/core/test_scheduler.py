@@ -91,15 +91,15 @@ def test_steps_see_the_parameters_as_they_are_then() -> None:
     streamed, plain = engine(), engine()
     source = Source()
     for step, out in enumerate(
-        MetaScheduler(streamed, threads=2).stream(source, n_steps=3, episodes_per_step=16, first=5)
+        MetaScheduler(streamed, threads=2).stream(source, n_steps=5, episodes_per_step=16, done=2)
     ):
-        batch = Source().batch(5 + 16 * step, 16)
+        batch = Source().batch(16 * (2 + step), 16)
         assert equal(out, plain.meta_gradients(*batch[:3]))
         for one in (streamed, plain):
             for name, value in one.parameters().items():
                 value.data -= 0.1 * out.grads[name]
     # Sampled in order; the next step's episodes before this one's gradient was asked for.
-    assert source.asked[-6:] == [(first, 8) for first in range(5, 53, 8)]
+    assert source.asked[-6:] == [(first, 8) for first in range(32, 80, 8)]
 
 
 def test_an_error_in_a_source_is_raised_and_threads_end() -> None:
