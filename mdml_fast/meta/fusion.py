@@ -21,7 +21,7 @@ class FusionConfig:
     # A labelled row should lie above these quantiles of the normals: near all of them, and above the tail most of all.
     quantiles: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95, 0.99)
     # The anchor's share before anything is learned; the others share the rest evenly.
-    anchor: float = 0.5
+    anchor: float = 0.6
     # Fewer normals than about this many don't tell what a view is worth: the anchor's share grows towards 1.
     few_normals: int = 100
     # The exponent of the mean of the scores: 1 is the plain one, above it a row that one of them finds very strange
