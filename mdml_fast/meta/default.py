@@ -17,7 +17,7 @@ from mdml_fast.data.labelled import Names
 from mdml_fast.data.views import VIEWS, Views
 from mdml_fast.meta.checkpoint import Checkpoint
 from mdml_fast.meta.ensemble import Ensemble, EnsembleConfig, train_ensemble
-from mdml_fast.meta.fusion import FusionConfig, learn_weights, prior_weights
+from mdml_fast.meta.fusion import FusionConfig, fuse, learn_weights, prior_weights
 from mdml_fast.meta.model import TrainingRows, fingerprint, tensors_under
 from mdml_fast.meta.neighbourhood import Neighbourhood, NeighbourhoodConfig
 from mdml_fast.meta.tails import Tails
@@ -159,7 +159,7 @@ class DefaultModel:
         )
         prior = prior_weights(len(SCORES), len(normals), config.fusion).to(device)
         weights = learn_weights(normal_scores, anomaly_scores, rows.anomaly_labels, prior, config.fusion)
-        low, high = (weights @ normal_scores).quantile(weights.new_tensor([0.5, 0.999]))
+        low, high = fuse(weights, normal_scores, config.fusion).quantile(weights.new_tensor([0.5, 0.999]))
         head = None
         if len(anomalies) and config.n_trees:
             sample = rows.normals[order[: config.tree_normals]]
@@ -246,9 +246,9 @@ class DefaultModel:
                 block = torch.as_tensor(rows[start : start + SCORING_ROWS], device=self._weights.device)
                 own = None if families is None else families[start : start + SCORING_ROWS].to(block.device)
                 first, *others = self._families
-                anomaly = self._weights @ first.scores(block, own)
+                anomaly = fuse(self._weights, first.scores(block, own), self.config.fusion)
                 for family in others:
-                    anomaly = torch.minimum(anomaly, self._weights @ family.scores(block))
+                    anomaly = torch.minimum(anomaly, fuse(self._weights, family.scores(block), self.config.fusion))
                 if self._head:
                     anomaly = anomaly + self._head_gain * self._head.excess(block)
                 scores.append(-anomaly.double().cpu().numpy())

@@ -21,9 +21,12 @@ class FusionConfig:
     # A labelled row should lie above these quantiles of the normals: near all of them, and above the tail most of all.
     quantiles: tuple[float, ...] = (0.5, 0.8, 0.9, 0.95, 0.99)
     # The anchor's share before anything is learned; the others share the rest evenly.
-    anchor: float = 0.5
+    anchor: float = 0.6
     # Fewer normals than about this many don't tell what a view is worth: the anchor's share grows towards 1.
-    few_normals: int = 50
+    few_normals: int = 100
+    # The exponent of the mean of the scores: 1 is the plain one, above it a row that one of them finds very strange
+    # counts for more. Classes that only the anchor sees are not lost among views that are blind to them.
+    power: float = 2.0
     # The weight of the divergence from these shares; it falls with the number of seen families, which are what the
     # weights are learned from (rows of one family tell the same thing).
     pull: float = 0.3
@@ -38,11 +41,16 @@ def prior_weights(n_scores: int, n_normals: int, config: FusionConfig) -> Tensor
     return torch.tensor([1 - others * (n_scores - 1), *[others] * (n_scores - 1)])
 
 
+def fuse(weights: Tensor, scores: Tensor, config: FusionConfig) -> Tensor:
+    """The weighted power mean [N] of scores ≥ 0 [C, N]."""
+    return (weights @ scores.pow(config.power)).pow(1 / config.power)
+
+
 def learn_weights(normals: Tensor, anomalies: Tensor, labels: Names, prior: Tensor, config: FusionConfig) -> Tensor:
     """Weights [C], positive with sum 1, that lift labelled anomalies above the normals.
 
     They minimise, by Adam, the mean over families, their rows and the quantiles q of
-    softplus(q of the normals' weighted scores - the row's weighted score), plus pull / families times the
+    softplus(q of the normals' fused scores - the row's fused score), plus pull / families times the
     Kullback-Leibler divergence from the prior.
 
     Args:
@@ -62,8 +70,8 @@ def learn_weights(normals: Tensor, anomalies: Tensor, labels: Names, prior: Tens
     optimizer = torch.optim.Adam([logits], lr=config.rate)
     for _ in range(config.steps):
         weights = logits.softmax(0)
-        thresholds = (weights @ normals).quantile(quantiles)
-        missed = softplus(thresholds.unsqueeze(1) - weights @ anomalies).mean(0) @ share
+        thresholds = fuse(weights, normals, config).quantile(quantiles)
+        missed = softplus(thresholds.unsqueeze(1) - fuse(weights, anomalies, config)).mean(0) @ share
         divergence = weights @ (weights / prior).log()
         optimizer.zero_grad()
         (missed + config.pull / len(families) * divergence).backward()  # type: ignore[no-untyped-call]

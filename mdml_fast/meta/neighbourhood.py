@@ -21,7 +21,7 @@ class NeighbourhoodConfig:
     # Nearer neighbours see finer structure; two, and not one, so that a single stray normal hides nothing.
     neighbours: int = 2
     # Time and memory stop growing at so many normals: of the anchor, and of each direction's embedding.
-    anchor_references: int = 20_000
+    anchor_references: int = 32_768
     references: int = 8_192
 
 

@@ -123,7 +123,7 @@ def test_weights_go_to_the_score_that_finds_the_families_and_stay_near_the_ancho
 
 def test_the_anchor_rules_where_normals_are_few() -> None:
     config = FusionConfig()
-    assert prior_weights(6, 10**6, config)[0] == pytest.approx(0.5, abs=1e-3)
+    assert prior_weights(6, 10**6, config)[0] == pytest.approx(0.6, abs=1e-3)
     assert prior_weights(6, 10, config)[0] > 0.9
     assert prior_weights(6, 10, config).sum() == pytest.approx(1)
 
