@@ -22,7 +22,7 @@ from mdml_fast.meta.model import TrainingRows, fingerprint, tensors_under
 from mdml_fast.meta.neighbourhood import Neighbourhood, NeighbourhoodConfig
 from mdml_fast.meta.tails import Tails
 from mdml_fast.meta.training import Progress
-from mdml_fast.meta.trees import TreeHead
+from mdml_fast.meta.trees import TreeHead, excess
 
 # Rows that are scored at once, so that memory does not grow with the table.
 SCORING_ROWS = 4096
@@ -42,6 +42,8 @@ class DefaultConfig:
     training_normals: int = 20_000
     tail_normals: int = 3_000
     tree_normals: int = 10_000
+    # Labelled anomalies of each family that are learned from.
+    family_anomalies: int = 1_000
     # Trees average; more of them change nothing but the time. 0 leaves the head out.
     n_trees: int = 200
     # The head speaks only where a row looks more anomalous than this share of the normals, so that it can't disturb
@@ -63,10 +65,17 @@ class DefaultConfig:
 
 
 class NormalFamily(NamedTuple):
-    """Normals that rows are compared with, and how their own distances, each left out, are distributed."""
+    """Normals that rows are compared with, and how they look themselves.
+
+    Attributes:
+        neighbourhood: the normals.
+        tails: how their own distances, each left out of its references, are distributed.
+        gate: the probability of "anomaly" that the head must pass to be heard, a scalar.
+    """
 
     neighbourhood: Neighbourhood
     tails: Tails
+    gate: Tensor
 
     def scores(self, rows: Tensor, families: Tensor | None = None) -> Tensor:
         """How far rows [N, d] lie from the family: tail scores by `SCORES` [6, N]."""
@@ -135,13 +144,15 @@ class DefaultModel:
         order = np.random.default_rng(seed).permutation(len(rows.normals))
         normals = torch.as_tensor(rows.normals[order], device=device)
         families = torch.as_tensor(family_codes(rows.groups, len(order))[order], device=device)
-        anomalies = torch.as_tensor(rows.anomalies, device=device)
+        labelled = _at_most_of_each(rows.anomaly_labels, config.family_anomalies, seed)
+        anomalies = torch.as_tensor(rows.anomalies[labelled], device=device)
+        labels = rows.anomaly_labels[labelled]
 
         views = Views.fit(rows.normals[order[: config.training_normals]]).to(device)
         ensemble, trained_on, losses = train_ensemble(
             views.transform(normals[: config.training_normals]),
             views.transform(anomalies),
-            rows.anomaly_labels,
+            labels,
             config.ensemble,
             seed=seed,
             dtype=dtype,
@@ -151,19 +162,17 @@ class DefaultModel:
         centre = torch.zeros(normals.shape[1], device=device)
         neighbourhood = Neighbourhood(config.neighbourhood, views, ensemble, normals, families, centre)
         held_out = neighbourhood.distances(normals[: config.tail_normals], families[: config.tail_normals])
-        known = NormalFamily(neighbourhood, Tails.fit(held_out))
-
-        normal_scores = known.by_view(held_out)
-        anomaly_scores = known.by_view(
-            neighbourhood.distances(anomalies), _not_in(rows.anomaly_labels, trained_on).to(device)
-        )
-        prior = prior_weights(len(SCORES), len(normals), config.fusion).to(device)
-        weights = learn_weights(normal_scores, anomaly_scores, rows.anomaly_labels, prior, config.fusion)
-        low, high = fuse(weights, normal_scores, config.fusion).quantile(weights.new_tensor([0.5, 0.999]))
         head = None
         if len(anomalies) and config.n_trees:
             sample = rows.normals[order[: config.tree_normals]]
-            head = TreeHead.fit(sample, rows.anomalies, config.n_trees, config.head_quantile, seed, device)
+            head = TreeHead.fit(sample, rows.anomalies[labelled], config.n_trees, config.head_quantile, seed, device)
+        known = NormalFamily(neighbourhood, Tails.fit(held_out), head.tensors["gate"] if head else centre.new_ones(()))
+
+        normal_scores = known.by_view(held_out)
+        anomaly_scores = known.by_view(neighbourhood.distances(anomalies), _not_in(labels, trained_on).to(device))
+        prior = prior_weights(len(SCORES), len(normals), config.fusion).to(device)
+        weights = learn_weights(normal_scores, anomaly_scores, labels, prior, config.fusion)
+        low, high = fuse(weights, normal_scores, config.fusion).quantile(weights.new_tensor([0.5, 0.999]))
         return cls(config, [known], weights, head, high - low, losses)
 
     def score(self, rows: Rows) -> Floats:
@@ -175,23 +184,27 @@ class DefaultModel:
 
         From now on other rows are compared with these normals too: none of them is wasted.
         """
-        neighbourhood, tails = self._families[0]
-        families = torch.as_tensor(family_codes(groups, len(normals))) + neighbourhood.n_families
-        self._families[0] = NormalFamily(neighbourhood.extended(torch.as_tensor(normals), families), tails)
+        known = self._families[0]
+        families = torch.as_tensor(family_codes(groups, len(normals))) + known.neighbourhood.n_families
+        extended = known.neighbourhood.extended(torch.as_tensor(normals), families)
+        self._families[0] = known._replace(neighbourhood=extended)
         return self._score(normals, families)
 
     def adapt(self, normals: Rows) -> None:
         """Take normals [n, d] of a new family as normal; nothing else changes.
 
         The family keeps its own tails: its distances, each row left out, are what its other rows are held against, so
-        that a few rows do as well as many.
+        that a few rows do as well as many. To the head it may look anomalous: for rows nearest to it, only what looks
+        more so than all of these is heard.
         """
-        base = self._families[0].neighbourhood
+        base, gate = self._families[0].neighbourhood, self._families[0].gate
         rows = torch.as_tensor(normals, device=self._weights.device)
         families = torch.arange(len(rows), device=rows.device)
         centre = base.views.transform(rows)[VIEWS.index("whitened")].mean(0)
         own = Neighbourhood(base.config, base.views, base.ensemble, rows, families, centre)
-        self._families.append(NormalFamily(own, Tails.fit(own.distances(rows, families))))
+        if self._head:
+            gate = torch.maximum(gate, self._head.probability(rows).max())
+        self._families.append(NormalFamily(own, Tails.fit(own.distances(rows, families)), gate))
 
     def to_tensors(self) -> dict[str, Tensor]:
         """All that was learned, by name, on the CPU."""
@@ -202,12 +215,13 @@ class DefaultModel:
             "fusion": {"weights": self._weights, "head_gain": self._head_gain},
             "trees": self._head.tensors if self._head else {},
         }
-        for place, (neighbourhood, tails) in enumerate(self._families):
+        for place, family in enumerate(self._families):
             parts[f"normals{place}"] = {
-                "rows": neighbourhood.normals,
-                "families": neighbourhood.families,
-                "centre": neighbourhood.centre,
-                "distances": tails.distances,
+                "rows": family.neighbourhood.normals,
+                "families": family.neighbourhood.families,
+                "centre": family.neighbourhood.centre,
+                "distances": family.tails.distances,
+                "gate": family.gate.clone(),
             }
         return {f"{part}.{name}": value.cpu() for part, tensors in parts.items() for name, value in tensors.items()}
 
@@ -233,7 +247,7 @@ class DefaultModel:
             neighbourhood = Neighbourhood(
                 config.neighbourhood, views, ensemble, own["rows"], own["families"], own["centre"]
             )
-            families.append(NormalFamily(neighbourhood, Tails(own["distances"])))
+            families.append(NormalFamily(neighbourhood, Tails(own["distances"]), own["gate"]))
         if not families:
             raise KeyError("normals0.rows")
         return cls(config, families, fusion["weights"], TreeHead(trees) if trees else None, fusion["head_gain"], [])
@@ -245,14 +259,25 @@ class DefaultModel:
             for start in range(0, len(rows), SCORING_ROWS):
                 block = torch.as_tensor(rows[start : start + SCORING_ROWS], device=self._weights.device)
                 own = None if families is None else families[start : start + SCORING_ROWS].to(block.device)
+                probability = self._head.probability(block) if self._head else block.new_zeros(len(block))
                 first, *others = self._families
-                anomaly = fuse(self._weights, first.scores(block, own), self.config.fusion)
+                anomaly = self._anomaly(first, first.scores(block, own), probability)
                 for family in others:
-                    anomaly = torch.minimum(anomaly, fuse(self._weights, family.scores(block), self.config.fusion))
-                if self._head:
-                    anomaly = anomaly + self._head_gain * self._head.excess(block)
+                    anomaly = torch.minimum(anomaly, self._anomaly(family, family.scores(block), probability))
                 scores.append(-anomaly.double().cpu().numpy())
         return np.concatenate(scores)
+
+    def _anomaly(self, family: NormalFamily, scores: Tensor, probability: Tensor) -> Tensor:
+        """How anomalous rows are to a family [N], of its scores [6, N] and the head's probability [N]."""
+        fused = fuse(self._weights, scores, self.config.fusion)
+        return fused + self._head_gain * excess(probability, family.gate)
+
+
+def _at_most_of_each(labels: Names, most: int, seed: int) -> npt.NDArray[np.intp]:
+    """Positions, increasing, of up to so many random rows of each class [N]."""
+    rng = np.random.default_rng(seed)
+    chosen = [rng.permutation(np.flatnonzero(labels == name))[:most] for name in np.unique(labels.astype(str))]
+    return np.sort(np.concatenate([np.empty(0, dtype=np.intp), *chosen]))
 
 
 def _not_in(labels: Names, trained_on: Sequence[frozenset[str]]) -> Tensor:

@@ -66,8 +66,7 @@ class TreeHead:
 
     def excess(self, rows: Tensor) -> Tensor:
         """How far the probability of rows [N, d] passes the gate [N]: 0 up to it, 1 where the trees are certain."""
-        gate = self.tensors["gate"]
-        return (self.probability(rows) - gate).clamp(min=0) / (1 - gate).clamp(min=1e-6)
+        return excess(self.probability(rows), self.tensors["gate"])
 
     def probability(self, rows: Tensor) -> Tensor:
         """The probability of "anomaly" [N] of rows [N, d]."""
@@ -82,6 +81,11 @@ class TreeHead:
             goes_left = rows.gather(1, t["feature"][node]) <= t["threshold"][node]
             node = torch.where(goes_left, t["left"][node], t["right"][node])
         return t["anomaly"][node].mean(1)
+
+
+def excess(probability: Tensor, gate: Tensor) -> Tensor:
+    """How far probabilities [N] pass a gate: 0 up to it, 1 at certainty."""
+    return (probability - gate).clamp(min=0) / (1 - gate).clamp(min=1e-6)
 
 
 def _tables(trees: list[BaseDecisionTree]) -> dict[str, Tensor]:

@@ -143,6 +143,18 @@ def test_a_new_family_of_normals_is_adapted_to(config: DefaultConfig | PaperConf
         assert (detector.predict(far) == -1).mean() > 0.9
 
 
+def test_the_head_does_not_flag_a_family_that_was_adapted_to() -> None:
+    """The new normals share a feature with the labelled anomalies."""
+    rng = np.random.default_rng(0)
+    anomalies = rng.normal(loc=[6, 6, 0, 0], size=(40, 4))
+    rows, labels = np.concatenate([normals(300), anomalies]), ["ok"] * 300 + ["odd"] * 40
+    detector = MDMLDetector(FAST, false_alarm_rate=0.05, random_state=0).fit(rows, labels, normal=["ok"])
+    new = rng.normal(loc=[6, -6, 0, 0], size=(450, 4))
+    detector.adapt(new[:50])
+    assert (detector.predict(new[50:]) == -1).mean() < 0.12
+    assert (detector.predict(anomalies) == -1).mean() > 0.9
+
+
 def test_an_adapted_model_survives_saving(tmp_path) -> None:
     for config in (FAST, PAPER):
         detector = MDMLDetector(config, promise="fdr", random_state=0).fit(normals(100)).adapt(normals(30, 1, 5.0))

@@ -254,3 +254,13 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     resumed = MDMLDetector(FAST, random_state=0).fit(*data(), normal=["ok"], checkpoint=path, resume=True)
     for name, value in whole.model_.to_tensors().items():
         assert torch.equal(value, resumed.model_.to_tensors()[name]), name
+
+
+def test_a_large_family_is_learned_from_in_part() -> None:
+    from mdml_fast.meta.default import _at_most_of_each
+
+    labels = np.array(["a"] * 50 + ["b"] * 3, dtype=object)
+    kept = _at_most_of_each(labels, 10, seed=0)
+    assert (labels[kept] == "a").sum() == 10
+    assert (labels[kept] == "b").sum() == 3
+    assert len(_at_most_of_each(labels[:0], 10, seed=0)) == 0
