@@ -127,11 +127,11 @@ def speed(device: str, timer: Timer, shape: tuple[int, int, int] = LARGE, compil
 
 def determinism(device: str, shape: tuple[int, int, int] = (8, 300, 100), episodes: int = EPISODES) -> dict[str, Any]:
     """Two runs of every kernel with a reduction give the same bits."""
-    from mdml_kernels import triton_linear, triton_mlp, triton_rows
+    from mdml_kernels import triton_hinge, triton_linear, triton_mlp, triton_rows
 
     logits = large_logits(device, shape)["float32"]
     ones = torch.ones(shape[0], device=device)
-    is_ood = (torch.arange(shape[1], device=device) % 5 == 0).expand(shape[:2])
+    is_ood = (torch.arange(shape[1], device=device) % 5 == 0).expand(shape[:2]).contiguous()
     head = torch.randn(1, 40, shape[2], generator=torch.Generator().manual_seed(1)).to(device)
     rows = logits.reshape(1, -1, shape[2])
     row_ones = torch.ones(rows.shape[:2], device=device)
@@ -139,7 +139,8 @@ def determinism(device: str, shape: tuple[int, int, int] = (8, 300, 100), episod
     def run() -> list[Tensor]:
         odds, *saved = triton_rows.odds_forward(logits, ones, None, "max")
         outs = [odds, *triton_rows.odds_backward(logits, ones, None, "max", *saved, odds)]
-        outs += triton_rows.episode_statistics(odds, is_ood)
+        loss, weights = triton_hinge.hinge(odds, is_ood, 0.9)
+        outs += [loss, weights, triton_hinge.hinge_slope(odds, is_ood, weights, loss)]
         odds, *saved = triton_linear.linear_odds_forward(rows, head, None, row_ones, None, "max")
         outs += triton_linear.linear_odds_backward(rows, head, None, row_ones, None, "max", *saved, odds)
         adapted = triton_mlp.adapt_mlp(**mlp(device, episodes), steps=STEPS, lr=LR)

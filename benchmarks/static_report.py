@@ -23,6 +23,8 @@ import triton
 from mdml_kernels import (
     aot,
     launch,
+    triton_hinge,
+    triton_hinge_kernels,
     triton_inner_loop,
     triton_linear_kernels,
     triton_mlp_kernels,
@@ -45,7 +47,7 @@ def cases(arch: str) -> Iterator[tuple[Case, dict[str, Any]]]:
             yield from _rows(arch, n_cols, dtype)
     yield from _rows(arch, 512, "fp16")
     yield from _rows(arch, 512, "fp32", mass=True)
-    yield _episode_sums(), {"width": 32}
+    yield from _hinge()
     for precision in PRECISIONS:
         yield from _layers(arch, precision)
         yield from _inner_loop(arch, precision, n_rows=64)
@@ -106,14 +108,21 @@ def _rows(arch: str, n_cols: int, dtype: str, mass: bool = False) -> Iterator[tu
     )
 
 
-def _episode_sums() -> Case:
-    return Case(
-        "episode_sums",
-        triton_row_kernels.episode_sums_kernel,
-        {"odds": FLOAT, "is_ood": "*i1", "sums": FLOAT, "rows_per_episode": "i32", "n_chunks": "i32"},
-        {"CHUNK": 4096, "BLOCK": 512},
-        LaunchConfig(block_rows=512, block_cols=1, num_warps=4),
-    )
+def _hinge() -> Iterator[tuple[Case, dict[str, Any]]]:
+    rows = {"odds": FLOAT, "is_ood": "*i1"}
+    warps = LaunchConfig(block_rows=triton_hinge.BLOCK, block_cols=1, num_warps=4)
+    kernels = triton_hinge_kernels
+    arguments: dict[str, Any] = {**rows, "sums": FLOAT, "rows_per_episode": "i32", "n_chunks": "i32"}
+    constants = {"CHUNK": triton_hinge.CHUNK, "BLOCK": triton_hinge.BLOCK}
+    yield Case("episode_sums", kernels.episode_sums_kernel, arguments, constants, warps), {"width": 32}
+    arguments = {"sums": FLOAT, "loss": FLOAT, "weights": FLOAT, "margin": "fp32", "n_chunks": "i32"}
+    yield (
+        Case("hinge", kernels.hinge_kernel, arguments, {}, LaunchConfig(1, 1, num_warps=1)),
+        {},
+    )  # AMD loads uniform addresses as scalars
+    arguments = {**rows, "weights": FLOAT, "grad": FLOAT, "slope": FLOAT, "n_rows": "i32", "rows_per_episode": "i32"}
+    constants = {"BLOCK": triton_hinge.BLOCK}
+    yield Case("hinge_slope", kernels.hinge_slope_kernel, arguments, constants, warps), {"width": 32}
 
 
 def _layers(arch: str, precision: Precision) -> Iterator[tuple[Case, dict[str, Any]]]:
@@ -209,22 +218,23 @@ def broken_limits(row: dict[str, Any]) -> list[str]:
     """What a row of the report breaks, in words."""
     demand, arch = row["demand"], row["arch"]
     loads = {int(width): count for width, count in row["loads"].items()}
+    width, registers = demand.get("width", 32), demand.get("registers", 512)
     broken = []
     if row["stack_bytes"] > demand.get("stack", 0):
         broken.append(f"{row['stack_bytes']} bytes of stack a thread, at most {demand.get('stack', 0)}")
-    if row["registers"] > demand.get("registers", 512):
-        broken.append(f"{row['registers']} registers a thread, at most {demand['registers']}")
+    if row["registers"] > registers:
+        broken.append(f"{row['registers']} registers a thread, at most {registers}")
     if row["shared_bytes"] > SHARED_LIMIT[arch]:
         broken.append(f"{row['shared_bytes']} bytes of shared memory, at most {SHARED_LIMIT[arch]}")
     if row["barriers"] != demand.get("barriers", 0):
         broken.append(f"{row['barriers']} barriers, not {demand.get('barriers', 0)}")
-    if demand["width"] not in loads:
-        broken.append(f"no load of {demand['width']} bits, loads are {row['loads']}")
+    if "width" in demand and width not in loads:
+        broken.append(f"no load of {width} bits, loads are {row['loads']}")
     if demand.get("dots"):
         if not row["dots"] or row["dots_on_tensor_cores"] != row["dots"] or not row["tensor_core"]:
             broken.append(f"{row['dots_on_tensor_cores']} of {row['dots']} dots on tensor cores: {row['tensor_core']}")
-    elif any(32 < width < demand["width"] for width in loads):  # 32 bits are one number a row
-        broken.append(f"loads narrower than {demand['width']} bits: {row['loads']}")
+    elif any(32 < found < width for found in loads):  # 32 bits are one number a row
+        broken.append(f"loads narrower than {width} bits: {row['loads']}")
     return broken
 
 

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
-from mdml_kernels import SoftmaxMarginLoss
+from mdml_kernels import SoftmaxMarginLoss, explain
 from torch import nn
 from torch.func import functional_call
 
@@ -19,12 +19,17 @@ TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
 
 
 def diagnose() -> dict[str, Any]:
-    """Versions, devices, the engine's path for the paper's networks, and its gradients against a plain loop."""
+    """Versions, devices, the loss's backends, the engine's paths, and its gradients against a plain loop."""
     environment = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
     environment["cpu threads"] = str(torch.get_num_threads())
     environment["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none found by torch"
     environment |= _paths()
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
+    backends = {
+        f"{device}, {str(dtype).removeprefix('torch.')}": explain(torch.empty(1, 1, 2, dtype=dtype, device=device))
+        for device in devices
+        for dtype in (torch.float32, torch.bfloat16)
+    }
     orders: list[tuple[bool, Path]] = [(True, "fused"), (True, "generic"), (False, "generic")]
     checks = [
         _check(torch.device(device), dtype, first_order, path)
@@ -32,7 +37,8 @@ def diagnose() -> dict[str, Any]:
         for dtype in TOLERANCE
         for first_order, path in orders
     ]
-    return {"environment": environment, "checks": checks, "ok": all(check["ok"] for check in checks)}
+    ok = all(check["ok"] for check in checks)
+    return {"environment": environment, "backends": backends, "checks": checks, "ok": ok}
 
 
 def loop_meta_gradients(

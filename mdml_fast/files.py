@@ -36,14 +36,25 @@ def replace_folder(path: Path) -> Iterator[Path]:
         for file in temporary.iterdir():
             _sync(file)
         temporary.chmod(0o777 & ~_umask())
-        old = Path(f"{temporary}.old")
         if path.exists():
-            path.rename(old)
-        temporary.rename(path)
-        shutil.rmtree(old, ignore_errors=True)
+            _exchange(temporary, path)
+        else:
+            temporary.rename(path)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _exchange(new: Path, path: Path) -> None:
+    """Put the new folder in the place of the old one, which is put back should that fail, and else deleted."""
+    old = Path(f"{new}.old")
+    path.rename(old)
+    try:
+        new.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def _sync(file: Path) -> None:

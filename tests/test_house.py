@@ -34,6 +34,7 @@ def test_folders_that_hold_packages_are_no_packages() -> None:
 def test_public_names() -> None:
     assert mdml_kernels.__all__ == [
         "SoftmaxMarginLoss",
+        "explain",
         "linear_softmax_confidence",
         "one_class_loss",
         "softmax_confidence",

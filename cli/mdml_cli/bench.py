@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from enum import StrEnum
 from importlib import import_module
 from typing import Annotated, Any
@@ -10,52 +9,44 @@ from typing import Annotated, Any
 import typer
 
 from mdml_cli import output
-from mdml_cli.options import JsonOption, ThreadsOption, set_threads
-
-# Each module has CASES, run(case, device, rounds) -> a dataclass, table(rows) and environment(device).
-BENCHMARKS = {"engine": "mdml_fast.bench.engine"}
+from mdml_cli.options import JsonOption, set_threads
 
 
-class Benchmark(StrEnum):
+class Part(StrEnum):
     """What can be measured."""
 
+    KERNELS = "kernels"
     ENGINE = "engine"
     ALL = "all"
 
 
+# Each module has CASES, run_all(device, parts of names, rounds), table(rows) and document(rows, device).
+MODULES = {Part.KERNELS: "mdml_kernels.benchmark", Part.ENGINE: "mdml_fast.bench.engine"}
+
+
 def bench(
-    what: Annotated[Benchmark, typer.Argument(help="What to measure.")] = Benchmark.ALL,
+    part: Annotated[Part, typer.Argument(help="What to measure.")] = Part.ALL,
     case: Annotated[
-        list[str] | None, typer.Option(metavar="NAME", help="Part of a case's name; repeat for more.")
+        list[str] | None, typer.Option(metavar="TEXT", help="Only cases whose name holds this; repeat for more.")
     ] = None,
-    rounds: Annotated[int | None, typer.Option(min=1, metavar="N", help="Rounds of every case (its own).")] = None,
-    threads: ThreadsOption = 1,
+    rounds: Annotated[int | None, typer.Option(min=1, metavar="N", help="Rounds of every case; its own.")] = None,
+    threads: Annotated[int, typer.Option(min=1, metavar="N", help="CPU threads.")] = 1,
     json: JsonOption = False,
 ) -> None:
-    """Measure this machine: ours against its peers, each first checked to compute the same.
-
-    One CPU thread unless --threads says more. Ratios count, not times: contenders take turns within one run.
-    """
-    set_threads(threads)
-    documents = {name: _run(name, case, rounds, json) for name in BENCHMARKS if what in (name, Benchmark.ALL)}
-    if not any(document["rows"] for document in documents.values()):
-        raise typer.BadParameter(f"no case has a name with {' or '.join(case or [])} in it")
-    if json:
-        output.print_json(documents)
-
-
-def _run(name: str, wanted: list[str] | None, rounds: int | None, json: bool) -> dict[str, Any]:
-    """One benchmark: its document, and unless that is all that is asked for its table."""
+    """Measure ours against what one would use instead, in turns, each first checked; prints ratios."""
     import torch
 
-    module = import_module(BENCHMARKS[name])
+    set_threads(threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    cases = [case for case in module.CASES if not wanted or any(part in case.name for part in wanted)]
-    rows = []
-    with output.progress_bar(name) as update:
-        for number, case in enumerate(cases):
-            update(number, len(cases), case.name)
-            rows.append(module.run(case, device, rounds))
-    if rows and not json:
-        typer.echo(module.table(rows))
-    return {"environment": module.environment(device), "rows": [asdict(row) for row in rows]}
+    modules = {name: import_module(module) for name, module in MODULES.items() if part in (name, Part.ALL)}
+    names = [known.name for module in modules.values() for known in module.CASES]
+    if case and not any(text in name for text in case for name in names):
+        raise typer.BadParameter(f"no case is named like {' or '.join(case)}; the cases are {', '.join(names)}")
+    documents: dict[str, Any] = {}
+    for name, module in modules.items():
+        rows = module.run_all(device, case or (), rounds)
+        documents[name.value] = module.document(rows, device)
+        if rows and not json:
+            typer.echo(module.table(rows))
+    if json:
+        output.print_json(documents)

@@ -18,6 +18,8 @@ def doctor(json: JsonOption = False) -> None:
     else:
         for name, value in document["environment"].items():
             typer.echo(f"{name:>14}  {'not installed' if value is None else value}")
+        for where, backend in document["backends"].items():
+            typer.echo(f"{'loss':>14}  on {where}: backend {backend}")
         for check in document["checks"]:
             typer.echo(f"{'ok' if check['ok'] else 'WRONG':>14}  {check['what']}: relative error {check['error']:.1e}")
     if not document["ok"]:

@@ -15,8 +15,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,11 +114,23 @@ def table(rows: list[Row]) -> str:
     return "\n".join(lines)
 
 
+def document(rows: list[Row], device: torch.device) -> dict[str, Any]:
+    """The environment and the rows, for JSON."""
+    return {"environment": environment(device), "rows": [asdict(row) for row in rows]}
+
+
 def write(rows: list[Row], device: torch.device, path: Path) -> None:
-    """The rows and the environment as JSON."""
+    """The document as a file."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    document = {"environment": environment(device), "rows": [asdict(row) for row in rows]}
-    path.write_text(json.dumps(document, indent=2) + "\n")
+    path.write_text(json.dumps(document(rows, device), indent=2) + "\n")
+
+
+def run_all(
+    device: torch.device, parts: Sequence[str] = (), rounds: int | None = None, compiled: bool = True
+) -> list[Row]:
+    """The outcomes of the cases whose name holds one of the parts (all of them, where none is given)."""
+    chosen = [case for case in CASES if not parts or any(part in case.name for part in parts)]
+    return [run(replace(case, compiled=case.compiled and compiled), device, rounds) for case in chosen]
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -132,11 +144,7 @@ def main(arguments: list[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     torch.set_num_threads(chosen.threads)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    rows = []
-    for case in CASES:
-        if not chosen.case or any(part in case.name for part in chosen.case):
-            compiled = case.compiled and not chosen.no_compile
-            rows.append(run(Case(case.form, case.shape, compiled, case.rounds), device, chosen.rounds))
+    rows = run_all(device, chosen.case or (), chosen.rounds, not chosen.no_compile)
     print(table(rows))
     if chosen.out:
         write(rows, device, chosen.out)

@@ -67,11 +67,11 @@ def split_background(
     return -torch.sigmoid(log_sum - background), torch.sigmoid(background - log_sum), poison
 
 
-def pull_back(x: Tensor, first: Tensor | None, at_rest: Tensor, at_first: Tensor, out: Tensor | None = None) -> None:
-    """at_rest * softmax of scaled logits x, at_first at the entry first (None: no such); in place of x, or in out."""
-    out = torch.softmax(x, -1, out=x if out is None else out).mul_(at_rest)
+def weigh(softmax: Tensor, first: Tensor | None, at_rest: Tensor, at_first: Tensor) -> None:
+    """Make at_rest * softmax of it, in place, with at_first at the entry first (None: no such)."""
+    softmax.mul_(at_rest)
     if first is not None:
-        out.scatter_(-1, first, at_first)
+        softmax.scatter_(-1, first, at_first)
 
 
 def second_order(

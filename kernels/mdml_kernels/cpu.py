@@ -17,8 +17,8 @@ from torch import Tensor
 from mdml_kernels import chunks, pages
 from mdml_kernels.reference import Confidence
 
-# 2 MiB of float32, for each thread: fewer would pay more for dispatch than a second-level cache saves (measured).
-_CHUNK_ELEMENTS = 1 << 19
+# 1 MiB of float32, a second-level cache, for each thread: fewer would pay more for dispatch than it saves (measured).
+_CHUNK_ELEMENTS = 1 << 18
 
 
 def forward(
@@ -76,9 +76,14 @@ class Recipe:
     unscaled: bool = False
 
 
-def pull_back(logits: Tensor, tau: Tensor, recipe: Recipe, needs_tau: bool) -> tuple[Tensor, Tensor | None]:
-    """The gradient by the recipe, in the logits' dtype, and that of τ [E] where asked, in one pass over the logits."""
-    grad_logits = pages.empty_like(logits)
+def pull_back(
+    logits: Tensor, tau: Tensor, recipe: Recipe, needs_tau: bool, softmax: Tensor | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient by the recipe, in the logits' dtype, and that of τ [E] where asked, in one pass over the logits.
+
+    A softmax [E, N, K] that is at hand already becomes the gradient, in place.
+    """
+    grad_logits = pages.empty_like(logits) if softmax is None else softmax
     tau_rows = torch.empty_like(recipe.at_first) if needs_tau else recipe.at_first
     direct = logits.dtype == tau.dtype
     plan = Plan(logits, tau)
@@ -88,11 +93,13 @@ def pull_back(logits: Tensor, tau: Tensor, recipe: Recipe, needs_tau: bool) -> t
         logits, tau[:, None, None], grad_logits, *columns
     ):
         x = result if direct else plan.scratch(0, chunk)
-        untouched = direct and recipe.unscaled and not recipe.drops_first  # dropping writes
-        scaled = chunk if untouched else torch.mul(chunk, t, out=x)
-        if recipe.first is not None and recipe.drops_first:
-            chunks.drop(scaled, first_c)
-        chunks.pull_back(scaled, None if recipe.first is None else first_c, rest_c, at_first_c, out=x)
+        if softmax is None:
+            untouched = direct and recipe.unscaled and not recipe.drops_first  # dropping writes
+            scaled = chunk if untouched else torch.mul(chunk, t, out=x)
+            if recipe.first is not None and recipe.drops_first:
+                chunks.drop(scaled, first_c)
+            torch.softmax(scaled, -1, out=x)
+        chunks.weigh(x, None if recipe.first is None else first_c, rest_c, at_first_c)
         if not direct:
             result.copy_(x)
         if needs_tau:

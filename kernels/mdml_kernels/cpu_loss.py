@@ -7,13 +7,13 @@ derivative goes by the log-odds o as everything else does: ∂L/∂o and ∂²L/
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mdml_kernels import cpu, losses, reference
+from mdml_kernels import cpu, losses, pages, reference
 from mdml_kernels.autograd import Inputs, Needs
 from mdml_kernels.chunks import first_max
 from mdml_kernels.reference import Form, Scalar
@@ -37,8 +37,8 @@ def textbook_confidence(logits: Tensor, temperature: Scalar, background: Scalar 
         scaled = scaled / temperature
     if background is not None:
         column = reference.per_row(background, logits).unsqueeze(-1).expand(*scaled.shape[:-1], 1)
-        return torch.log_softmax(torch.cat([scaled, column], dim=-1), -1)[..., :-1].max(-1).values.exp()
-    return torch.log_softmax(scaled, -1).max(-1).values.exp()
+        return torch.softmax(torch.cat([scaled, column], dim=-1), -1)[..., :-1].max(-1).values
+    return torch.softmax(scaled, -1).max(-1).values
 
 
 @dataclass(frozen=True)
@@ -46,12 +46,16 @@ class CpuMarginLoss:
     """Inputs logits [E, N, K], τ [E], background [E] or None, is_ood bool [E, N]; output losses [E].
 
     unscaled: the host knows that τ is 1, and a pass is saved.
+    keeps: forward keeps the softmax, and the first backward turns it into the gradient in place; any other one makes it
+        again. That is one buffer of the logits' size, as without, and half the exponentials. One operator, one call.
     """
 
     margin: float
     form: Form
     unscaled: bool = False
+    keeps: bool = False
     n_inputs = 4
+    _kept: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False, compare=False)
 
     def define(self, *inputs: Any) -> Tensor:
         """See `autograd.RowOp`."""
@@ -65,12 +69,16 @@ class CpuMarginLoss:
         top, s, rest = (tau.new_empty(n_episodes, n_rows, 1) for _ in range(3))
         first = torch.empty(n_episodes, n_rows, 1, dtype=torch.int64, device=logits.device)
         plan = cpu.Plan(logits, tau)
-        for chunk, t, top_c, first_c, s_c, rest_c in plan.pieces(logits, tau[:, None, None], top, first, s, rest):
-            p = plan.scratch(0, chunk)
+        softmax = pages.empty_like(logits) if self.keeps and logits.dtype == tau.dtype else None
+        columns = (top, first, s, rest, top if softmax is None else softmax)
+        for chunk, t, top_c, first_c, s_c, rest_c, p_c in plan.pieces(logits, tau[:, None, None], *columns):
+            p = plan.scratch(0, chunk) if softmax is None else p_c
             x = chunk if self.unscaled and chunk.dtype == tau.dtype else torch.mul(chunk, t, out=p)
             first_max(x, top_c, first_c, plan.scratch(1, chunk), plan.descending)
             torch.gather(torch.softmax(x, -1, out=p), -1, first_c, out=s_c)
             torch.sum(p.scatter_(-1, first_c, 0.0), -1, keepdim=True, out=rest_c)  # 1 - S would lose what S rounds off
+        if softmax is not None:
+            self._kept.append((logits, softmax))
         top, s, rest, first = (column.squeeze(-1) for column in (top, s, rest, first))
         if background is None:
             dropped = s.new_zeros(n_episodes, 1)
@@ -89,9 +97,14 @@ class CpuMarginLoss:
         scaled = grad_s * tau[:, None]
         at_rest, at_first = (scaled * (dropped - 1)).unsqueeze(-1), (scaled * rest).unsqueeze(-1)
         recipe = cpu.Recipe(at_rest, at_first, first.unsqueeze(-1), drops_first=False, unscaled=self.unscaled)
-        grad_logits, grad_tau = cpu.pull_back(logits, tau, recipe, needs[1])
+        grad_logits, grad_tau = cpu.pull_back(logits, tau, recipe, needs[1], self._take(logits))
         grad_background = None if background is None else -(grad_s * dropped).sum(1)
         return needed((grad_logits, grad_tau, grad_background, None), needs)
+
+    def _take(self, logits: Tensor) -> Tensor | None:
+        """The softmax that forward kept of these very logits, once; a transform may ask for others (`jacrev` does)."""
+        of, softmax = self._kept.pop() if self._kept else (None, None)
+        return softmax if of is not None and of.is_set_to(logits) else None
 
     def double_backward(
         self, inputs: Inputs, saved: Inputs, grad: Tensor, tangents: Inputs, needs: Needs

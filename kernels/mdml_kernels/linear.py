@@ -80,7 +80,8 @@ class CpuLinearLogOdds:
             first = head.first_of(g, n)
             if first is not None:
                 chunks.drop(grad_x, first)
-            chunks.pull_back(grad_x, first, at_rest[g, n], at_first[g, n])
+            torch.softmax(grad_x, -1, out=grad_x)
+            chunks.weigh(grad_x, first, at_rest[g, n], at_first[g, n])
             if needs[3]:
                 totals.tau[g, n] = (keep.mul_(grad_x)).sum(-1, keepdim=True) / head.tau[g, n]
             if needs[0]:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mdml_kernels import autograd, cpu_loss, losses, rows
+from mdml_kernels.autograd import RowOp
 from mdml_kernels.linear import CpuLinearLogOdds, TritonLinearLogOdds
 from mdml_kernels.reference import Confidence, Form, Scalar, accumulation_dtype
 from mdml_kernels.rows import CpuLogOdds
@@ -33,13 +34,21 @@ def margin_loss(
     backend: str,
 ) -> Tensor:
     """The loss of each episode [...], by way of the odds or by what is faster."""
-    if backend != "cpu" or confidence != "max" or form == "bce" or torch.compiler.is_compiling():
+    op: RowOp
+    if backend == "cpu" and confidence == "max" and form != "bce" and not torch.compiler.is_compiling():
+        if cpu_loss.is_small(logits):
+            s = cpu_loss.textbook_confidence(logits, temperature, background)
+            return losses.of_confidence(s, is_ood, margin, form)
+        unscaled = not isinstance(temperature, Tensor) and temperature == 1
+        op = cpu_loss.CpuMarginLoss(margin, form, unscaled, keeps=logits.requires_grad and torch.is_grad_enabled())
+    elif backend == "triton" and form == "hinge" and not torch.compiler.is_compiling():
+        from mdml_kernels.triton_hinge import TritonHingeLoss  # only here: Triton may not be installed
+
+        op = TritonHingeLoss(margin, confidence)
+    else:
         return losses.of_odds(of_logits(logits, temperature, background, confidence, backend), is_ood, margin, form)
-    if cpu_loss.is_small(logits):
-        return losses.of_confidence(cpu_loss.textbook_confidence(logits, temperature, background), is_ood, margin, form)
     tau = _per_episode(_inverse(temperature, logits), logits)
     log_background = None if background is None else _per_episode(background, logits)
-    op = cpu_loss.CpuMarginLoss(margin, form, unscaled=not isinstance(temperature, Tensor) and temperature == 1)
     loss = autograd.apply(op, _flat(logits, 2), tau, log_background, _flat(is_ood, 1))
     return _unflat(loss, logits.shape[:-2])
 

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 
 _HUGE_PAGE = 1 << 21
+# Smaller buffers malloc hands out again without giving their pages back (glibc's largest dynamic mmap threshold).
+_LEAST_BYTES = 1 << 25
 
 
 def empty_like(like: Tensor) -> Tensor:
@@ -20,7 +22,7 @@ def empty_like(like: Tensor) -> Tensor:
     """
     fresh = torch.empty_like(like, memory_format=torch.contiguous_format)
     advise = _madvise()
-    if advise is not None and fresh.nbytes >= 2 * _HUGE_PAGE:
+    if advise is not None and fresh.nbytes >= _LEAST_BYTES:
         start = -(-fresh.data_ptr() // _HUGE_PAGE) * _HUGE_PAGE
         whole = (fresh.data_ptr() + fresh.nbytes - start) // _HUGE_PAGE * _HUGE_PAGE
         advise(start, whole, mmap.MADV_HUGEPAGE)

@@ -235,39 +235,3 @@ def rows_double_backward_kernel(
         tl.store(out_start[:, None] + cols, out.to(out_logits.dtype.element_ty), mask=keep)
         scale_terms += tl.where(masked_out, 0.0, x * bend + vx * slope)
     tl.store(out_inv_temperature + rows, tl.sum(scale_terms, 1), mask=live)
-
-
-@triton.jit
-def episode_sums_kernel(
-    odds,
-    is_ood,
-    sums,
-    rows_per_episode,
-    n_chunks,
-    CHUNK: tl.constexpr,
-    BLOCK: tl.constexpr,
-):
-    """(Σ_ID S, Σ_OOD S, ID count, OOD count) of one chunk of one episode's rows; a NaN poisons both sums."""
-    acc = odds.dtype.element_ty
-    episode = tl.program_id(0) // n_chunks
-    chunk = tl.program_id(0) % n_chunks
-    base = episode.to(tl.int64) * rows_per_episode
-    id_sum = tl.zeros([BLOCK], acc)
-    ood_sum = tl.zeros([BLOCK], acc)
-    id_count = tl.zeros([BLOCK], acc)
-    ood_count = tl.zeros([BLOCK], acc)
-    for start in range(0, CHUNK, BLOCK):
-        rows = chunk * CHUNK + start + tl.arange(0, BLOCK)
-        live = rows < rows_per_episode
-        s = tl.sigmoid(tl.load(odds + base + rows, mask=live, other=0.0))
-        ood = tl.load(is_ood + base + rows, mask=live, other=0) != 0
-        bad = s != s
-        id_sum += tl.where((live & ~ood) | bad, s, 0.0)
-        ood_sum += tl.where(ood | bad, s, 0.0)
-        id_count += tl.where(live & ~ood, 1.0, 0.0)
-        ood_count += tl.where(ood, 1.0, 0.0)
-    out = sums + tl.program_id(0).to(tl.int64) * 4
-    tl.store(out, tl.sum(id_sum, 0))
-    tl.store(out + 1, tl.sum(ood_sum, 0))
-    tl.store(out + 2, tl.sum(id_count, 0))
-    tl.store(out + 3, tl.sum(ood_count, 0))

@@ -173,52 +173,6 @@ def odds_double_backward(
     return out_logits, out_inv_temperature, out_background, along
 
 
-def episode_statistics(odds: Tensor, is_ood: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Mean confidence of each side, per episode: (mean_ID S, mean_OOD S, ID count, OOD count), each [E].
-
-    Without atomics, in a fixed order: two runs give the same bits. An empty side has mean 0; a NaN makes both means
-    of its episode NaN.
-
-    Args:
-        odds: float32 or float64 [E, N], from `odds_forward`.
-        is_ood: bool [E, N].
-
-    Raises:
-        ValueError: the shapes differ.
-        TypeError: is_ood is not boolean.
-    """
-    if odds.ndim != 2 or odds.shape != is_ood.shape:
-        raise ValueError(f"odds and is_ood must both be [E, N], got {list(odds.shape)} and {list(is_ood.shape)}")
-    if is_ood.dtype != torch.bool:
-        raise TypeError(f"is_ood must be a bool tensor, got {is_ood.dtype}")
-    check_device("odds", odds)
-    episodes, n = odds.shape
-    if not odds.numel():
-        zeros = odds.new_zeros(episodes)
-        return zeros, zeros.clone(), zeros.clone(), zeros.clone()
-    block, chunk = 512, 4096  # one chunk up to 4096 rows, and enough programs for one long episode; unmeasured
-    chunk = chunk if n > block else block
-    n_chunks = -(-n // chunk)
-    sums = odds.new_empty((episodes, n_chunks, 4))
-    with on_device_of(odds):
-        kernels.episode_sums_kernel[(episodes * n_chunks,)](
-            odds.contiguous(),
-            is_ood.contiguous(),
-            sums,
-            n,
-            n_chunks,
-            CHUNK=chunk,
-            BLOCK=block,
-            num_warps=4,
-            enable_fp_fusion=True,
-        )
-    total = sums.sum(dim=1, dtype=torch.float64)
-    means = total[:, :2] / total[:, 2:].clamp(min=1)
-    values = torch.cat([means, total[:, 2:]], dim=1).to(odds.dtype)
-    mean_id, mean_ood, id_count, ood_count = values.unbind(dim=1)
-    return mean_id, mean_ood, id_count, ood_count
-
-
 def accumulator(dtype: torch.dtype) -> torch.dtype:
     """The dtype that a logits dtype is computed in."""
     return torch.float64 if dtype == torch.float64 else torch.float32

@@ -2,6 +2,7 @@
 
 import importlib.util
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -20,4 +21,5 @@ def test_block(block, monkeypatch, tmp_path):
     for name in re.findall(r"^# requires: (\w+)$", block, flags=re.MULTILINE):
         if importlib.util.find_spec(name) is None:
             pytest.skip(f"{name} is not installed")
+        warnings.simplefilter("ignore")  # theirs, of their own parts
     exec(compile(block, str(README), "exec"), {"__name__": "readme"})

@@ -140,7 +140,11 @@ def test_learned_temperature_gets_a_gradient() -> None:
 @pytest.mark.parametrize(
     ("change", "error", "match"),
     [
-        ({"logits": torch.zeros(2, 5, 4, dtype=torch.int64)}, TypeError, "logits must be floating point"),
+        (
+            {"logits": torch.zeros(2, 5, 4, dtype=torch.int64)},
+            TypeError,
+            "logits must be a floating point tensor, got torch.int64",
+        ),
         ({"logits": torch.zeros(4)}, ValueError, r"logits must be \[..., N, K\]"),
         ({"is_ood": torch.zeros(2, 5)}, TypeError, "is_ood must be a bool"),
         ({"is_ood": torch.zeros(5, dtype=torch.bool)}, ValueError, "is_ood must have the shape"),

@@ -11,14 +11,16 @@ import pytest
 pytest.importorskip("triton", reason="the triton backend is optional")
 
 FOLDER = Path(__file__).parent / "interpreted"
-ROWS = {"rows_forward_kernel", "rows_backward_kernel", "rows_double_backward_kernel", "episode_sums_kernel"}
+ROWS = {"rows_forward_kernel", "rows_backward_kernel", "rows_double_backward_kernel"}
+HINGE = {"episode_sums_kernel", "hinge_kernel", "hinge_slope_kernel"}
 LINEAR = {"linear_forward_kernel", "linear_backward_rows_kernel", "linear_backward_head_kernel"}
 MLP = {"inner_loop_kernel", "layer_forward_kernel", "layer_backward_kernel", "layer_update_kernel"}
 KERNELS = {
     "check_rows.py": ROWS,
+    "check_hinge.py": {*ROWS, *HINGE},
     "check_linear.py": LINEAR,
     "check_mlp.py": {*MLP, "rows_forward_kernel", "rows_backward_kernel"},
-    "check_acceptance.py": {*ROWS, *LINEAR, *MLP},
+    "check_acceptance.py": {*ROWS, *HINGE, *LINEAR, *MLP},
 }
 
 

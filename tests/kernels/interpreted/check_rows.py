@@ -204,34 +204,12 @@ def test_traffic(n_cols, confidence, dtype, traffic):
     assert traffic.loaded() + traffic.stored() <= 1.05 * 2 * one_way
 
 
-@pytest.mark.parametrize("n_rows", [1, 600, 9000])
-def test_episode_statistics(n_rows, fenced):
-    generator = torch.Generator().manual_seed(0)
-    odds = torch.randn(3, n_rows, generator=generator)
-    is_ood = torch.rand(3, n_rows, generator=generator) > 0.7
-    is_ood[1] = False
-    odds[2, -1] = torch.nan
-    values = triton_rows.episode_statistics(fenced(odds), is_ood)
-    again = triton_rows.episode_statistics(odds, is_ood)
-    mean_id, mean_ood, id_count, ood_count = values
-    s = odds.double().sigmoid()
-    assert torch.allclose(mean_id[:2].double(), reference._masked_mean(s, ~is_ood)[:2], rtol=1e-5)
-    assert torch.allclose(mean_ood[:2].double(), reference._masked_mean(s, is_ood)[:2], rtol=1e-5)
-    assert mean_ood[1] == 0
-    assert mean_id[2].isnan()
-    assert mean_ood[2].isnan()
-    assert torch.equal(id_count, (~is_ood).sum(1).float())
-    assert torch.equal(ood_count, is_ood.sum(1).float())
-    assert all(torch.equal(a[:2], b[:2]) for a, b in zip(values, again, strict=True))
-
-
 def test_no_rows():
     logits = torch.zeros(2, 0, 3)
     odds, *saved = triton_rows.odds_forward(logits, torch.ones(2), None, "max")
     grads = triton_rows.odds_backward(logits, torch.ones(2), None, "max", *saved, odds)
     assert odds.shape == (2, 0)
     assert grads[0].shape == (2, 0, 3)
-    assert triton_rows.episode_statistics(odds, torch.zeros(2, 0, dtype=torch.bool))[0].tolist() == [0, 0]
 
 
 @pytest.mark.parametrize(
