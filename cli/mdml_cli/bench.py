@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
 from enum import StrEnum
 from functools import partial
+from importlib import import_module
 from typing import Annotated, Any
 
 import typer
@@ -46,8 +46,8 @@ def bench(
     """
     set_threads(threads)
     measure: dict[Benchmark, Measure] = {
-        Benchmark.KERNELS: _kernels,
-        Benchmark.ENGINE: _engine,
+        Benchmark.KERNELS: partial(_timed, "mdml_kernels.benchmark"),
+        Benchmark.ENGINE: partial(_timed, "mdml_fast.bench.engine"),
         Benchmark.DETECTOR: partial(_detector, ablate),
     }
     chosen = measure if what is Benchmark.ALL else {what: measure[what]}
@@ -58,29 +58,14 @@ def bench(
         output.print_json(documents)
 
 
-def _kernels(parts: list[str], rounds: int | None, json: bool) -> dict[str, Any]:
-    from mdml_kernels import benchmark
-
-    device = _device()
+def _timed(module: str, parts: list[str], rounds: int | None, json: bool) -> dict[str, Any]:
+    """A benchmark of times: its module has run_all(device, parts, rounds), table(rows) and document(rows, device)."""
+    benchmark, device = import_module(module), _device()
     rows = benchmark.run_all(device, parts, rounds)
     if rows and not json:
         typer.echo(benchmark.table(rows))
-    return benchmark.document(rows, device)
-
-
-def _engine(parts: list[str], rounds: int | None, json: bool) -> dict[str, Any]:
-    from mdml_fast.bench import engine
-
-    device = _device()
-    cases = [case for case in engine.CASES if not parts or any(part in case.name for part in parts)]
-    rows = []
-    with output.progress_bar("engine") as update:
-        for number, case in enumerate(cases):
-            update(number, len(cases), case.name)
-            rows.append(engine.run(case, device, rounds))
-    if rows and not json:
-        typer.echo(engine.table(rows))
-    return {"environment": engine.environment(device), "rows": [asdict(row) for row in rows]}
+    document: dict[str, Any] = benchmark.document(rows, device)
+    return document
 
 
 def _detector(ablate: bool, parts: list[str], rounds: int | None, json: bool) -> dict[str, Any]:

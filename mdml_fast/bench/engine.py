@@ -12,12 +12,12 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from mdml_kernels import SoftmaxMarginLoss
-from mdml_kernels.benchmark import environment, write
+from mdml_kernels.benchmark import document, environment, write
 from torch import Tensor, nn
 
 from mdml_fast.bench.peers import Gradients, Peer, Task, installed_peers
@@ -27,7 +27,7 @@ from mdml_fast.meta.engine import MetaEngine
 from mdml_fast.meta.heads import PrototypeHead
 from mdml_fast.meta.scheduler import MetaScheduler
 
-__all__ = ["CASES", "Case", "Row", "environment", "run", "table", "write"]
+__all__ = ["CASES", "Case", "Row", "document", "environment", "run", "run_all", "table", "write"]
 
 _MARGIN, _INNER_LR = 0.9, 0.1
 # The large product that the machine is measured by.
@@ -106,6 +106,12 @@ def run(case: Case, device: torch.device, rounds: int | None = None) -> Row:
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     rate = 2 * _SGEMM**3 / statistics.median(sgemm)
     return Row(case.name, case.n_episodes, case.flops, medians, rate, chosen(), errors)
+
+
+def run_all(device: torch.device, parts: Sequence[str] = (), rounds: int | None = None) -> list[Row]:
+    """The outcomes of the cases whose name holds one of the parts (all of them, where none is given)."""
+    chosen = [case for case in CASES if not parts or any(part in case.name for part in parts)]
+    return [run(case, device, rounds) for case in chosen]
 
 
 def table(rows: list[Row]) -> str:

@@ -5,6 +5,7 @@ import logging
 import subprocess
 import sys
 import textwrap
+import threading
 from pathlib import Path
 
 import pytest
@@ -100,6 +101,22 @@ def test_steps_see_the_parameters_as_they_are_then() -> None:
                 value.data -= 0.1 * out.grads[name]
     # Sampled in order; the next step's episodes before this one's gradient was asked for.
     assert source.asked[-6:] == [(first, 8) for first in range(32, 80, 8)]
+
+
+def test_chunks_are_computed_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of two chunks waits until the other is being computed too."""
+    one, both = engine(), threading.Barrier(2, timeout=20)
+    compute = one.gradient_sums
+
+    def together(*args: object) -> object:
+        both.wait()
+        return compute(*args)
+
+    monkeypatch.setattr(one, "gradient_sums", together)
+    mean_of(MetaScheduler(one, chunk=8, threads=2), 16)
+    both = threading.Barrier(2, timeout=0.2)
+    with pytest.raises(threading.BrokenBarrierError):
+        mean_of(MetaScheduler(one, chunk=8, threads=1), 16)
 
 
 def test_an_error_in_a_source_is_raised_and_threads_end() -> None:
