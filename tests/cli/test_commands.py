@@ -53,6 +53,26 @@ def test_train_score_and_evaluate_a_table(mdml_fast: Run, small_csv: Path, tmp_p
     assert alarms == [p <= 0.05 for p in table["p_value"].to_pylist()]
     assert json.loads(scored.stdout)["alarms"] == sum(alarms)
 
+    options = [
+        "--promise",
+        "certificate",
+        "--confidence",
+        0.9,
+        "--false-alarm-rate",
+        0.2,
+        "--group",
+        "kind",
+        "--monitor",
+    ]
+    watched = mdml_fast("score", "m", small_csv, "--out", "w.parquet", *options, "--json")
+    assert watched.returncode == 0, watched.stderr
+    assert pq.read_table(tmp_path / "w.parquet").column_names == ["score", "p_value", "is_anomaly", "drift_evidence"]
+    summary = json.loads(watched.stdout)
+    assert summary["promise"] == "certificate"
+    # The last 60 rows of the table are anomalies.
+    assert 240 < summary["drift_row"] <= 300
+    assert f"from row {summary['drift_row']} on" in watched.stderr
+
     evaluated = mdml_fast("evaluate", small_csv, *SMALL, "--splits", 2, "--seeds", 1, "--json")
     assert evaluated.returncode == 0, evaluated.stderr
     results = json.loads(evaluated.stdout)["results"]
@@ -95,6 +115,20 @@ def test_bench_kernels_prints_ratios(mdml_fast: Run) -> None:
     (row,) = json.loads(result.stdout)["kernels"]["rows"]
     assert row["case"] == "pairwise [8, 4096, 16]"
     assert row["ratios"]["eager"] > 1
+
+
+def test_bench_detector_measures_what_each_part_is_worth(
+    mdml_fast: Run, small_csv: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    spec = {"file": small_csv.name, "label": "class", "normal": ["ok"], "ignore": []}
+    (tmp_path / "protocol.json").write_text(json.dumps({"small": spec}))
+    monkeypatch.setenv("MDML_DATA", str(tmp_path))
+    result = mdml_fast("bench", "detector", "--ablate", "--case", "small", "--rounds", 1, "--json")
+    assert result.returncode == 0, result.stderr
+    document = json.loads(result.stdout)["detector"]
+    assert document["rows"].keys() == {"small"}
+    assert {"no outer steps", "no anchor"} <= document["summary"].keys()
+    assert document["summary"]["no tree head"]["unseen"]["splits"] == 1
 
 
 def test_bench_engine_prints_ratios_and_refuses_what_is_no_case(mdml_fast: Run) -> None:
