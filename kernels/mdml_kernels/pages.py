@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 _HUGE_PAGE = 1 << 21
-# Smaller buffers malloc hands out again without giving their pages back (glibc's largest dynamic mmap threshold).
-_LEAST_BYTES = 1 << 25
+# Two of them: a smaller buffer may hold no whole one.
+_LEAST_BYTES = 2 * _HUGE_PAGE
 
 
 def empty_like(like: Tensor) -> Tensor:
