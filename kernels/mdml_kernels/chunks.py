@@ -49,10 +49,15 @@ def finish_odds(
     """
     # (top - top) is zero, or NaN where a row holds a NaN or an infinity: those must not come out finite.
     log_sum = second - peak.log() + (top - top)
+    return odds_of(top, log_sum, background, confidence), log_sum
+
+
+def odds_of(top: Tensor, log_sum: Tensor, background: Tensor | None, confidence: Confidence) -> Tensor:
+    """The odds from the largest x and log Σ e^x of what is summed."""
     if confidence == "mass":
         assert background is not None
-        return log_sum - background, log_sum
-    return top - (log_sum if background is None else torch.logaddexp(log_sum, background)), log_sum
+        return log_sum - background
+    return top - (log_sum if background is None else torch.logaddexp(log_sum, background))
 
 
 def split_background(

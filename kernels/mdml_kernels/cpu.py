@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mdml_kernels import chunks, pages
+from mdml_kernels.native import rows as native
 from mdml_kernels.reference import Confidence
 
 # 1 MiB of float32, a second-level cache, for each thread: fewer would pay more for dispatch than it saves (measured).
@@ -25,6 +26,9 @@ def forward(
     logits: Tensor, tau: Tensor, background: Tensor | None, confidence: Confidence
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The odds [E, N], log Σ e^x without the background [E, N], the first largest index [E, N] (mass: empty)."""
+    if native.serves_rows(logits, tau):
+        top, log_sum, first = native.statistics(logits, tau, confidence)
+        return chunks.odds_of(top, log_sum, None if background is None else background[:, None], confidence), log_sum, first
     n_episodes, n_rows, _ = logits.shape
     top, second, peak = (tau.new_empty(n_episodes, n_rows, 1) for _ in range(3))
     first = torch.empty(n_episodes, n_rows if confidence == "max" else 0, 1, dtype=torch.int64, device=logits.device)
@@ -51,8 +55,20 @@ def backward(
     grad: Tensor,
     confidence: Confidence,
     needs_tau: bool,
+    by_loss: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """grad [E, N] pulled back to the logits [E, N, K] in their dtype, to τ [E] where asked, and to b [E]."""
+    """grad [E, N] pulled back to the logits [E, N, K] in their dtype, to τ [E] where asked, and to b [E].
+
+    by_loss: a factor for each episode [E], where there is one.
+    """
+    if native.serves_rows(logits, tau):
+        grad_logits = pages.empty_like(logits)
+        log_sum, first = saved[0].contiguous(), saved[1].contiguous() if confidence == "max" else None
+        by_loss = None if by_loss is None else by_loss.contiguous()
+        slopes = (by_loss, grad.contiguous())
+        return grad_logits, *native.gradients(logits, tau, background, slopes, (log_sum, first), needs_tau, grad_logits)
+    if by_loss is not None:
+        grad = grad * by_loss[:, None]
     log_sum, first = saved[0].unsqueeze(-1), saved[1].unsqueeze(-1)
     kept, dropped, poison = chunks.split_background(log_sum, per_row(background), confidence)
     grad = grad.unsqueeze(-1) + poison

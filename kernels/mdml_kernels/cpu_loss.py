@@ -110,13 +110,20 @@ class CpuMarginLoss:
         self, inputs: Inputs, saved: Inputs, grad: Tensor, tangents: Inputs, needs: Needs
     ) -> list[Tensor]:
         """See `autograd.RowOp`."""
-        logits, tau, background, _ = inputs
-        odds, *kept = cpu.forward(logits, tau, background, "max")
-        s = odds.sigmoid()
-        by_odds = saved[0] * s * odds.neg().sigmoid()
-        weighted = grad[:, None] * by_odds
-        *grads, moved = cpu.double_backward(logits, tau, background, tuple(kept), weighted, tangents[:3], "max")
-        curved = weighted * (1 - 2 * s) * moved
-        others = cpu.backward(logits, tau, background, tuple(kept), curved, "max", needs[1])
-        sums = (b if b is None else a + b for a, b in zip(grads, others, strict=True))
-        return [*needed(sums, needs[:3]), (by_odds * moved).sum(1)]
+        odds, *kept = cpu.forward(*inputs[:3], "max")
+        by_odds = saved[0] * odds.sigmoid() * odds.neg().sigmoid()
+        return double_backward(inputs, (odds, *kept), by_odds, grad, tangents, needs)
+
+
+def double_backward(
+    inputs: Inputs, rows: tuple[Tensor, ...], by_odds: Tensor, grad: Tensor, tangents: Inputs, needs: Needs
+) -> list[Tensor]:
+    """`RowOp.double_backward` of these losses, from `cpu.forward` of the rows and the slopes ∂L/∂o [E, N]."""
+    logits, tau, background, _ = inputs
+    odds, *saved = rows
+    weighted = grad[:, None] * by_odds
+    *grads, moved = cpu.double_backward(logits, tau, background, tuple(saved), weighted, tangents[:3], "max")
+    curved = weighted * (1 - 2 * odds.sigmoid()) * moved
+    others = cpu.backward(logits, tau, background, tuple(saved), curved, "max", needs[1])
+    sums = (b if b is None else a + b for a, b in zip(grads, others, strict=True))
+    return [*needed(sums, needs[:3]), (by_odds * moved).sum(1)]

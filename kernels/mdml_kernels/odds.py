@@ -10,6 +10,8 @@ from torch import Tensor
 from mdml_kernels import autograd, cpu_loss, losses, rows
 from mdml_kernels.autograd import RowOp
 from mdml_kernels.linear import CpuLinearLogOdds, TritonLinearLogOdds
+from mdml_kernels.native import library as native
+from mdml_kernels.native.loss import NativeMarginLoss
 from mdml_kernels.reference import Confidence, Form, Scalar, accumulation_dtype
 from mdml_kernels.rows import CpuLogOdds
 
@@ -36,11 +38,14 @@ def margin_loss(
     """The loss of each episode [...], by way of the odds or by what is faster."""
     op: RowOp
     if backend == "cpu" and confidence == "max" and form != "bce" and not torch.compiler.is_compiling():
-        if cpu_loss.is_small(logits):
+        if native.serves(logits):
+            op = NativeMarginLoss(margin, form)
+        elif cpu_loss.is_small(logits):
             s = cpu_loss.textbook_confidence(logits, temperature, background)
             return losses.of_confidence(s, is_ood, margin, form)
-        unscaled = not isinstance(temperature, Tensor) and temperature == 1
-        op = cpu_loss.CpuMarginLoss(margin, form, unscaled, keeps=logits.requires_grad and torch.is_grad_enabled())
+        else:
+            unscaled = not isinstance(temperature, Tensor) and temperature == 1
+            op = cpu_loss.CpuMarginLoss(margin, form, unscaled, keeps=logits.requires_grad and torch.is_grad_enabled())
     elif backend == "triton" and form == "hinge" and not torch.compiler.is_compiling():
         from mdml_kernels.triton_hinge import TritonHingeLoss  # only here: Triton may not be installed
 

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
+from mdml_kernels.native import layers
+from mdml_kernels.native import library as native
 from torch import Tensor, nn
 
 from mdml_fast.meta.encoders import ResidualEncoder
@@ -115,15 +117,27 @@ class BatchedLayer:
         )
         self.ones = self.weight.new_ones(n_episodes, 1, n_rows)
         self.rows = self.grad_rows
+        self._compiled_kernels = self._exact and native.serves(self.weight)
 
     @property
     def _exact(self) -> bool:
         """Whether products are taken with the master weights themselves."""
         return self.weight is self.master_weight
 
+    @property
+    def _native(self) -> bool:
+        """Whether the compiled kernels do it; `torch.compile` wants operations that it can see."""
+        return self._compiled_kernels and not torch.compiler.is_compiling()
+
     def forward(self, rows: Tensor) -> Tensor:
         """What the layer gives [C, n, O] for rows [C, n, I]."""
-        self.rows = rows
+        self.rows = rows.contiguous() if self._native else rows
+        if self._native:
+            rectify = self.layer.activation == "relu"
+            layers.forward(self.rows, self.weight, self.bias, rectify, self.before)
+            if not rectify:
+                _activate(self.layer.activation, self.before, self.after)
+            return self.after
         if not self.shared and self.bias is not None:
             torch.baddbmm(self.bias, rows, self.weight_t, out=self.before)
         elif not self.shared:
@@ -139,15 +153,42 @@ class BatchedLayer:
         """Turn the gradient to what the activation gives [C, n, O] into that to what it takes."""
         _pull_activation_(self.layer.activation, grad, self.before, self.after)
 
-    def pull(self, grad: Tensor) -> Tensor:
-        """The gradient to the rows [C, n, I] from that to the product [C, n, O]."""
-        if self.shared:
+    def pull(self, grad: Tensor, below: BatchedLayer | None = None) -> Tensor:
+        """The gradient to the rows [C, n, I] from that to the product [C, n, O]; below them, to what its product gave."""
+        if self._native:
+            rectified = below is not None and below.layer.activation == "relu"
+            layers.pull(grad, self.weight, below.after if below and rectified else None, self.grad_rows)
+            if rectified:
+                return self.grad_rows
+        elif self.shared:
             torch.mm(grad.flatten(0, 1), self.weight, out=self.grad_rows.flatten(0, 1))
-            return self.grad_rows
-        return torch.bmm(grad, self.weight, out=self.grad_rows)
+        else:
+            torch.bmm(grad, self.weight, out=self.grad_rows)
+        if below:
+            below.through_activation_(self.grad_rows)
+        return self.grad_rows
+
+    def gradients(self, grad: Tensor, group: int, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
+        """The gradients to weight and bias, summed over groups of so many episodes: [C / group, …]."""
+        # A group's rows one below the other: a single product sums the gradient over the whole of it.
+        grad = grad.reshape(len(grad) // group, -1, grad.shape[-1])
+        rows = self.rows.reshape(len(grad), -1, self.rows.shape[-1])
+        if self._native:
+            by_weight = grad.new_empty(len(grad), *self.weight.shape[-2:])
+            by_bias = grad.new_empty(len(grad), self.weight.shape[-2]) if self.layer.bias else None
+            layers.step(grad, rows, 1.0, (None, None), (by_weight, by_bias))
+            return by_weight, by_bias
+        if group == 1:
+            by_weight = torch.bmm(grad.mT, rows)
+        else:  # one by one: a batch of one group may be taken in another way than of many, with other bits
+            by_weight = torch.stack([torch.mm(g.mT, r) for g, r in zip(grad, rows, strict=True)])
+        return by_weight.to(dtype), torch.sum(grad, 1, dtype=dtype) if self.layer.bias else None
 
     def descend(self, start: BatchedLayer, grad: Tensor, lr: float) -> None:
         """Make these weights [C, O, I] those of start less lr times start's gradient; start may be this layer."""
+        if self._native:
+            layers.step(grad, start.rows, -lr, (start.weight, start.bias), (self.weight, self.bias))
+            return
         if self._exact:
             torch.baddbmm(start.weight, grad.mT, start.rows, alpha=-lr, out=self.weight)
             if self.bias is not None and start.bias is not None:
@@ -190,11 +231,11 @@ class BatchedNetwork:
         by_scale = None
         if self.log_scale is not None:
             by_scale = (grad * self.layers[0].rows).sum(1, dtype=self.log_scale.dtype) * self.log_scale.exp()
-        for layer in reversed(self.layers):
-            layer.through_activation_(grad)
-            below = grad if layer is self.layers[0] else layer.pull(grad)
+        self.layers[-1].through_activation_(grad)
+        for layer, below in zip(reversed(self.layers), [*reversed(self.layers[:-1]), None], strict=True):
+            grad_below = layer.pull(grad, below) if below else grad
             use(layer, grad)
-            grad = below
+            grad = grad_below
         return by_scale
 
 

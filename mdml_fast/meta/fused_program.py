@@ -118,16 +118,11 @@ class Program:
         grads: Parameters = {}
 
         def collect(layer: BatchedLayer, grad: Tensor) -> None:
-            """A group's rows one below the other: a single product sums the gradient over the whole of it."""
-            grad = grad.reshape(self.n_episodes // group, -1, grad.shape[-1])
-            rows = layer.rows.reshape(len(grad), -1, layer.rows.shape[-1])
-            if group == 1:
-                by_weight = torch.bmm(grad.mT, rows)
-            else:  # one by one: a batch of one group may be taken in another way than of many, with other bits
-                by_weight = torch.stack([torch.mm(g.mT, r) for g, r in zip(grad, rows, strict=True)])
-            grads[layer.layer.weight] = by_weight.to(query.dtype)
-            if layer.layer.bias:
-                grads[layer.layer.bias] = torch.sum(grad, 1, dtype=query.dtype)
+            by_weight, by_bias = layer.gradients(grad, group, query.dtype)
+            grads[layer.layer.weight] = by_weight
+            if by_bias is not None:
+                assert layer.layer.bias
+                grads[layer.layer.bias] = by_bias
 
         def group_sums(values: Tensor) -> Tensor:
             return values.view(-1, group, *values.shape[1:]).sum(1)

@@ -55,7 +55,7 @@ def test_command_notices(broken, monkeypatch, capsys):
 
     module, name, which = {
         "forward": (chunks, "finish_odds", 0),
-        "backward": (cpu, "pull_back", 0),
+        "backward": (cpu, "backward", 0),
         "second": (chunks, "second_order", 0),
     }[broken]
     monkeypatch.setattr(module, name, spoilt(getattr(module, name), which))

@@ -1,0 +1,88 @@
+"""The compiled kernels: found in the user's cache, or compiled into it in some seconds, once for each machine."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import _len_torch_dispatch_stack
+
+_HERE = Path(__file__).parent
+_COMPILERS = ("c++", "g++", "clang++")
+# No errno and no traps: neither is looked at, and both stand in the way of vectors. Not -ffast-math, which drops NaN.
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_SECONDS = 120
+
+
+class Native(NamedTuple):
+    """The library, or None; and in a few words what it was made by, or why there is none."""
+
+    library: ctypes.CDLL | None
+    reason: str
+
+
+@functools.cache
+def native() -> Native:
+    """The kernels for this machine. ``MDML_NATIVE=0`` in the environment does without."""
+    if os.environ.get("MDML_NATIVE") == "0":
+        return Native(None, "MDML_NATIVE=0")
+    named = os.environ.get("CXX")
+    compiler = next((path for name in ([named] if named else _COMPILERS) if (path := shutil.which(name))), None)
+    if compiler is None:
+        return Native(None, f"{named} is no command" if named else "no C++ compiler was found")
+    try:
+        return Native(ctypes.CDLL(str(_compiled(compiler))), f"compiled by {Path(compiler).name}")
+    except subprocess.CalledProcessError as error:
+        return Native(None, f"{Path(compiler).name} failed: {error.stderr.strip().splitlines()[:1]}")
+    except (OSError, subprocess.TimeoutExpired) as error:
+        return Native(None, f"{Path(compiler).name} failed: {error}")
+
+
+def serves(*tensors: Tensor) -> bool:
+    """Whether the kernels can take these: float32 on a CPU, plain memory that no tracer or mode is looking at."""
+    return (
+        not torch.compiler.is_compiling()
+        and _len_torch_dispatch_stack() == 0
+        and all(t.dtype == torch.float32 and t.device.type == "cpu" and type(t) in _PLAIN for t in tensors)
+        and native().library is not None
+    )
+
+
+_PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def _compiled(compiler: str) -> Path:
+    """The library's path; compiles it where this source, compiler and processor have not met before."""
+    sources, headers = sorted(_HERE.glob("*.cpp")), sorted(_HERE.glob("*.h"))
+    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    facts = [version, _processor(), *_FLAGS, *(path.read_text() for path in [*sources, *headers])]
+    name = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:32] + ".so"
+    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mdml-kernels"
+    if (folder / name).is_file():
+        return folder / name
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        made = Path(scratch) / name
+        command = [compiler, *_FLAGS, *map(str, sources), "-o", str(made)]
+        subprocess.run(command, capture_output=True, text=True, check=True, timeout=_SECONDS)
+        made.replace(folder / name)
+    return folder / name
+
+
+def _processor() -> str:
+    """What -march=native depends on: a home folder may be shared by machines of several kinds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor() + platform.machine()
+    return "\n".join(sorted({line for line in lines if line.startswith(("model name", "flags", "Features"))}))

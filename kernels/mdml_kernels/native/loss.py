@@ -1,0 +1,55 @@
+"""The `hinge` and `pairwise` losses at confidence `max` by the compiled kernels: one operator, by the log-odds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from mdml_kernels import cpu, cpu_loss, losses, reference
+from mdml_kernels.autograd import Inputs, Needs
+from mdml_kernels.native import rows
+from mdml_kernels.reference import Form
+from mdml_kernels.rows import needed
+
+# Logits of an episode that threads share, where others have one episode after the other to themselves.
+_LONG_EPISODE = 1 << 22
+
+
+@dataclass(frozen=True)
+class NativeMarginLoss:
+    """Inputs logits [E, N, K], τ [E], background [E] or None, is_ood bool [E, N]; output losses [E].
+
+    Where a tracer hides the memory from the kernels, a step goes by tensor operations, from the same saved columns.
+    """
+
+    margin: float
+    form: Form
+    n_inputs = 4
+
+    def define(self, *inputs: Any) -> Tensor:
+        """See `autograd.RowOp`."""
+        logits, tau, background, is_ood = inputs
+        return reference.softmax_margin_loss(logits, is_ood, self.margin, 1 / tau, background, "max", self.form)
+
+    def forward(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        """The losses; then to save: ∂L/∂o, log Σ e^x of what is not the first maximum, and which that is."""
+        logits, tau, background, is_ood = inputs
+        small = logits[:1].numel() <= _LONG_EPISODE
+        if self.form == "hinge" and small and rows.serves_rows(logits, tau):
+            return rows.hinge(logits, tau, background, is_ood, self.margin)
+        odds, *saved = cpu.forward(logits, tau, background, "max")
+        return *losses.value_and_slope_of_odds(odds, is_ood, self.margin, self.form), *saved
+
+    def backward(self, inputs: Inputs, saved: Inputs, grad: Tensor, needs: Needs) -> list[Tensor]:
+        """See `autograd.RowOp`."""
+        logits, tau, background, _ = inputs
+        slope, *columns = saved
+        return needed((*cpu.backward(logits, tau, background, columns, slope, "max", needs[1], grad), None), needs)
+
+    def double_backward(
+        self, inputs: Inputs, saved: Inputs, grad: Tensor, tangents: Inputs, needs: Needs
+    ) -> list[Tensor]:
+        """See `autograd.RowOp`."""
+        return cpu_loss.double_backward(inputs, cpu.forward(*inputs[:3], "max"), saved[0], grad, tangents, needs)

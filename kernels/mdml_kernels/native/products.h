@@ -1,0 +1,89 @@
+// Products of small matrices: tiles of the result stay in registers, whatever follows is done to them there.
+#pragma once
+
+#include <algorithm>
+#include <vector>
+
+#include "transpose.h"
+
+namespace mdml {
+
+#ifdef __AVX512F__
+constexpr int TILE_ROWS = 6, TILE_VECTORS = 4;  // 24 of 32 registers
+#else
+constexpr int TILE_ROWS = 6, TILE_VECTORS = 1;  // a vector is two registers here, or four
+#endif
+
+static inline int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
+
+// Entries of the operands as they come: float32 one by one. See bfloat16.h for pairs.
+struct Singles {
+  using Entry = float;
+  static inline Floats fma(Floats sum, Entry a, const Entry* b) { return sum + a * load(b); }
+};
+
+// a(i, k) at a[i * row + k * depth]; b(k, j) at b[k * stride + j], readable up to the next whole vector in j.
+template <class Kind>
+struct Operands {
+  const typename Kind::Entry *a, *b;
+  int64_t a_row, a_depth, b_stride, depth;
+};
+
+template <class Kind, int R, int V, class Finish>
+static inline __attribute__((always_inline)) void tile(const Operands<Kind>& of, int64_t i, int64_t j, int64_t n,
+                                                       const Finish& finish) {
+  Floats sums[R][V] = {};
+  const auto* a = of.a + i * of.a_row;
+  const auto* b = of.b + j;
+  for (int64_t k = 0; k < of.depth; ++k, a += of.a_depth, b += of.b_stride)
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) sums[r][v] = Kind::fma(sums[r][v], a[r * of.a_row], b + v * W);
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) finish(i + r, j + v * W, sums[r][v], n - j - v * W);
+}
+
+template <class Kind, int R, class Finish>
+static inline void tile_row(const Operands<Kind>& of, int64_t i, int64_t n, const Finish& finish) {
+  int64_t j = 0;
+  for (; j + (TILE_VECTORS - 1) * W < n; j += TILE_VECTORS * W) tile<Kind, R, TILE_VECTORS>(of, i, j, n, finish);
+  for (; j < n; j += W) tile<Kind, R, 1>(of, i, j, n, finish);
+}
+
+// finish(i, j, sums, n): take n (or a whole vector) of a product's entries from (i, j) on. m rows, n columns. Each is
+// summed in the order of the depth, so that its bits do not depend on what else is computed.
+template <class Kind, class Finish>
+static inline void product(const Operands<Kind>& of, int64_t m, int64_t n, const Finish& finish) {
+  static_assert(TILE_ROWS == 6);
+  const int64_t n_tiles = (m + TILE_ROWS - 1) / TILE_ROWS;
+  for (int64_t t = 0; t < n_tiles; ++t) {  // tiles of nearly equal height: 64 rows are 9 of 6 and 2 of 5
+    const int64_t begin = m * t / n_tiles, end = m * (t + 1) / n_tiles;
+    switch (end - begin) {
+      case 6: tile_row<Kind, 6>(of, begin, n, finish); break;
+      case 5: tile_row<Kind, 5>(of, begin, n, finish); break;
+      case 4: tile_row<Kind, 4>(of, begin, n, finish); break;
+      case 3: tile_row<Kind, 3>(of, begin, n, finish); break;
+      case 2: tile_row<Kind, 2>(of, begin, n, finish); break;
+      default: tile_row<Kind, 1>(of, begin, n, finish);
+    }
+  }
+}
+
+// to[column * padded(n_rows) + row] = from[row * n_columns + column], zero where there is no such row. Of 32 bits each.
+static inline void transpose(const int32_t* from, int64_t n_rows, int64_t n_columns, int32_t* to) {
+  const int64_t stride = padded(n_rows);
+  for (int64_t i = 0; i < n_rows; i += W)
+    for (int64_t j = 0; j < n_columns; j += W)
+      transpose_some(from + i * n_columns + j, n_columns, std::min<int64_t>(W, n_rows - i),
+                     std::min<int64_t>(W, n_columns - j), to + j * stride + i, stride);
+}
+
+// Rows [n, width] such that whole vectors can be read: themselves, or a copy with zeros behind each row.
+static inline const float* whole_vectors(const float* rows, int64_t n, int64_t width, std::vector<float>& scratch) {
+  const int64_t stride = padded(width);
+  if (stride == width) return rows;
+  scratch.assign(n * stride, 0.0f);
+  for (int64_t i = 0; i < n; ++i) memcpy(scratch.data() + i * stride, rows + i * width, 4 * width);
+  return scratch.data();
+}
+
+}  // namespace mdml

@@ -1,0 +1,118 @@
+// Rows of logits, sixteen at a time: their largest and their sums of e^x, a lane for each; and gradients to them.
+// x = tau * logits; m is the first largest x of a row. Short rows are turned into lanes, long ones taken one by one.
+#pragma once
+
+#include <algorithm>
+
+#include "transpose.h"
+
+namespace mdml {
+
+constexpr int64_t SHORT = 64;  // above, a row's reductions cost less than turning it
+
+// n rows (up to sixteen) of n_classes logits, side by side in a row.
+struct Rows {
+  const float* data;
+  int64_t stride, n, n_classes;
+
+  const float* at(int64_t i) const { return data + i * stride; }
+};
+
+// Of each row: the largest x, the first index of it, the largest x of the others, and the sum of e^(x - second) of the
+// others. A row with nothing but -inf beside m has second = -FLT_MAX and others = 1.
+struct Statistics {
+  Floats top, second, others;
+  Ints first;
+};
+
+// Logits of short rows by class: of each a vector with a lane for every row.
+struct Turned {
+  Floats by_class[SHORT];
+
+  explicit Turned(const Rows& rows) {
+    for (int64_t k = 0; k < rows.n_classes; k += W)
+      transpose_some(reinterpret_cast<const int32_t*>(rows.data + k), rows.stride, rows.n,
+                     std::min<int64_t>(W, rows.n_classes - k), reinterpret_cast<int32_t*>(by_class + k), W);
+  }
+};
+
+static inline Floats not_positive(Floats x) { return x > 0.0f ? all(0.0f) : x; }
+
+// The largest so far, the next largest, and where the first of the former was seen.
+struct Leaders {
+  Floats top = all(-INFINITE), second = all(LOWEST);
+  Ints at = {};
+
+  void meet(Floats x, Ints index) {
+    const Floats loser = x < top ? x : top;
+    second = larger(loser, second);
+    const Ints wins = x > top;
+    at = wins ? index : at;
+    top = wins ? x : top;
+  }
+};
+
+// m's term of a sum is made 1 and taken away again, which leaves what it was to rounding.
+static inline Floats without_one(Floats total) {
+  const Floats others = total - 1.0f;
+  return others == 0.0f ? all(1.0f) : others;
+}
+
+static inline Statistics short_statistics(const Rows& rows, Floats tau) {
+  const Turned turned(rows);
+  Leaders lead;
+  for (int32_t k = 0; k < rows.n_classes; ++k) lead.meet(turned.by_class[k] * tau, Ints{} + k);
+  Floats total = {};
+  for (int64_t k = 0; k < rows.n_classes; ++k) total += exp_of(not_positive(turned.by_class[k] * tau - lead.second));
+  return {lead.top, lead.second, without_one(total), lead.at};
+}
+
+// Lanes past the end of a row hold -inf: no entry is less, and they take no share of any sum.
+static inline Floats scaled(const float* row, int64_t k, int64_t n, Floats tau) {
+  return n - k >= W ? load(row + k) * tau : load_some(row + k, n - k, -INFINITE) * tau;
+}
+
+static inline Statistics long_statistics(const Rows& rows, Floats tau) {
+  Statistics found = {};
+  const int64_t n = rows.n_classes;
+  for (int64_t i = 0; i < rows.n; ++i) {
+    const float* row = rows.at(i);
+    Leaders lead;
+    Ints vector = {};
+    for (int64_t k = 0; k < n; k += W, vector += 1) lead.meet(scaled(row, k, n, tau), vector);
+    const Floats top = reduce(lead.top, larger);
+    const Ints index = lead.top == top ? lead.at * W + LANES : Ints{} + INT32_MAX;
+    const Ints first = reduce(index, smaller);
+    const Floats second = reduce(index == first ? lead.second : larger(lead.top, lead.second), larger);
+    Floats total = {};
+    for (int64_t k = 0; k < n; k += W) total += exp_of(not_positive(scaled(row, k, n, tau) - second));
+    const Ints here = LANES == static_cast<int32_t>(i);
+    found.top = here ? top : found.top;
+    found.second = here ? second : found.second;
+    found.others = here ? without_one(reduce(total, sum<Floats>)) : found.others;
+    found.first = here ? (first < static_cast<int32_t>(n) ? first : Ints{}) : found.first;
+  }
+  return found;
+}
+
+static inline Statistics statistics(const Rows& rows, Floats tau) {
+  return rows.n_classes <= SHORT ? short_statistics(rows, tau) : long_statistics(rows, tau);
+}
+
+// log of the sum of e^x: of the others than m, and of all. NaN where a row holds a NaN or an infinity.
+static inline Floats log_others(const Statistics& of) { return of.second + log_of(of.others) + (of.top - of.top); }
+static inline Floats log_all(const Statistics& of) { return log_add(of.top, log_others(of)); }
+
+// grad [n, n_classes] = at_rest * e^(x - shift), but at_first at the entry first (-1: nowhere). May be in place.
+static inline void gradients(const Rows& rows, Floats tau, Floats shift, Floats at_rest, Floats at_first, Ints first,
+                             float* grad) {
+  const int64_t n = rows.n_classes;
+  for (int64_t i = 0; i < rows.n; ++i) {
+    float* out = grad + i * n;
+    for (int64_t k = 0; k < n; k += W)
+      store_some(out + k, at_rest[i] * exp_of(scaled(rows.at(i), k, n, tau) - shift[i]), n - k);
+    if (first[i] >= 0) out[first[i]] = at_first[i];
+  }
+}
+
+}  // namespace mdml

@@ -1,0 +1,43 @@
+// Sixteen times sixteen values of 32 bits turned in registers.
+#pragma once
+
+#include <utility>
+
+#include "simd.h"
+
+namespace mdml {
+
+template <int D, int... L>
+static inline void exchange(Ints& a, Ints& b, std::integer_sequence<int, L...>) {
+  const Ints low = __builtin_shufflevector(a, b, (L & D ? W + L - D : L)...);
+  b = __builtin_shufflevector(a, b, (L & D ? W + L : L + D)...);
+  a = low;
+}
+
+template <int D>
+static inline void exchange_all(Ints (&rows)[W]) {
+  for (int i = 0; i < W; ++i)
+    if (!(i & D)) exchange<D>(rows[i], rows[i + D], std::make_integer_sequence<int, W>());
+}
+
+static inline void turn(Ints (&block)[W]) {
+  exchange_all<8>(block), exchange_all<4>(block), exchange_all<2>(block), exchange_all<1>(block);
+}
+
+// n_columns vectors, `to_stride` apart, from n_rows rows, `from_stride` apart; lanes without a row become zero.
+static inline void transpose_some(const int32_t* from, int64_t from_stride, int64_t n_rows, int64_t n_columns,
+                                  int32_t* to, int64_t to_stride) {
+  if (n_rows == W && n_columns == W) {  // known lengths: no calls
+    Ints block[W];
+    for (int r = 0; r < W; ++r) memcpy(&block[r], from + r * from_stride, 4 * W);
+    turn(block);
+    for (int c = 0; c < W; ++c) memcpy(to + c * to_stride, &block[c], 4 * W);
+    return;
+  }
+  Ints block[W] = {};
+  for (int64_t r = 0; r < n_rows; ++r) memcpy(&block[r], from + r * from_stride, 4 * n_columns);
+  turn(block);
+  for (int64_t c = 0; c < n_columns; ++c) memcpy(to + c * to_stride, &block[c], 4 * W);
+}
+
+}  // namespace mdml
