@@ -14,7 +14,8 @@ import torch
 from mdml_kernels import SoftmaxMarginLoss, direct
 from torch import Tensor
 
-from mdml_fast.meta import on_gpu
+from mdml_fast.meta import fused_episodes, on_gpu
+from mdml_fast.meta.fused_episodes import EpisodeKernels
 from mdml_fast.meta.fused_heads import PROTOTYPES, BatchedLinearHead, BatchedPrototypes
 from mdml_fast.meta.fused_layers import BatchedLayer, BatchedNetwork, Buffers, Layer, Network, Weights
 from mdml_fast.meta.settings import EngineSettings, Parameters
@@ -97,6 +98,11 @@ class Program:
             *((layer, layer) for layer in self.inner.layers),
         ]
         self.successor = dict(pairs)
+        loss = recipe.loss
+        by_max = loss.form == "hinge" and loss.confidence == "max" and "loss.log_temperature" not in recipe.trained
+        self._episodes = None
+        if isinstance(recipe.head, Layer) and fused_episodes.serves(recipe.network, recipe.head, by_max, self.given):
+            self._episodes = EpisodeKernels(recipe.network, recipe.head, self.given, self.own, recipe.settings)
 
     def load(self, values: Parameters) -> None:
         """Take over the values."""
@@ -109,6 +115,8 @@ class Program:
         tau, background = self._tau(support), self._background(support)
         if self.by_triton and self.recipe.settings.inner_steps:
             on_gpu.adapt(self.recipe, self.given, self.own, support, tau, background)
+        elif self._episodes and not torch.compiler.is_compiling():
+            self._episodes.adapt(support, tau, background)
         else:
             self._adapt(self.recipe.cast(support), tau, background)
         return {name: self.own.master[name] for name in self.recipe.adapted}
@@ -127,6 +135,8 @@ class Program:
         def group_sums(values: Tensor) -> Tensor:
             return values.view(-1, group, *values.shape[1:]).sum(1)
 
+        if self._episodes and not torch.compiler.is_compiling():
+            return self._by_episodes(self._episodes, (support, query, is_ood), group)
         self.adapt(support)
         rows = torch.cat([support, query], 1) if self.n_centers else query
         z = self.outer.forward(self.recipe.cast(rows))
@@ -147,6 +157,17 @@ class Program:
             assert out.background is not None
             grads["loss.background"] = group_sums(out.background)
         return out.loss, grads
+
+    def _by_episodes(
+        self, kernels: EpisodeKernels, rows: tuple[Tensor, Tensor, Tensor], group: int
+    ) -> tuple[Tensor, Parameters]:
+        """`gradients` by the compiled kernel."""
+        tau, background = self._tau(rows[0]), self._background(rows[0])
+        loss, grads, by_background = kernels.gradients(rows, tau, background, self.recipe.loss.margin, group)
+        if "loss.background" in self.recipe.trained:
+            assert by_background is not None
+            grads["loss.background"] = by_background.view(-1, group).sum(1)
+        return loss, grads
 
     def _adapt(self, rows: Tensor, tau: Tensor | None, background: Tensor | None) -> None:
         """Fill `own` by the inner loop on rows as the products take them."""

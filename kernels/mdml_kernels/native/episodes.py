@@ -1,0 +1,186 @@
+"""Whole episodes of an MLP with a linear head by the compiled kernels: one after the other, all of it in the cache.
+
+Letters: C episodes, n support and q query rows of d features; O and I features out of and into a layer; K logits.
+Everything is contiguous float32 on a CPU.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mdml_kernels.native.library import native
+from mdml_kernels.native.threads import shared
+from mdml_kernels.reference import Confidence
+
+
+class MlpLayer(NamedTuple):
+    """Attributes:
+    weight: [O, I], shared by the episodes, or [C, O, I].
+    bias: [1, O] or [C, 1, O], or None.
+    rectify: whether a ReLU follows.
+    own: weight [C, O, I] and bias [C, 1, O] that the inner loop writes; None for the head.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    rectify: bool
+    own: tuple[Tensor, Tensor | None] | None
+
+
+class InnerLoop(NamedTuple):
+    """Steps of SGD on the one-class loss of the support rows, and with which confidence."""
+
+    n_steps: int
+    lr: float
+    confidence: Confidence
+
+
+class MetaGradients(NamedTuple):
+    """Hinge losses [C]; by weight and bias of every layer [C / group, …], the head last; by the background [C]."""
+
+    loss: Tensor
+    by_layer: list[tuple[Tensor, Tensor | None]]
+    by_background: Tensor | None
+
+
+def adapt(
+    layers: Sequence[MlpLayer], inner: InnerLoop, support: Tensor, tau: Tensor | None, background: Tensor | None
+) -> None:
+    """Run the inner loop on support rows [C, n, d], into the layers' own parameters.
+
+    Args:
+        layers: the encoder's, then the head.
+        inner: what to do.
+        support: see above.
+        tau: 1/T [C], None for 1.
+        background: b [C], None for none.
+    """
+    program = _program(layers, inner, support, tau, background)
+    _call("mdml_adapt", program, len(support), _products(layers, support.shape[1]) * inner.n_steps)
+
+
+def meta_gradients(
+    layers: Sequence[MlpLayer],
+    inner: InnerLoop,
+    support: Tensor,
+    query: Tensor,
+    is_ood: Tensor,
+    tau: Tensor | None,
+    background: Tensor | None,
+    margin: float,
+    group: int,
+) -> MetaGradients:
+    """As `adapt`, then the hinge loss of query rows [C, q, d] at confidence `max`, and its gradients.
+
+    Args:
+        layers: as in `adapt`.
+        inner: likewise.
+        support: likewise.
+        query: see above.
+        is_ood: bool [C, q].
+        tau: as in `adapt`.
+        background: likewise.
+        margin: as in `softmax_margin_loss`.
+        group: over so many episodes, which divide C, the gradients are summed.
+    """
+    n_episodes, n_groups = len(support), len(support) // group
+    loss = support.new_empty(n_episodes)
+    by_background = None if background is None else torch.empty_like(loss)
+    by_layer = [_empty_gradients(layer, n_groups) for layer in layers]
+    program = _program(layers, inner, support, tau, background, by_layer)
+    is_ood = is_ood.contiguous()
+    program.query, program.is_ood, program.n_query = query.data_ptr(), is_ood.data_ptr(), query.shape[1]
+    program.loss, program.by_background = loss.data_ptr(), _pointer(by_background)
+    program.margin, program.group = margin, group
+    n_products = _products(layers, support.shape[1]) * inner.n_steps + _products(layers, query.shape[1])
+    _call("mdml_meta_gradients", program, n_groups, n_products * group)
+    return MetaGradients(loss, by_layer, by_background)
+
+
+class _Layer(ctypes.Structure):
+    """`EpisodeLayer` of episodes.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("n_in", "n_out", "rectify")),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
+        *((name, ctypes.c_int64) for name in ("weight_stride", "bias_stride")),
+        *((name, ctypes.c_void_p) for name in ("own_weight", "own_bias", "by_weight", "by_bias")),
+    ]
+
+
+class _Program(ctypes.Structure):
+    """`EpisodeProgram` of episodes.cpp."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("n_layers", "n_support", "n_query", "n_steps", "group", "mass")),
+        ("layers", ctypes.POINTER(_Layer)),
+        *((name, ctypes.c_void_p) for name in ("support", "query", "is_ood", "tau", "background")),
+        *((name, ctypes.c_void_p) for name in ("loss", "by_background")),
+        *((name, ctypes.c_float) for name in ("lr", "margin")),
+    ]
+
+
+def _program(
+    layers: Sequence[MlpLayer],
+    inner: InnerLoop,
+    support: Tensor,
+    tau: Tensor | None,
+    background: Tensor | None,
+    by_layer: Sequence[tuple[Tensor | None, Tensor | None]] | None = None,
+) -> _Program:
+    """The tensors that go in must outlive it."""
+    nothing: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(layers)
+    filled = [_layer(layer, *by) for layer, by in zip(layers, by_layer or nothing, strict=True)]
+    return _Program(
+        n_layers=len(layers),
+        n_support=support.shape[1],
+        n_steps=inner.n_steps,
+        mass=inner.confidence == "mass",
+        layers=(_Layer * len(layers))(*filled),
+        support=support.data_ptr(),
+        tau=_pointer(tau),
+        background=_pointer(background),
+        lr=inner.lr,
+    )
+
+
+def _layer(layer: MlpLayer, by_weight: Tensor | None, by_bias: Tensor | None) -> _Layer:
+    own_weight, own_bias = layer.own or (None, None)
+    n_out, n_in = layer.weight.shape[-2:]
+    strides = [0 if value is None or value.ndim == 2 else value.stride(0) for value in (layer.weight, layer.bias)]
+    pointers = [_pointer(value) for value in (layer.weight, layer.bias)]
+    return _Layer(
+        *(n_in, n_out, layer.rectify, *pointers, *strides),
+        *(_pointer(value) for value in (own_weight, own_bias, by_weight, by_bias)),
+    )
+
+
+def _empty_gradients(layer: MlpLayer, n_groups: int) -> tuple[Tensor, Tensor | None]:
+    n_out, n_in = layer.weight.shape[-2:]
+    by_bias = None if layer.bias is None else layer.bias.new_empty(n_groups, n_out)
+    return layer.weight.new_empty(n_groups, n_out, n_in), by_bias
+
+
+def _products(layers: Sequence[MlpLayer], n_rows: int) -> int:
+    return n_rows * sum(layer.weight.shape[-1] * layer.weight.shape[-2] for layer in layers)
+
+
+def _call(name: str, program: _Program, n: int, n_products: int) -> None:
+    library = native().library
+    assert library is not None
+    function = getattr(library, name)
+
+    def run(begin: int, end: int) -> None:
+        function(ctypes.c_int64(begin), ctypes.c_int64(end), ctypes.byref(program))
+
+    # Fewer products than this are not worth a thread of their own.
+    shared(run, n, least=max(1, (1 << 20) // max(1, n_products)))
+
+
+def _pointer(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else tensor.data_ptr()

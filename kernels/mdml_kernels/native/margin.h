@@ -1,0 +1,97 @@
+// Losses of one episode's rows by their log-odds, and what flows back to the logits. See `rows.h` for the letters.
+#pragma once
+
+#include "rows.h"
+
+namespace mdml {
+
+// Logits [N, K] of one episode, taken sixteen rows at a time; tau, and the background or null.
+struct EpisodeLogits {
+  const float* data;
+  int64_t row_stride, n_rows, n_classes;
+  float tau;
+  const float* background;
+
+  Rows rows(int64_t i) const { return {data + i * row_stride, row_stride, std::min<int64_t>(W, n_rows - i), n_classes}; }
+};
+
+static inline void store_indices(int64_t* to, Ints value, int64_t n) {
+  for (int64_t l = 0; l < n; ++l) to[l] = value[l];
+}
+
+static inline Ints load_indices(const int64_t* from, int64_t n) {
+  Ints value = Ints{} - 1;
+  for (int64_t l = 0; l < n; ++l) value[l] = static_cast<int32_t>(from[l]);
+  return value;
+}
+
+// What a loss keeps of the rows [N]: its slopes by their odds, log of the sum of e^x without m, and m.
+struct Kept {
+  float *slope, *log_sum;
+  int64_t* first;
+};
+
+// The weights of the mean over ID rows (negative) and over OOD rows, of n rows.
+static inline Floats mean_weights(const uint8_t* is_ood, int64_t n, float by_id, float by_ood) {
+  Floats weight = {};
+  for (int64_t l = 0; l < n; ++l) weight[l] = is_ood[l] ? by_ood : by_id;
+  return weight;
+}
+
+// The hinge loss at confidence `max`.
+static inline float hinge(const EpisodeLogits& of, const uint8_t* is_ood, float margin, const Kept& kept) {
+  const int64_t n_ood = std::count_if(is_ood, is_ood + of.n_rows, [](uint8_t is) { return is; });
+  const int64_t n_id = of.n_rows - n_ood;
+  const float by_ood = n_ood ? 1.0f / n_ood : 0.0f, by_id = n_id ? -1.0f / n_id : 0.0f;
+  Floats total = {};
+  for (int64_t i = 0; i < of.n_rows; i += W) {
+    const Rows rows = of.rows(i);
+    const Statistics found = statistics(rows, all(of.tau));
+    const Floats others = log_others(found);
+    const Floats odds = found.top - (of.background ? log_add(others, all(*of.background)) : others);
+    store_some(kept.slope + i, odds, rows.n);
+    store_some(kept.log_sum + i, others, rows.n);
+    store_indices(kept.first + i, found.first, rows.n);
+    const Floats s = LANES < static_cast<int32_t>(rows.n) ? sigmoid_of(odds) : all(0.0f);
+    total += mean_weights(is_ood + i, rows.n, by_id, by_ood) * s;
+  }
+  // A side without rows: no loss, but for a NaN.
+  const float gap = (reduce(total, sum<Floats>)[0] + margin) * (n_ood && n_id ? 1.0f : 0.0f);
+  const bool met = gap <= 0.0f;  // which a NaN is not
+  for (int64_t i = 0; i < of.n_rows; i += W) {
+    const int64_t n = std::min<int64_t>(W, of.n_rows - i);
+    const Floats odds = load_some(kept.slope + i, n, 0.0f);
+    const Floats weight = met ? all(0.0f) : mean_weights(is_ood + i, n, by_id, by_ood);
+    store_some(kept.slope + i, weight * sigmoid_of(odds) * sigmoid_of(-odds), n);
+  }
+  return met ? 0.0f : gap;
+}
+
+// Slopes by the odds of sixteen rows pulled back to their logits [n, K]; the result is that by the background, which
+// an episode may not have. shift is the log of the sum of e^x of all but the entries first; of all (`mass`), where
+// those are -1.
+static inline Floats pull_odds(const EpisodeLogits& of, int64_t i, Floats by_odds, Floats shift, Ints first, bool mass,
+                               float* by_logits) {
+  by_odds += shift - shift;  // a row with a NaN or an infinity has one in all its gradients
+  Floats kept = all(mass ? 1.0f : -1.0f), dropped = all(mass ? 1.0f : 0.0f);
+  if (!mass && of.background) {
+    const Floats ahead = shift - *of.background;
+    kept = -sigmoid_of(ahead), dropped = sigmoid_of(-ahead);
+  }
+  gradients(of.rows(i), all(of.tau), shift, by_odds * of.tau * kept, by_odds * of.tau, first, by_logits);
+  return -(by_odds * dropped);
+}
+
+// The logits of an episode, side by side, become the gradient of their one-class loss: the mean of -log S.
+static inline void one_class_gradient(const EpisodeLogits& of, bool mass, float* logits) {
+  for (int64_t i = 0; i < of.n_rows; i += W) {
+    const Statistics found = statistics(of.rows(i), all(of.tau));
+    const Floats shift = mass ? log_all(found) : log_others(found);
+    Floats odds = mass ? shift : found.top - shift;
+    if (of.background) odds = mass ? shift - *of.background : found.top - log_add(shift, all(*of.background));
+    const Floats by_odds = sigmoid_of(-odds) * (-1.0f / of.n_rows);
+    pull_odds(of, i, by_odds, shift, mass ? Ints{} - 1 : found.first, mass, logits + i * of.n_classes);
+  }
+}
+
+}  // namespace mdml

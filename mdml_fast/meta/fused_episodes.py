@@ -1,0 +1,80 @@
+"""The fused path's shortest way on a CPU: whole episodes of an MLP by one compiled kernel."""
+
+from __future__ import annotations
+
+import torch
+from mdml_kernels.native import episodes
+from mdml_kernels.native import library as native
+from torch import Tensor
+
+from mdml_fast.meta.fused_layers import Layer, Network, Weights
+from mdml_fast.meta.settings import EngineSettings, Parameters
+
+
+class EpisodeKernels:
+    """An encoder of Linear and ReLU, a linear head, the hinge loss at confidence `max`.
+
+    Args:
+        network: the encoder.
+        head: the head.
+        given: the parameters that episodes start from.
+        own: those that the inner loop writes.
+        settings: the engine's.
+    """
+
+    def __init__(
+        self, network: Network, head: Layer, given: Weights, own: Weights, settings: EngineSettings
+    ) -> None:
+        self._layers = [_layer(layer, given.master, own.master) for layer in network.layers]
+        self._layers.append(_layer(head, given.master, None))
+        self._names = [*network.layers, head]
+        self._inner = episodes.InnerLoop(settings.inner_steps, settings.inner_lr, "max")
+
+    def adapt(self, support: Tensor, tau: Tensor | None, background: Tensor | None) -> None:
+        """The inner loop on support rows [C, n, d]; τ and the background are [C] or None."""
+        episodes.adapt(self._layers, self._inner, support.contiguous(), _whole(tau), _whole(background))
+
+    def gradients(
+        self,
+        rows: tuple[Tensor, Tensor, Tensor],
+        tau: Tensor | None,
+        background: Tensor | None,
+        margin: float,
+        group: int,
+    ) -> tuple[Tensor, Parameters, Tensor | None]:
+        """Outer losses [C], the parameters' gradients [C / group, …], and that by the background [C].
+
+        rows are the support [C, n, d], the query [C, q, d] and is_ood [C, q].
+        """
+        support, query, is_ood = (value.contiguous() for value in rows)
+        out = episodes.meta_gradients(
+            self._layers, self._inner, support, query, is_ood, _whole(tau), _whole(background), margin, group
+        )
+        grads = {}
+        for layer, (by_weight, by_bias) in zip(self._names, out.by_layer, strict=True):
+            grads[layer.weight] = by_weight
+            if layer.bias and by_bias is not None:
+                grads[layer.bias] = by_bias
+        return out.loss, grads, out.by_background
+
+
+def serves(network: Network, head: Layer | str, hinge_of_max: bool, given: Weights) -> bool:
+    """Whether `EpisodeKernels` can take this on this machine."""
+    return (
+        hinge_of_max
+        and isinstance(head, Layer)
+        and network.log_scale is None
+        and {layer.activation for layer in network.layers} <= {"", "relu"}
+        and given.master is given.compute
+        and native.serves(*(value for name, value in given.master.items() if not name.startswith("loss.")))
+    )
+
+
+def _layer(layer: Layer, given: Parameters, own: Parameters | None) -> episodes.MlpLayer:
+    bias = given[layer.bias].unsqueeze(-2) if layer.bias else None
+    mine = (own[layer.weight], own[layer.bias] if layer.bias else None) if own else None
+    return episodes.MlpLayer(given[layer.weight], bias, layer.activation == "relu", mine)
+
+
+def _whole(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.contiguous()
