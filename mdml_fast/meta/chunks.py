@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from mdml_kernels.native import library as native
 
 from mdml_fast.files import replace_file
 from mdml_fast.meta.engine import MetaEngine
@@ -136,6 +137,6 @@ def cache_key(engine: MetaEngine, shape: Shape, sizes: Sequence[int], threads: i
     parameters = {name: list(value.shape) for name, value in engine.parameters().items()}
     facts = [
         *(platform.node(), device, os.cpu_count(), torch.__version__, threads),
-        *(engine.choice.path, str(engine.settings), list(shape), list(sizes), parameters),
+        *(engine.choice.path, native.native().reason, str(engine.settings), list(shape), list(sizes), parameters),
     ]
     return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:32]

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import torch
+from mdml_kernels import SoftmaxMarginLoss
 from mdml_kernels.native import episodes
 from mdml_kernels.native import library as native
 from torch import Tensor
 
-from mdml_fast.meta.fused_layers import Layer, Network, Weights
+from mdml_fast.meta.fused_layers import Layer, Network
 from mdml_fast.meta.settings import EngineSettings, Parameters
 
 
@@ -23,12 +24,14 @@ class EpisodeKernels:
     """
 
     def __init__(
-        self, network: Network, head: Layer, given: Weights, own: Weights, settings: EngineSettings
+        self, network: Network, head: Layer, given: Parameters, own: Parameters, settings: EngineSettings
     ) -> None:
-        self._layers = [_layer(layer, given.master, own.master) for layer in network.layers]
-        self._layers.append(_layer(head, given.master, None))
         self._names = [*network.layers, head]
-        self._inner = episodes.InnerLoop(settings.inner_steps, settings.inner_lr, "max")
+        self._layers = [_layer(layer, given, own) for layer in network.layers] + [_layer(head, given, None)]
+        narrow = settings.dtype == torch.bfloat16
+        self._inner = episodes.InnerLoop(settings.inner_steps, settings.inner_lr, "max", narrow)
+        plain = native.serves(*(layer.weight for layer in self._layers))
+        self.serves = plain and (not narrow or episodes.takes_bfloat16(self._layers))
 
     def adapt(self, support: Tensor, tau: Tensor | None, background: Tensor | None) -> None:
         """The inner loop on support rows [C, n, d]; τ and the background are [C] or None."""
@@ -58,16 +61,20 @@ class EpisodeKernels:
         return out.loss, grads, out.by_background
 
 
-def serves(network: Network, head: Layer | str, hinge_of_max: bool, given: Weights) -> bool:
-    """Whether `EpisodeKernels` can take this on this machine."""
-    return (
-        hinge_of_max
-        and isinstance(head, Layer)
-        and network.log_scale is None
-        and {layer.activation for layer in network.layers} <= {"", "relu"}
-        and given.master is given.compute
-        and native.serves(*(value for name, value in given.master.items() if not name.startswith("loss.")))
-    )
+def make(
+    network: Network, head: Layer | str, loss: SoftmaxMarginLoss, given: Parameters, own: Parameters, settings: EngineSettings
+) -> EpisodeKernels | None:
+    """The kernels for this computation, where this machine has such."""
+    if (
+        not isinstance(head, Layer)
+        or network.log_scale is not None
+        or not {layer.activation for layer in network.layers} <= {"", "relu"}
+        or (loss.form, loss.confidence) != ("hinge", "max")
+        or loss.log_temperature is not None
+    ):
+        return None
+    kernels = EpisodeKernels(network, head, given, own, settings)
+    return kernels if kernels.serves else None
 
 
 def _layer(layer: Layer, given: Parameters, own: Parameters | None) -> episodes.MlpLayer:

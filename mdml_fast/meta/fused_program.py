@@ -98,11 +98,9 @@ class Program:
             *((layer, layer) for layer in self.inner.layers),
         ]
         self.successor = dict(pairs)
-        loss = recipe.loss
-        by_max = loss.form == "hinge" and loss.confidence == "max" and "loss.log_temperature" not in recipe.trained
-        self._episodes = None
-        if isinstance(recipe.head, Layer) and fused_episodes.serves(recipe.network, recipe.head, by_max, self.given):
-            self._episodes = EpisodeKernels(recipe.network, recipe.head, self.given, self.own, recipe.settings)
+        self._episodes = fused_episodes.make(
+            *(recipe.network, recipe.head, recipe.loss, self.given.master, self.own.master, recipe.settings)
+        )
 
     def load(self, values: Parameters) -> None:
         """Take over the values."""

@@ -4,13 +4,24 @@ import os
 
 import pytest
 from mdml_kernels import cpu, cpu_loss, linear
+from mdml_kernels.native import library
 
-WAYS = ("textbook", "operator", "rows of one episode")
+WAYS = ("compiled", "textbook", "operator", "rows of one episode")
+
+
+@pytest.fixture
+def without_native(monkeypatch):
+    """As on a machine without a compiler."""
+    monkeypatch.setattr(library, "native", lambda: library.Native(None, "the test wants none"))
 
 
 @pytest.fixture(params=WAYS)
 def cpu_way(request, monkeypatch):
-    """The textbook formula, the operators in one chunk, or in chunks of a few rows each."""
+    """The compiled kernels; without them the textbook formula, and operators in one chunk or in small ones."""
+    if request.param == "compiled":
+        assert library.native().library is not None, library.native().reason
+        return request.param
+    request.getfixturevalue("without_native")
     if request.param != "textbook":
         monkeypatch.setattr(cpu_loss, "_FEW_LOGITS", 0)
     if request.param == "rows of one episode":
@@ -20,10 +31,12 @@ def cpu_way(request, monkeypatch):
     return request.param
 
 
-@pytest.fixture
-def operators(monkeypatch):
-    """The operators, however few the logits."""
+@pytest.fixture(params=["compiled", "tensor operations"])
+def operators(request, monkeypatch):
+    """The operators, however few the logits: the compiled ones and those of a machine without a compiler."""
     monkeypatch.setattr(cpu_loss, "_FEW_LOGITS", 0)
+    if request.param != "compiled":
+        request.getfixturevalue("without_native")
 
 
 def pytest_ignore_collect(collection_path):

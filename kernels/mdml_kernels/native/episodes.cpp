@@ -1,7 +1,10 @@
 // Whole episodes of an MLP with a linear head: the inner loop, the outer loss and its gradients, one episode after the
 // other, so that all of it stays in the processor's own caches.
+#include "bfloat16.h"
 #include "layer.h"
 #include "margin.h"
+
+#include <vector>
 
 namespace mdml {
 
@@ -18,7 +21,7 @@ struct EpisodeLayer {
 
 // The last of n_layers is the head. tau null: 1; background null: none; by_background [E] null: not wanted.
 struct EpisodeProgram {
-  int64_t n_layers, n_support, n_query, n_steps, group, mass;
+  int64_t n_layers, n_support, n_query, n_steps, group, mass, bfloat16;
   const EpisodeLayer* layers;
   const float *support, *query;
   const uint8_t* is_ood;
@@ -31,60 +34,68 @@ struct EpisodeProgram {
 
 namespace {
 
+// A thread's own memory for its episodes.
+template <class Kind>
+struct Workspace {
+  using Entry = typename Kind::Entry;
+  using Stored = typename Kind::Stored;
+
+  std::vector<Buffer<Stored>> outputs;       // of the encoder's layers [n, O]
+  std::vector<Buffer<Entry>> turned_given;   // weights that all episodes share, turned once
+  Buffer<Stored> grad[2];
+  Buffer<Entry> inputs, by_logits, turned, stacked;
+  Buffer<float> logits, slope, log_sum;
+  Buffer<int64_t> first;
+};
+
+template <class Kind>
 class Episode {
  public:
-  explicit Episode(const EpisodeProgram& program) : of(program), head(program.n_layers - 1) {
+  using Entry = typename Kind::Entry;
+  using Stored = typename Kind::Stored;
+
+  Episode(const EpisodeProgram& program, Workspace<Kind>& space) : of(program), head(program.n_layers - 1), space(space) {
     const int64_t n = std::max(of.n_support, of.n_query);
-    activations.resize(of.n_layers), turned_given.resize(of.n_layers);
+    space.outputs.resize(head), space.turned_given.resize(of.n_layers);
+    turned_given.assign(of.n_layers, nullptr);
     int64_t widest = 0;
-    for (int64_t l = 0; l < of.n_layers; ++l) {
-      activations[l].resize(n * of.layers[l].n_out);
+    for (int64_t l = 0; l < head; ++l) {
+      outputs.push_back(space.outputs[l].take(n * of.layers[l].n_out));
       widest = std::max(widest, of.layers[l].n_out);
     }
-    grad.resize(n * widest), grad_below.resize(n * widest);
-    slope.resize(n), log_sum.resize(n), first.resize(n);
+    grad = space.grad[0].take(n * widest), grad_below = space.grad[1].take(n * widest);
+    logits = space.logits.take(n * of.layers[head].n_out);
+    kept = {space.slope.take(n), space.log_sum.take(n), space.first.take(n)};
   }
 
   void adapt(int64_t e) {
-    const int64_t n = of.n_support;
-    const float* rows = of.support + e * n * of.layers[0].n_in;
+    const int64_t n = of.n_support, d = of.layers[0].n_in;
+    const Stored* rows = Kind::stored(of.support + e * n * d, n * d, space.inputs);
     for (int64_t step = 0; step < of.n_steps; ++step) {
       const bool own = step > 0;
       forward(e, own, rows, n);
-      float* logits = activations[head].data();
       one_class_gradient(logits_of(e, n), of.mass, logits);
-      pull(e, head, own, n, logits, grad.data());
+      pull(e, head, own, n, logit_gradients(n), grad);
       for (int64_t l = head - 1; l >= 0; --l) {
-        if (l) pull(e, l, own, n, grad.data(), grad_below.data());
-        layer_step(size(l, n), grad.data(), below(l, rows, n), -of.lr, at(e, l, own), own_layer(e, l));
+        if (l) pull(e, l, own, n, grad, grad_below);
+        layer_step<Kind>(size(l, n), grad, below(l, rows), -of.lr, at(e, l, own), own_layer(e, l));
         std::swap(grad, grad_below);
       }
     }
   }
 
   void outer(int64_t e) {
-    const int64_t n = of.n_query, group = e / of.group;
-    const float* rows = of.query + e * n * of.layers[0].n_in;
-    const bool own = of.n_steps > 0;
+    const int64_t n = of.n_query, d = of.layers[0].n_in, group = e / of.group;
+    const Stored* rows = Kind::stored(of.query + e * n * d, n * d, space.inputs);
+    const bool own = of.n_steps > 0, begins = e % of.group == 0;
     forward(e, own, rows, n);
-    float* logits = activations[head].data();
-    const EpisodeLogits episode = logits_of(e, n);
-    of.loss[e] = hinge(episode, of.is_ood + e * n, of.margin, {slope.data(), log_sum.data(), first.data()});
-    Floats by_background = {};
-    for (int64_t i = 0; i < n; i += W) {
-      const int64_t left = n - i;
-      by_background += pull_odds(episode, i, load_some(slope.data() + i, left, 0.0f),
-                                 load_some(log_sum.data() + i, left, 0.0f),
-                                 load_indices(first.data() + i, std::min<int64_t>(W, left)), false,
-                                 logits + i * of.layers[head].n_out);
-    }
-    if (of.by_background) of.by_background[e] = reduce(by_background, sum<Floats>)[0];
-    const bool begins = e % of.group == 0;
-    pull(e, head, own, n, logits, grad.data());
-    collect(group, head, n, logits, rows, begins);
+    margin_gradient(e, n);
+    const Stored* by_logits = logit_gradients(n);
+    pull(e, head, own, n, by_logits, grad);
+    collect(group, head, n, by_logits, rows, begins);
     for (int64_t l = head - 1; l >= 0; --l) {
-      if (l) pull(e, l, own, n, grad.data(), grad_below.data());
-      collect(group, l, n, grad.data(), rows, begins);
+      if (l) pull(e, l, own, n, grad, grad_below);
+      collect(group, l, n, grad, rows, begins);
       std::swap(grad, grad_below);
     }
   }
@@ -92,17 +103,21 @@ class Episode {
  private:
   const EpisodeProgram& of;
   const int64_t head;
-  std::vector<Scratch> activations;  // what each layer gives [n, O]; the logits become their own gradient
-  std::vector<Scratch> turned_given;  // weights that all episodes share, turned once
-  Scratch grad, grad_below, turned, whole, slope, log_sum;
-  std::vector<int64_t> first;
+  Workspace<Kind>& space;
+  std::vector<Stored*> outputs;
+  std::vector<const Entry*> turned_given;
+  Stored *grad, *grad_below;
+  float* logits;  // they become their own gradient
+  Kept kept;
 
   Size size(int64_t l, int64_t n) const { return {n, of.layers[l].n_in, of.layers[l].n_out}; }
 
   EpisodeLogits logits_of(int64_t e, int64_t n) const {
     const int64_t k = of.layers[head].n_out;
-    return {activations[head].data(), k, n, k, of.tau ? of.tau[e] : 1.0f, of.background ? of.background + e : nullptr};
+    return {logits, k, n, k, of.tau ? of.tau[e] : 1.0f, of.background ? of.background + e : nullptr};
   }
+
+  const Stored* logit_gradients(int64_t n) { return Kind::stored(logits, n * of.layers[head].n_out, space.by_logits); }
 
   Layer<float> own_layer(int64_t e, int64_t l) const {
     const EpisodeLayer& layer = of.layers[l];
@@ -118,53 +133,91 @@ class Episode {
     return {layer.weight + e * layer.weight_stride, layer.bias ? layer.bias + e * layer.bias_stride : nullptr};
   }
 
-  // What layer l takes, so that whole vectors can be read of each row.
-  const float* below(int64_t l, const float* rows, int64_t n) {
-    return whole_vectors(l ? activations[l - 1].data() : rows, n, of.layers[l].n_in, whole);
-  }
+  const Stored* below(int64_t l, const Stored* rows) const { return l ? outputs[l - 1] : rows; }
 
-  void forward(int64_t e, bool own, const float* rows, int64_t n) {
+  void forward(int64_t e, bool own, const Stored* rows, int64_t n) {
     for (int64_t l = 0; l <= head; ++l) {
       const EpisodeLayer& layer = of.layers[l];
       const Layer<const float> with = at(e, l, own);
       const bool shared = !layer.weight_stride && !(own && l < head);
-      if (shared && turned_given[l].empty()) turned_weight(with.weight, size(l, n), turned_given[l]);
-      const float* weight = shared ? turned_given[l].data() : turned_weight(with.weight, size(l, n), turned);
-      layer_forward(size(l, n), rows, weight, with.bias, layer.rectify, activations[l].data());
-      rows = activations[l].data();
+      if (shared && !turned_given[l])
+        turned_given[l] = Kind::turned(with.weight, layer.n_out, layer.n_in, space.turned_given[l]);
+      const Entry* weight =
+          shared ? turned_given[l] : Kind::turned(with.weight, layer.n_out, layer.n_in, space.turned);
+      if (l == head)
+        layer_forward<Kind, Singles>(size(l, n), below(l, rows), weight, with.bias, false, logits);
+      else
+        layer_forward<Kind, Kind>(size(l, n), below(l, rows), weight, with.bias, layer.rectify, outputs[l]);
     }
   }
 
-  // The gradient to what layer l - 1 gave before its activation, from that to what l gives.
-  void pull(int64_t e, int64_t l, bool own, int64_t n, const float* from, float* to) {
-    const EpisodeLayer& layer = of.layers[l];
-    const float* weight = whole_vectors(at(e, l, own).weight, layer.n_out, layer.n_in, whole);
-    layer_pull(size(l, n), from, weight, of.layers[l - 1].rectify ? activations[l - 1].data() : nullptr, to);
+  // The logits become the gradient of the outer loss.
+  void margin_gradient(int64_t e, int64_t n) {
+    const EpisodeLogits episode = logits_of(e, n);
+    of.loss[e] = hinge(episode, of.is_ood + e * n, of.margin, kept);
+    Floats by_background = {};
+    for (int64_t i = 0; i < n; i += W) {
+      const int64_t left = n - i;
+      by_background += pull_odds(episode, i, load_some(kept.slope + i, left, 0.0f),
+                                 load_some(kept.log_sum + i, left, 0.0f),
+                                 load_indices(kept.first + i, std::min<int64_t>(W, left)), false,
+                                 logits + i * episode.n_classes);
+    }
+    if (of.by_background) of.by_background[e] = reduce(by_background, sum<Floats>)[0];
   }
 
-  void collect(int64_t group, int64_t l, int64_t n, const float* from, const float* rows, bool begins) {
+  // The gradient to what layer l - 1 gave before its activation, from that to what l gives.
+  void pull(int64_t e, int64_t l, bool own, int64_t n, const Stored* from, Stored* to) {
+    const EpisodeLayer& layer = of.layers[l];
+    const auto* weight = Kind::stacked(at(e, l, own).weight, layer.n_out, layer.n_in, space.stacked);
+    layer_pull<Kind>(size(l, n), from, weight, of.layers[l - 1].rectify ? outputs[l - 1] : nullptr, to);
+  }
+
+  void collect(int64_t group, int64_t l, int64_t n, const Stored* from, const Stored* rows, bool begins) {
     const EpisodeLayer& layer = of.layers[l];
     const Layer<float> sums = {layer.by_weight + group * layer.n_out * layer.n_in,
                                layer.by_bias ? layer.by_bias + group * layer.n_out : nullptr};
     const Layer<const float> last = begins ? Layer<const float>{} : Layer<const float>{sums.weight, sums.bias};
-    layer_step(size(l, n), from, below(l, rows, n), 1.0f, last, sums);
+    layer_step<Kind>(size(l, n), from, below(l, rows), 1.0f, last, sums);
   }
 };
+
+template <class Kind>
+void run(const EpisodeProgram& program, int64_t begin, int64_t end, bool outer) {
+  static thread_local Workspace<Kind> space;
+  Episode<Kind> episode(program, space);
+  for (int64_t e = begin; e < end; ++e) {
+    episode.adapt(e);
+    if (outer) episode.outer(e);
+  }
+}
+
+void run(const EpisodeProgram& program, int64_t begin, int64_t end, bool outer) {
+#ifdef __AVX512BF16__
+  if (program.bfloat16) return run<Pairs>(program, begin, end, outer);
+#endif
+  run<Singles>(program, begin, end, outer);
+}
 
 }  // namespace
 
 extern "C" {
 
-// The inner loop of the episodes from `begin` to `end`.
-void mdml_adapt(int64_t begin, int64_t end, const EpisodeProgram* program) {
-  Episode episode(*program);
-  for (int64_t e = begin; e < end; ++e) episode.adapt(e);
+// Whether there are products of bfloat16. Those take layers of even widths only.
+int64_t mdml_has_bfloat16() {
+#ifdef __AVX512BF16__
+  return 1;
+#else
+  return 0;
+#endif
 }
+
+// The inner loop of the episodes from `begin` to `end`.
+void mdml_adapt(int64_t begin, int64_t end, const EpisodeProgram* program) { run(*program, begin, end, false); }
 
 // Everything, of the groups of episodes from `begin` to `end`.
 void mdml_meta_gradients(int64_t begin, int64_t end, const EpisodeProgram* program) {
-  Episode episode(*program);
-  for (int64_t e = begin * program->group; e < end * program->group; ++e) episode.adapt(e), episode.outer(e);
+  run(*program, begin * program->group, end * program->group, true);
 }
 
 }  // extern "C"

@@ -33,11 +33,24 @@ class MlpLayer(NamedTuple):
 
 
 class InnerLoop(NamedTuple):
-    """Steps of SGD on the one-class loss of the support rows, and with which confidence."""
+    """Attributes:
+    n_steps: of SGD on the one-class loss of the support rows.
+    lr: its learning rate.
+    confidence: of that loss.
+    bfloat16: whether products take their operands in bfloat16; they are summed, and weights kept, in float32.
+    """
 
     n_steps: int
     lr: float
     confidence: Confidence
+    bfloat16: bool = False
+
+
+def takes_bfloat16(layers: Sequence[MlpLayer]) -> bool:
+    """Whether this machine's processor multiplies bfloat16, and the layers' widths are even, as it wants them."""
+    library = native().library
+    even = all(size % 2 == 0 for layer in layers for size in layer.weight.shape[-2:])
+    return even and library is not None and bool(library.mdml_has_bfloat16())
 
 
 class MetaGradients(NamedTuple):
@@ -117,7 +130,7 @@ class _Program(ctypes.Structure):
     """`EpisodeProgram` of episodes.cpp."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("n_layers", "n_support", "n_query", "n_steps", "group", "mass")),
+        *((name, ctypes.c_int64) for name in ("n_layers", "n_support", "n_query", "n_steps", "group", "mass", "bfloat16")),
         ("layers", ctypes.POINTER(_Layer)),
         *((name, ctypes.c_void_p) for name in ("support", "query", "is_ood", "tau", "background")),
         *((name, ctypes.c_void_p) for name in ("loss", "by_background")),
@@ -141,6 +154,7 @@ def _program(
         n_support=support.shape[1],
         n_steps=inner.n_steps,
         mass=inner.confidence == "mass",
+        bfloat16=inner.bfloat16,
         layers=(_Layer * len(layers))(*filled),
         support=support.data_ptr(),
         tau=_pointer(tau),

@@ -2,7 +2,7 @@
 #pragma once
 
 #include <algorithm>
-#include <vector>
+#include <memory>
 
 #include "transpose.h"
 
@@ -16,10 +16,18 @@ constexpr int TILE_ROWS = 6, TILE_VECTORS = 1;  // a vector is two registers her
 
 static inline int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
 
-// Entries of the operands as they come: float32 one by one. See bfloat16.h for pairs.
-struct Singles {
-  using Entry = float;
-  static inline Floats fma(Floats sum, Entry a, const Entry* b) { return sum + a * load(b); }
+// Memory that is taken again and again, never shrinks and is not cleared.
+template <class T>
+class Buffer {
+ public:
+  T* take(int64_t n) {
+    if (n > size) values.reset(new T[n]), size = n;
+    return values.get();
+  }
+
+ private:
+  std::unique_ptr<T[]> values;
+  int64_t size = 0;
 };
 
 // a(i, k) at a[i * row + k * depth]; b(k, j) at b[k * stride + j], readable up to the next whole vector in j.
@@ -38,12 +46,18 @@ static inline __attribute__((always_inline)) void tile(const Operands<Kind>& of,
   for (int64_t k = 0; k < of.depth; ++k, a += of.a_depth, b += of.b_stride)
     for (int r = 0; r < R; ++r)
       for (int v = 0; v < V; ++v) sums[r][v] = Kind::fma(sums[r][v], a[r * of.a_row], b + v * W);
-  for (int r = 0; r < R; ++r)
-    for (int v = 0; v < V; ++v) finish(i + r, j + v * W, sums[r][v], n - j - v * W);
+  if (n - j >= V * W) {  // a known length leaves no branches in what follows
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) finish(i + r, j + v * W, sums[r][v], W);
+  } else {
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) finish(i + r, j + v * W, sums[r][v], n - j - v * W);
+  }
 }
 
+// A function of its own, so that the tile has the registers to itself.
 template <class Kind, int R, class Finish>
-static inline void tile_row(const Operands<Kind>& of, int64_t i, int64_t n, const Finish& finish) {
+static __attribute__((noinline)) void tile_row(const Operands<Kind>& of, int64_t i, int64_t n, const Finish& finish) {
   int64_t j = 0;
   for (; j + (TILE_VECTORS - 1) * W < n; j += TILE_VECTORS * W) tile<Kind, R, TILE_VECTORS>(of, i, j, n, finish);
   for (; j < n; j += W) tile<Kind, R, 1>(of, i, j, n, finish);
@@ -77,13 +91,35 @@ static inline void transpose(const int32_t* from, int64_t n_rows, int64_t n_colu
                      std::min<int64_t>(W, n_columns - j), to + j * stride + i, stride);
 }
 
-// Rows [n, width] such that whole vectors can be read: themselves, or a copy with zeros behind each row.
-static inline const float* whole_vectors(const float* rows, int64_t n, int64_t width, std::vector<float>& scratch) {
-  const int64_t stride = padded(width);
-  if (stride == width) return rows;
-  scratch.assign(n * stride, 0.0f);
-  for (int64_t i = 0; i < n; ++i) memcpy(scratch.data() + i * stride, rows + i * width, 4 * width);
-  return scratch.data();
-}
+// How operands are kept: `Singles` one float32 by one; see bfloat16.h for `Pairs`. Rows are stored side by side as
+// `Stored`; a product takes entries, which lie along its depth, of which a row of n has depth(n).
+struct Singles {
+  using Entry = float;
+  using Stored = float;
+  static constexpr Entry one = 1.0f;
+
+  static int64_t depth(int64_t n) { return n; }
+  static inline Floats fma(Floats sum, Entry a, const Entry* b) { return sum + a * mdml::load(b); }
+  static inline Floats load(const Stored* from, int64_t n) { return load_some(from, n, 0.0f); }
+  static inline void store(Stored* to, Floats value, int64_t n) { store_some(to, value, n); }
+  static const Stored* stored(const float* rows, int64_t, Buffer<Entry>&) { return rows; }
+
+  // Rows [n, width] one below the other, such that whole vectors can be read: themselves, or with zeros behind each.
+  static const Entry* stacked(const Stored* rows, int64_t n, int64_t width, Buffer<Entry>& buffer) {
+    const int64_t stride = padded(width);
+    if (stride == width) return rows;
+    float* to = buffer.take(n * stride);
+    std::fill(to, to + n * stride, 0.0f);
+    for (int64_t i = 0; i < n; ++i) memcpy(to + i * stride, rows + i * width, 4 * width);
+    return to;
+  }
+
+  // Rows [n, width] turned: [width, padded(n)].
+  static const Entry* turned(const float* rows, int64_t n, int64_t width, Buffer<Entry>& buffer) {
+    float* to = buffer.take(width * padded(n));
+    transpose(reinterpret_cast<const int32_t*>(rows), n, width, reinterpret_cast<int32_t*>(to));
+    return to;
+  }
+};
 
 }  // namespace mdml

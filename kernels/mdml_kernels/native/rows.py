@@ -48,7 +48,7 @@ def hinge(
     loss, columns = tau.new_empty(n_episodes), tau.new_empty(2, n_episodes, n_rows)
     first = torch.empty(n_episodes, n_rows, dtype=torch.int64)
     slope, log_sum = columns.unbind()
-    is_ood = is_ood.contiguous()
+    is_ood, background = is_ood.contiguous(), _whole(background)
     call = _Call("mdml_hinge", logits, tau)
     call(n_episodes, n_rows * n_classes, background, is_ood, ctypes.c_float(margin), loss, slope, log_sum, first)
     return loss, slope, log_sum, first
@@ -81,12 +81,17 @@ def gradients(
     tau_rows = torch.empty_like(log_sum) if needs_tau else None
     background_rows = None if background is None else torch.empty_like(log_sum)
     call = _Call("mdml_row_gradients", logits, tau)
+    background = _whole(background)
     others = (background, *slopes, log_sum, first, out, tau_rows, background_rows)
     call(_blocks(logits), _BLOCK * logits.shape[-1], *others)
     return (
         None if tau_rows is None else tau_rows.sum(1) / tau,
         None if background_rows is None else background_rows.sum(1),
     )
+
+
+def _whole(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.contiguous()
 
 
 def _blocks(logits: Tensor) -> int:
