@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from mdml_kernels import SoftmaxMarginLoss, explain
+from mdml_kernels.native.library import native
 from torch import nn
 from torch.func import functional_call
 
@@ -23,6 +24,7 @@ def diagnose() -> dict[str, Any]:
     environment = {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}}
     environment["cpu threads"] = str(torch.get_num_threads())
     environment["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else "none found by torch"
+    environment["native kernels"] = native().reason
     environment |= _paths()
     devices = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
     orders: list[tuple[bool, Path]] = [(True, "fused"), (True, "generic"), (False, "generic")]

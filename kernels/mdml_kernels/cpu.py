@@ -28,7 +28,8 @@ def forward(
     """The odds [E, N], log Σ e^x without the background [E, N], the first largest index [E, N] (mass: empty)."""
     if native.serves_rows(logits, tau):
         top, log_sum, first = native.statistics(logits, tau, confidence)
-        return chunks.odds_of(top, log_sum, None if background is None else background[:, None], confidence), log_sum, first
+        against = None if background is None else background[:, None]
+        return chunks.odds_of(top, log_sum, against, confidence), log_sum, first
     n_episodes, n_rows, _ = logits.shape
     top, second, peak = (tau.new_empty(n_episodes, n_rows, 1) for _ in range(3))
     first = torch.empty(n_episodes, n_rows if confidence == "max" else 0, 1, dtype=torch.int64, device=logits.device)

@@ -110,7 +110,8 @@ class CpuMarginLoss:
         self, inputs: Inputs, saved: Inputs, grad: Tensor, tangents: Inputs, needs: Needs
     ) -> list[Tensor]:
         """See `autograd.RowOp`."""
-        odds, *kept = cpu.forward(*inputs[:3], "max")
+        logits, tau, background, _ = inputs
+        odds, *kept = cpu.forward(logits, tau, background, "max")
         by_odds = saved[0] * odds.sigmoid() * odds.neg().sigmoid()
         return double_backward(inputs, (odds, *kept), by_odds, grad, tangents, needs)
 

@@ -10,6 +10,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from mdml_kernels.native import library
+
 Backend = Literal["auto", "reference", "cpu", "triton"]
 BACKENDS = ("auto", "reference", "cpu", "triton")
 
@@ -23,7 +25,9 @@ class Choice(NamedTuple):
     reason: str
 
 
-def resolve(requested: str, device: str, dtype: torch.dtype, triton: str | None, *, linear: bool = False) -> Choice:
+def resolve(
+    requested: str, device: str, dtype: torch.dtype, triton: str | None, *, linear: bool = False, native: bool = False
+) -> Choice:
     """The backend of a call, by a pure function of its arguments.
 
     Args:
@@ -32,6 +36,7 @@ def resolve(requested: str, device: str, dtype: torch.dtype, triton: str | None,
         dtype: the logits' dtype.
         triton: ``None`` where Triton is not installed, ``interpreter`` under ``TRITON_INTERPRET=1``, else ``compiler``.
         linear: whether the call is `linear_softmax_confidence`, whose kernels have no float64.
+        native: whether the CPU's own kernels, which take float32, could be compiled.
 
     Raises:
         ValueError: the requested backend is unknown, or cannot serve this device and dtype.
@@ -50,7 +55,9 @@ def resolve(requested: str, device: str, dtype: torch.dtype, triton: str | None,
             raise ValueError(f"backend {requested!r} cannot serve this call: {reason}; available: {available}")
         return Choice(requested, "asked for")
     if unmet["cpu"] is None:
-        return Choice("cpu", f"{_name(dtype)} logits on a CPU: chunked passes with the analytic gradient")
+        compiled = native and dtype == torch.float32 and not linear
+        how = "compiled kernels" if compiled else "chunked passes with the analytic gradient"
+        return Choice("cpu", f"{_name(dtype)} logits on a CPU: {how}")
     if unmet["triton"] is None and device == "cuda":
         return Choice("triton", f"{_name(dtype)} logits on a GPU: fused Triton kernels")
     return Choice("reference", f"plain PyTorch, because {unmet['triton'] if device == 'cuda' else unmet['cpu']}")
@@ -62,7 +69,9 @@ def choose(requested: str, logits: Tensor, *, linear: bool = False) -> Choice:
         if requested not in ("auto", "reference"):
             raise ValueError(f"backend {requested!r} cannot serve torch.func inside torch.compile: leave it 'auto'")
         return Choice("reference", "plain PyTorch, because no custom op survives torch.func inside torch.compile")
-    return resolve(requested, logits.device.type, logits.dtype, triton_state(), linear=linear)
+    return resolve(
+        *(requested, logits.device.type, logits.dtype, triton_state()), linear=linear, native=library.serves(logits)
+    )
 
 
 @functools.cache

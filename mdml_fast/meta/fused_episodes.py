@@ -62,7 +62,12 @@ class EpisodeKernels:
 
 
 def make(
-    network: Network, head: Layer | str, loss: SoftmaxMarginLoss, given: Parameters, own: Parameters, settings: EngineSettings
+    network: Network,
+    head: Layer | str,
+    loss: SoftmaxMarginLoss,
+    given: Parameters,
+    own: Parameters,
+    settings: EngineSettings,
 ) -> EpisodeKernels | None:
     """The kernels for this computation, where this machine has such."""
     if (

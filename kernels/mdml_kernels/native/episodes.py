@@ -130,7 +130,10 @@ class _Program(ctypes.Structure):
     """`EpisodeProgram` of episodes.cpp."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("n_layers", "n_support", "n_query", "n_steps", "group", "mass", "bfloat16")),
+        *(
+            (name, ctypes.c_int64)
+            for name in ("n_layers", "n_support", "n_query", "n_steps", "group", "mass", "bfloat16")
+        ),
         ("layers", ctypes.POINTER(_Layer)),
         *((name, ctypes.c_void_p) for name in ("support", "query", "is_ood", "tau", "background")),
         *((name, ctypes.c_void_p) for name in ("loss", "by_background")),

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import _len_torch_dispatch_stack
+from torch.utils import _python_dispatch
 
 _HERE = Path(__file__).parent
 _COMPILERS = ("c++", "g++", "clang++")
@@ -52,7 +52,7 @@ def serves(*tensors: Tensor) -> bool:
     """Whether the kernels can take these: float32 on a CPU, plain memory that no tracer or mode is looking at."""
     return (
         not torch.compiler.is_compiling()
-        and _len_torch_dispatch_stack() == 0
+        and _python_dispatch._len_torch_dispatch_stack() == 0  # type: ignore[attr-defined]
         and all(t.dtype == torch.float32 and t.device.type == "cpu" and type(t) in _PLAIN for t in tensors)
         and native().library is not None
     )

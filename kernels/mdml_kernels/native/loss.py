@@ -45,11 +45,13 @@ class NativeMarginLoss:
     def backward(self, inputs: Inputs, saved: Inputs, grad: Tensor, needs: Needs) -> list[Tensor]:
         """See `autograd.RowOp`."""
         logits, tau, background, _ = inputs
-        slope, *columns = saved
+        slope, columns = saved[0], saved[1:]
         return needed((*cpu.backward(logits, tau, background, columns, slope, "max", needs[1], grad), None), needs)
 
     def double_backward(
         self, inputs: Inputs, saved: Inputs, grad: Tensor, tangents: Inputs, needs: Needs
     ) -> list[Tensor]:
         """See `autograd.RowOp`."""
-        return cpu_loss.double_backward(inputs, cpu.forward(*inputs[:3], "max"), saved[0], grad, tangents, needs)
+        logits, tau, background, _ = inputs
+        found = cpu.forward(logits, tau, background, "max")
+        return cpu_loss.double_backward(inputs, found, saved[0], grad, tangents, needs)

@@ -99,7 +99,7 @@ def _blocks(logits: Tensor) -> int:
 
 
 class _Call:
-    """A kernel that walks through logits: called with how many things it does, of how many logits each, and the rest."""
+    """A kernel that walks through logits; called with how many things to do, of how many logits each, and the rest."""
 
     def __init__(self, name: str, logits: Tensor, tau: Tensor) -> None:
         library = native().library

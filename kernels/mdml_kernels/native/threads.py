@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -14,8 +15,9 @@ def shared(run: Callable[[int, int], None], n: int, least: int) -> None:
     """Call run(begin, end) on consecutive parts of range(n), side by side; each part has at least so many."""
     parts = max(1, min(torch.get_num_threads(), n // least))
     cuts = [n * i // parts for i in range(parts + 1)]
-    others = [_pool(parts - 1).submit(run, *cut) for cut in zip(cuts[1:-1], cuts[2:], strict=True)] if parts > 1 else []
-    run(0, cuts[1])
+    own, *rest = itertools.pairwise(cuts)
+    others = [_pool(len(rest)).submit(run, *part) for part in rest]
+    run(*own)
     for other in others:
         other.result()
 

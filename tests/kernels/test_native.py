@@ -1,0 +1,207 @@
+"""The CPU's compiled kernels: how they come about, and each of them against float64."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from mdml_kernels import softmax_margin_loss
+from mdml_kernels.native import episodes, layers, library, rows
+
+WIDTHS = st.integers(1, 40)
+
+
+def test_a_compiler_is_found():
+    assert library.native().library is not None, library.native().reason
+
+
+def status(tmp_path, **environment):
+    """What a fresh process says of its kernels, and a loss by them."""
+    code = (
+        "import torch; from mdml_kernels import softmax_margin_loss; from mdml_kernels.native.library import native;"
+        "x = torch.arange(24.).view(1, 4, 6).sin(); ood = torch.tensor([[False, True, False, True]]);"
+        "print(softmax_margin_loss(x, ood).item(), '|', native().library is not None, '|', native().reason)"
+    )
+    changed = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")} | environment
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=changed)
+    loss, found, reason = done.stdout.split("|")
+    return float(loss), found.strip() == "True", reason.strip()
+
+
+def test_compiled_once_and_kept(tmp_path):
+    loss, found, reason = status(tmp_path)
+    assert found, reason
+    (kept,) = (tmp_path / "cache" / "mdml-kernels").iterdir()
+    made = kept.stat().st_mtime_ns
+    assert status(tmp_path) == (loss, True, reason)
+    assert kept.stat().st_mtime_ns == made
+    assert status(tmp_path, MDML_NATIVE="0")[0] == pytest.approx(loss, abs=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("compiler", "reason"),
+    [("exit 1", "failed"), ("echo broken > ${@: -1}", "failed"), (None, "is no command")],
+)
+def test_without_a_compiler_all_works(tmp_path, compiler, reason):
+    """One that fails, one that writes no library, and none."""
+    named = tmp_path / "a-compiler"
+    if compiler is not None:
+        named.write_text(f'#!/bin/bash\nif [ "$1" = --version ]; then echo 1; else {compiler}; fi\n')
+        named.chmod(0o755)
+    loss, found, said = status(tmp_path, CXX=str(named))
+    assert not found
+    assert reason in said
+    assert loss == pytest.approx(status(tmp_path, MDML_NATIVE="0")[0])
+
+
+def test_a_cache_that_cannot_be_written(tmp_path):
+    (tmp_path / "cache").write_text("a file, no folder")
+    assert not status(tmp_path)[1]
+
+
+def test_a_child_process_has_threads_of_its_own():
+    """A fork takes no threads along: what waited for those of its parent would wait for ever."""
+    code = """
+import os, torch
+from mdml_kernels.native.threads import shared
+done = []
+torch.set_num_threads(2)
+shared(lambda begin, end: done.append((begin, end)), 8, least=1)
+if child := os.fork():
+    raise SystemExit(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))
+shared(lambda begin, end: done.append((begin, end)), 8, least=1)
+os._exit(0 if sorted(done) == [(0, 4), (0, 4), (4, 8), (4, 8)] else 1)
+"""
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@settings(deadline=None, max_examples=60)
+@given(n_episodes=st.integers(1, 3), n=WIDTHS, n_in=WIDTHS, n_out=WIDTHS, shared=st.booleans(), data=st.data())
+def test_layers(n_episodes, n, n_in, n_out, shared, data):
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator)
+
+    x, grad = normal(n_episodes, n, n_in), normal(n_episodes, n, n_out)
+    own = () if shared else (n_episodes,)
+    weight, bias = normal(*own, n_out, n_in), normal(*own, 1, n_out)
+    out, pulled = torch.empty_like(grad), torch.empty_like(x)
+    layers.forward(x, weight, bias, True, out)
+    close(out, (x.double() @ weight.double().mT + bias.double()).relu(), n_in)
+    layers.pull(grad, weight, x, pulled)
+    close(pulled, (grad.double() @ weight.double()) * (x > 0), n_out)
+    new_weight, new_bias = normal(n_episodes, n_out, n_in), normal(n_episodes, 1, n_out)
+    layers.step(grad, x, -0.5, (weight, bias), (new_weight, new_bias))
+    close(new_weight, weight.double() - 0.5 * grad.double().mT @ x.double(), n)
+    close(new_bias, bias.double() - 0.5 * grad.double().sum(1, keepdim=True), n)
+    layers.step(grad, x, -0.5, (None, None), (new_weight, None))
+    close(new_weight, -0.5 * grad.double().mT @ x.double(), n)
+
+
+def close(actual, expected, depth):
+    """Entries of unit size, of sums of so many products."""
+    torch.testing.assert_close(actual.double(), expected, rtol=1e-5, atol=2e-6 * (1 + depth))
+
+
+def test_a_layer_steps_in_place():
+    x, grad, weight = torch.randn(2, 7, 5), torch.randn(2, 7, 3), torch.randn(2, 3, 5)
+    expected = weight + 0.1 * grad.mT @ x
+    layers.step(grad, x, 0.1, (weight, None), (weight, None))
+    torch.testing.assert_close(weight, expected)
+
+
+@pytest.mark.parametrize("n_classes", [1, 2, 15, 16, 17, 63, 64, 65, 300])
+def test_statistics(n_classes):
+    """Both ways with a row, on either side of every edge; ties, infinities, numbers far apart."""
+    logits = 3 * torch.randn(2, 21, n_classes, generator=torch.Generator().manual_seed(n_classes))
+    logits[0, 3] = 1.5  # all the same
+    logits[0, 4, : n_classes - 1] = -torch.inf
+    logits[0, 5, -1] = 3e4
+    logits[0, 6, 0] = torch.nan
+    tau = torch.tensor([0.7, 1.3])
+    top, log_sum, first = rows.statistics(logits, tau, "max")
+    x = logits.double() * tau.double()[:, None, None]
+    torch.testing.assert_close(first[0, 7:], x[0, 7:].argmax(-1))
+    assert first[0, 3] == 0
+    whole = torch.ones(2, 21, dtype=torch.bool)
+    whole[0, 6] = False
+    assert log_sum[0, 6].isnan()
+    torch.testing.assert_close(top[whole], x.amax(-1)[whole].float())
+    others = x.scatter(-1, first.unsqueeze(-1), torch.finfo(torch.float32).min).logsumexp(-1)
+    torch.testing.assert_close(log_sum[whole].double(), others[whole], rtol=1e-6, atol=2e-6)
+    _, log_all, _ = rows.statistics(logits, tau, "mass")
+    torch.testing.assert_close(log_all[whole].double(), x.logsumexp(-1)[whole], rtol=1e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize("size", [(3, 5000, 16), (5, 700, 130)])
+def test_threads_change_no_bit(size):
+    logits = torch.randn(size, generator=torch.Generator().manual_seed(1))
+    is_ood = torch.arange(size[1]).expand(size[:2]) % 3 == 0
+    results = []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            leaf = logits.clone().requires_grad_()
+            softmax_margin_loss(leaf, is_ood, form="pairwise", background=0.1).backward()
+            hinge = softmax_margin_loss(leaf, is_ood, reduction="none")
+            results.append((leaf.grad, hinge.detach()))
+    finally:
+        torch.set_num_threads(before)
+    for grad, hinge in results[1:]:
+        assert torch.equal(grad, results[0][0])
+        assert torch.equal(hinge, results[0][1])
+
+
+@pytest.mark.parametrize("bfloat16", [False, True])
+@pytest.mark.parametrize("confidence", ["max", "mass"])
+def test_adapt_equals_autograd(bfloat16, confidence):
+    """Three layers, an odd number of rows, a bias here and there, the weights stacked in one and shared in another."""
+    generator = torch.Generator().manual_seed(3)
+
+    def normal(*shape):
+        return torch.randn(shape, generator=generator) / 3
+
+    n_episodes, n = 3, 13
+    weights = [normal(10, 6), normal(n_episodes, 18, 10), normal(4, 18), normal(20, 4)]
+    biases = [normal(1, 10), None, normal(1, 4), None]
+    owns = [
+        (w.new_empty(n_episodes, *w.shape[-2:]), None if b is None else b.new_empty(n_episodes, *b.shape[-2:]))
+        for w, b in zip(weights[:-1], biases[:-1], strict=True)
+    ]
+    made = [
+        episodes.MlpLayer(w, b, i in (0, 1), own)
+        for i, (w, b, own) in enumerate(zip(weights, biases, [*owns, None], strict=True))
+    ]
+    if bfloat16 and not episodes.takes_bfloat16(made):
+        pytest.skip("this processor does not multiply bfloat16")
+    support, tau, background = normal(n_episodes, n, 6), torch.tensor([0.5, 1.0, 2.0]), torch.tensor([0.1, 0.2, 0.3])
+    episodes.adapt(made, episodes.InnerLoop(4, 0.3, confidence, bfloat16), support, tau, background)
+
+    for episode in range(n_episodes):
+        params = [
+            None if p is None else (p[episode] if p.ndim == 3 else p).double().requires_grad_()
+            for pair in zip(weights[:-1], biases[:-1], strict=True)
+            for p in pair
+        ]
+        for _ in range(4):
+            z = support[episode].double()
+            for i in range(3):
+                z = z @ params[2 * i].mT + (0 if params[2 * i + 1] is None else params[2 * i + 1])
+                z = z.relu() if i < 2 else z
+            x = torch.cat([z @ weights[3].double().mT * tau[episode], background[episode].double().expand(n, 1)], -1)
+            p = x.softmax(-1)
+            s = p[:, :-1].amax(-1) if confidence == "max" else 1 - p[:, -1]
+            given_params = [p for p in params if p is not None]
+            steps = iter(torch.autograd.grad(-s.log().mean(), given_params))
+            params = [None if p is None else (p - 0.3 * next(steps)).detach().requires_grad_() for p in params]
+        actual = [value for own in owns for value in own]
+        tolerance = 3e-2 if bfloat16 else 2e-6
+        for value, expected in zip(actual, params, strict=True):
+            if expected is not None:
+                error = (value[episode].double() - expected).norm() / expected.norm()
+                assert error < tolerance
