@@ -154,7 +154,7 @@ class BatchedLayer:
         _pull_activation_(self.layer.activation, grad, self.before, self.after)
 
     def pull(self, grad: Tensor, below: BatchedLayer | None = None) -> Tensor:
-        """The gradient to the rows [C, n, I] from that to the product [C, n, O]; or to the product of the layer below."""
+        """The gradient to the rows [C, n, I] from that to the product [C, n, O]; or to the product below."""
         if self._native:
             rectified = below is not None and below.layer.activation == "relu"
             layers.pull(grad, self.weight, below.after if below and rectified else None, self.grad_rows)
