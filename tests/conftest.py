@@ -7,14 +7,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from mdml_kernels.native import library
 from support import COMMAND, DATA, Run
 
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Nothing that tests measure is left in the user's cache folder, nor read from it."""
+    """Nothing that tests measure is left in the user's cache folder, nor read from it. What was compiled is kept."""
+    cache, kernels = tmp_path_factory.mktemp("cache"), library.cache_folder()
+    kernels.mkdir(parents=True, exist_ok=True)
+    (cache / kernels.name).symlink_to(kernels)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+        patch.setenv("XDG_CACHE_HOME", str(cache))
         yield
 
 

@@ -48,6 +48,11 @@ def native() -> Native:
         return Native(None, f"{Path(compiler).name} failed: {error}")
 
 
+def cache_folder() -> Path:
+    """Where compiled kernels are kept."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mdml-kernels"
+
+
 def serves(*tensors: Tensor) -> bool:
     """Whether the kernels can take these: float32 on a CPU, plain memory that no tracer or mode is looking at."""
     return (
@@ -67,7 +72,7 @@ def _compiled(compiler: str) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
     facts = [version, _processor(), *_FLAGS, *(path.read_text() for path in [*sources, *headers])]
     name = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:32] + ".so"
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mdml-kernels"
+    folder = cache_folder()
     if (folder / name).is_file():
         return folder / name
     folder.mkdir(parents=True, exist_ok=True)
