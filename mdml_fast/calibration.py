@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from bisect import bisect_left, bisect_right
 from enum import StrEnum
 
 import numpy as np
 import numpy.typing as npt
-from scipy.special import logsumexp
 from scipy.stats import beta
 from sklearn.model_selection import GroupShuffleSplit
 
@@ -17,16 +15,12 @@ from mdml_fast.data.labelled import Names
 from mdml_fast.errors import InputError
 
 Positions = npt.NDArray[np.intp]
+Counts = npt.NDArray[np.int64]
 
 # The share of the normals that is kept out of training to calibrate on.
 CALIBRATION_SHARE = 0.2
 # More calibration normals than this only cost time: a rate of 1 % is then known to a tenth of itself.
 CALIBRATION_ROWS = 10_000
-
-# The martingale's bets: small ε wins on a few very strange rows, ε near 1 on many slightly strange ones.
-BETS = np.arange(0.05, 1.0, 0.05)
-# Drift is reported where exchangeable rows would show as much once in so many streams.
-DRIFT_CHANCE = 0.01
 
 
 class Promise(StrEnum):
@@ -72,7 +66,12 @@ class ConformalCalibration:
         return p_values
 
     def alarm_level(
-        self, p_values: Floats, rate: float, promise: Promise = Promise.MARGINAL, confidence: float = 0.95
+        self,
+        p_values: Floats,
+        rate: float,
+        promise: Promise = Promise.MARGINAL,
+        confidence: float = 0.95,
+        counts: Counts | None = None,
     ) -> float:
         """The p-value up to which rows are alarms; 0 where no alarm can keep the promise.
 
@@ -81,22 +80,25 @@ class ConformalCalibration:
             rate: α in (0, 1).
             promise: of what kind.
             confidence: 1 - δ, of a certificate.
+            counts: how many rows have each of the p-values [N]; one, where not given.
         """
         if promise is Promise.CERTIFICATE:
             return certified_rank(len(self.scores), rate, confidence) / (len(self.scores) + 1)
         if promise is Promise.FDR:
-            return benjamini_hochberg(p_values, rate)
+            return benjamini_hochberg(p_values, rate, counts)
         return rate
+
+    def score_threshold(self, level: float) -> float:
+        """Rows without a group are alarms at a level where they score below this; -inf where none is."""
+        n = len(self.scores)
+        n_levels = np.count_nonzero(np.arange(1, n + 1) / (n + 1) <= level)
+        return float(self.scores[n_levels - 1]) if n_levels else -math.inf
 
     def lowest_rate(self, promise: Promise = Promise.MARGINAL, confidence: float = 0.95) -> float:
         """The lowest rate at which an alarm can be raised at all."""
         n = len(self.scores)
         # The lowest score bounds the share below it by a Beta(1, n) variable.
         return float(1 - (1 - confidence) ** (1 / n)) if promise is Promise.CERTIFICATE else 1 / (n + 1)
-
-    def drift_evidence(self, stream: Floats) -> Floats:
-        """`drift_evidence` of a stream of scores [N] against the calibration normals."""
-        return drift_evidence(self.scores, stream)
 
 
 def _p_values(calibration: Floats, scores: Floats) -> Floats:
@@ -114,47 +116,16 @@ def certified_rank(n: int, rate: float, confidence: float) -> int:
     return int(np.sum(beta.cdf(rate, ranks, n + 1 - ranks) >= confidence))
 
 
-def benjamini_hochberg(p_values: Floats, rate: float) -> float:
+def benjamini_hochberg(p_values: Floats, rate: float, counts: Counts | None = None) -> float:
     """The largest p-value p_(k) ≤ k/N · rate, or 0: alarms up to it have a false discovery rate of at most `rate`.
 
     Holds for conformal p-values that share their calibration set (Bates, Candès, Lei, Romano, Sesia, "Testing for
-    outliers with conformal p-values", 2023).
+    outliers with conformal p-values", 2023). `counts` says how many rows have each p-value; one, where not given.
     """
-    ordered = np.sort(p_values)
-    passing = np.flatnonzero(ordered <= rate * np.arange(1, len(ordered) + 1) / max(len(ordered), 1))
-    return float(ordered[passing[-1]]) if len(passing) else 0.0
-
-
-def drift_evidence(calibration: Floats, stream: Floats, seed: int = 0) -> Floats:
-    """How strongly scores, in the order they came, speak against "all of this is like the calibration normals" [N].
-
-    Entry t is the log of an exchangeability martingale after t + 1 rows. While the rows are exchangeable with the
-    calibration normals, it ever reaches log(1/δ) with probability δ at most (Ville's inequality). It grows when rows
-    score lower than normals do: drift, or more anomalies than a few. Each row's p-value is taken among all rows before
-    it; the wealth bets ε p^(ε-1) on it, mixed evenly over ε (Vovk, Nouretdinov, Gammerman, "Testing exchangeability
-    on-line", 2003).
-
-    Args:
-        calibration: scores of calibration normals [n].
-        stream: scores in order of time [N].
-        seed: of the random tie-breaking that the theorem asks for.
-    """
-    rng = np.random.default_rng(seed)
-    past = sorted(calibration.tolist())
-    log_p = np.empty(len(stream))
-    for t, (score, tie) in enumerate(zip(stream.tolist(), rng.random(len(stream)).tolist(), strict=True)):
-        low, high = bisect_left(past, score), bisect_right(past, score)
-        log_p[t] = math.log((low + (1 - tie) * (high - low + 1)) / (len(past) + 1))
-        past.insert(high, score)
-    bets = np.log(BETS) + (BETS - 1) * log_p[:, None]
-    wealth: Floats = logsumexp(np.cumsum(bets, axis=0), axis=1) - math.log(len(BETS))
-    return wealth
-
-
-def first_drift(evidence: Floats) -> int | None:
-    """The number, from 1, of the first row whose evidence has a chance of at most `DRIFT_CHANCE`; None without one."""
-    found = np.flatnonzero(evidence >= -math.log(DRIFT_CHANCE))
-    return int(found[0]) + 1 if len(found) else None
+    order = np.argsort(p_values)
+    ranks = np.cumsum(np.ones(len(order)) if counts is None else counts[order])
+    passing = np.flatnonzero(p_values[order] <= rate * ranks / max(ranks[-1:].sum(), 1))
+    return float(p_values[order[passing[-1]]]) if len(passing) else 0.0
 
 
 def calibration_split(

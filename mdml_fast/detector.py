@@ -3,45 +3,47 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NamedTuple, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-import numpy.typing as npt
-import torch
 from sklearn.base import BaseEstimator, OutlierMixin
-from sklearn.utils import check_random_state
+from sklearn.utils import Tags, check_random_state
 from sklearn.utils.validation import check_is_fitted
 
-from mdml_fast.artifact import load_artifact, save_artifact
-from mdml_fast.calibration import ConformalCalibration, Promise, calibration_split
+from mdml_fast.alarms import AlarmsMixin
+from mdml_fast.calibration import ConformalCalibration, calibration_split
 from mdml_fast.data import FeatureEncoder, as_table
-from mdml_fast.data.encoding import Floats
-from mdml_fast.data.labelled import MIN_NORMALS, Names, check_normals, class_names
-from mdml_fast.errors import ArtifactError, InputError
-from mdml_fast.meta.model import Model, TrainingRows
-from mdml_fast.meta.neighbours import innermost
+from mdml_fast.data.encoding import Floats, Rows
+from mdml_fast.errors import InputError
+from mdml_fast.explanation import Explanation, explain
+from mdml_fast.inputs import (
+    check_count,
+    further_labels,
+    named_groups,
+    named_labels,
+    resolve_device,
+    resolve_dtype,
+    unnamed_normal,
+)
+from mdml_fast.kept import ANOMALY, CALIBRATION, TRAINING, KeptRows
+from mdml_fast.known import KnownRows
+from mdml_fast.meta.model import Model
 from mdml_fast.meta.training import Progress
-from mdml_fast.presets import Config, algorithm, config_from_json, model_class, preset_config
+from mdml_fast.presets import Config, model_class, preset_config
+from mdml_fast.stored import load_detector, save_detector
 
-DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
-
-
-class Alarms(NamedTuple):
-    """For each row [N] its score, its p-value, and whether it is an alarm."""
-
-    scores: Floats
-    p_values: Floats
-    is_alarm: npt.NDArray[np.bool_]
+if TYPE_CHECKING:
+    from mdml_fast.pyod import PyODDetector
 
 
-class MDMLDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
+class MDMLDetector(AlarmsMixin, OutlierMixin, BaseEstimator):  # type: ignore[misc]  # scikit-learn has no types
     """Find anomalies of classes that were never labelled, from normals and a few labelled anomalies of other classes.
 
     Args:
         preset: ``default``, ``paper``, or a `DefaultConfig` or `PaperConfig`.
-        normal: the names of the normal classes in y. None: 1 where y is of 1 and -1, 0 where it is of 0 and 1.
+        normal: the names of the normal classes in y. None: 1 where y is of 1 and -1, 0 where it is of 0 and 1. ``all``:
+            every row is normal, whatever y says.
         false_alarm_rate: the share, in (0, 1), that `promise` is about.
         promise: what `predict` keeps to: ``marginal``, ``certificate`` or ``fdr``, see `Promise`.
         confidence: of the certificate, in (0, 1).
@@ -56,6 +58,8 @@ class MDMLDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         encoder_: the fitted `FeatureEncoder`.
         model_: the trained model.
         calibration_: the `ConformalCalibration`.
+        known_normals_, known_anomalies_: `KnownRows`, by which `explain` says what a row is like.
+        kept_: `KeptRows`, from which `partial_fit` goes on.
         normal_classes_: names of the normal classes.
         anomaly_classes_: names of the anomaly classes seen in training.
         notes_: what a user should know about this fit, a line each.
@@ -69,7 +73,7 @@ class MDMLDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         self,
         preset: str | Config = "default",
         *,
-        normal: Sequence[Any] | None = None,
+        normal: Sequence[Any] | str | None = None,
         false_alarm_rate: float = 0.01,
         promise: str = "marginal",
         confidence: float = 0.95,
@@ -114,81 +118,111 @@ class MDMLDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         Raises:
             InputError: the rows, classes or settings can't be used; the message says what to do.
         """
-        config = preset_config(self.preset)
-        device, dtype = resolve_device(self.device), _dtype(self.dtype)
-        self.check_settings()
+        config, how = preset_config(self.preset), self._how(progress)
         table = as_table(X)
-        labels, normal_classes = _labels(y, self.normal if normal is None else normal, table.num_rows)
+        labels, normal_classes = named_labels(y, self.normal if normal is None else normal, table.num_rows)
         seed = int(check_random_state(self.random_state).randint(2**31))
 
         is_normal = np.isin(labels.astype(str), normal_classes)
-        normals, anomalies = np.flatnonzero(is_normal), np.flatnonzero(~is_normal)
-        all_groups = _groups(groups, table.num_rows)
-        group_names = None if all_groups is None else all_groups[normals]
-        train, calibration = calibration_split(len(normals), self.false_alarm_rate, group_names, seed)
-
-        used = np.concatenate([normals[train], anomalies])
-        self.encoder_ = FeatureEncoder.fit(table, is_normal, used)
-        rows = self.encoder_.transform(table)
-        kept = innermost(rows[normals], self.contamination, seed)
-        train, calibration = np.intersect1d(train, kept), np.intersect1d(calibration, kept)
-        training = TrainingRows(
-            rows[normals[train]],
-            labels[normals[train]],
-            rows[anomalies],
-            labels[anomalies],
-            None if group_names is None else group_names[train],
+        normals = np.flatnonzero(is_normal)
+        group_names = named_groups(groups, table.num_rows)
+        train, calibration = calibration_split(
+            len(normals), self.false_alarm_rate, None if group_names is None else group_names[normals], seed
         )
-        self.model_: Model = model_class(config).fit(
-            training,
-            config,
-            seed=seed,
-            device=device,
-            dtype=dtype,
-            progress=progress,
-            checkpoint=checkpoint,
-            resume=resume,
+        self.encoder_ = FeatureEncoder.fit(
+            table, is_normal, np.concatenate([normals[train], np.flatnonzero(~is_normal)])
         )
-        held_out_groups = None if group_names is None else group_names[calibration]
-        scores = self.model_.calibration_scores(rows[normals[calibration]], held_out_groups)
-        self.calibration_ = ConformalCalibration(scores, held_out_groups)
-        self.normal_classes_ = list(normal_classes)
-        self.anomaly_classes_ = np.unique(labels[anomalies].astype(str)).tolist()
-        self.n_features_in_ = table.num_columns
         self.feature_names_in_ = np.array(table.column_names, dtype=object)
-        self.notes_ = self._notes()
+        self.n_features_in_ = table.num_columns
+        self.normal_classes_ = list(normal_classes)
+
+        rows = self.encoder_.transform(table)
+        parts = np.full(len(rows), ANOMALY, dtype=np.int8)
+        parts[normals[train]], parts[normals[calibration]] = TRAINING, CALIBRATION
+        kept = KeptRows.draw(rows, labels, parts, group_names, self.contamination, seed)
+        self._learn(kept, config, seed, checkpoint=checkpoint, resume=resume, **how)
         return self
+
+    def partial_fit(
+        self,
+        X: Any,
+        y: Any = None,
+        *,
+        normal: Sequence[Any] | None = None,
+        groups: Any = None,
+        progress: Progress | None = None,
+    ) -> Self:
+        """Learn from further normals and labelled anomalies too, without starting over; the first time it is `fit`.
+
+        Training goes on for a few steps, on these rows and on a bounded sample of all earlier ones, which the detector
+        keeps: what it costs does not grow with what it has seen. Columns stay encoded as they are: a column that was
+        constant at first stays unused, a category that was unknown stays one of the others.
+
+        Args:
+            X: N rows, as in `fit`.
+            y: class of each row [N]; None means that all are normal. New classes are anomalies, unless `normal` says
+                otherwise.
+            normal: the names of further normal classes.
+            groups: group of each row [N], if and only if `fit` was given groups.
+            progress: told after each outer step.
+
+        Raises:
+            InputError: the rows, classes or settings can't be used; the message says what to do.
+        """
+        if not hasattr(self, "model_"):
+            return self.fit(X, y, normal=normal, groups=groups, progress=progress)
+        how = self._how(progress)
+        rows = self._encoded(X)
+        further = self.normal if normal is None and isinstance(self.normal, str) else normal
+        labels, normal_classes = further_labels(y, further, self.normal_classes_, self.anomaly_classes_, len(rows))
+        group_names = named_groups(groups, len(rows))
+        if (groups is None) != (self.kept_.groups is None):
+            raise InputError("groups must be given to partial_fit if they were to fit, and only then")
+        seed = int(check_random_state(self.random_state).randint(2**31)) + sum(self.kept_.n_seen)
+
+        self.normal_classes_ = list(normal_classes)
+        is_normal = np.isin(labels.astype(str), normal_classes)
+        kept = self.kept_.with_further(rows, labels, is_normal, group_names, self.contamination, seed)
+        self._learn(kept, self.model_.config, seed, self.model_, **how)
+        return self
+
+    def _how(self, progress: Progress | None) -> dict[str, Any]:
+        """How a model is trained; raises InputError for settings that can't be used."""
+        self.check_settings()
+        return {"device": resolve_device(self.device), "dtype": resolve_dtype(self.dtype), "progress": progress}
+
+    def _learn(self, rows: KeptRows, config: Config, seed: int, previous: Model | None = None, **how: Any) -> None:
+        """Train the model on the rows, from the previous one if there is one, and calibrate it."""
+        model: Model = model_class(config).fit(rows.training(), config, seed=seed, previous=previous, **how)
+        labels, anomalies = rows.labels.astype(str), rows.parts == ANOMALY
+        normals = np.isin(labels, self.normal_classes_)
+        known_normals = KnownRows.sample(rows.rows[normals], rows.labels[normals], seed)
+        for name in self._adapted() if previous else ():
+            family = self.known_normals_.rows[self.known_normals_.names == name]
+            model.adapt(family)
+            known_normals = known_normals.with_family(family, name)
+        held_out, groups = rows.calibration()
+        self.calibration_ = ConformalCalibration(model.calibration_scores(held_out, groups), groups)
+        self.model_, self.kept_ = model, rows.bounded()
+        self.known_normals_: KnownRows = known_normals
+        self.known_anomalies_ = KnownRows.sample(rows.rows[anomalies], rows.labels[anomalies], seed)
+        self.anomaly_classes_ = np.unique(labels[anomalies]).tolist()
+        self.notes_ = self._notes()
 
     def score_samples(self, X: Any) -> Floats:
         """The score of each row [N], higher is more normal."""
         check_is_fitted(self)
-        return self.model_.score(self.encoder_.transform(as_table(X)))
+        return self.model_.score(self._encoded(X))
 
-    def p_value(self, X: Any, groups: Any = None) -> Floats:
-        """The conformal p-value [N] of "this row is normal", in (0, 1].
+    def explain(self, X: Any) -> Explanation:
+        """The score of each row [N], and what each of the d columns adds to it [N, d].
 
-        Args:
-            X: the rows.
-            groups: the group of each row [N]; rows are then compared with the calibration normals of their own group,
-                where it has any.
+        A row is compared with its nearest normal: a column in which both agree adds nothing. The indicators of a text
+        column, and that of missing values, count for their column. Contributions and `remainder` sum to the score.
         """
-        scores = self.score_samples(X)
-        return self.calibration_.p_value(scores, _groups(groups, len(scores)))
-
-    def decision_function(self, X: Any, groups: Any = None) -> Floats:
-        """The p-value less the level that keeps the promise [N]: above 0 for rows that `predict` passes."""
-        p_values = self.p_value(X, groups)
-        return p_values - self._level(p_values)
-
-    def predict(self, X: Any, groups: Any = None) -> npt.NDArray[np.int64]:
-        """-1 for alarms, rows whose p-value is up to the level that keeps the promise; 1 for the others [N]."""
-        return np.where(self.alarms(X, groups).is_alarm, -1, 1)
-
-    def alarms(self, X: Any, groups: Any = None) -> Alarms:
-        """Scores, p-values and alarms of rows, scored once; the groups are those of `p_value`."""
-        scores = self.score_samples(X)
-        p_values = self.calibration_.p_value(scores, _groups(groups, len(scores)))
-        return Alarms(scores, p_values, p_values <= self._level(p_values))
+        check_is_fitted(self)
+        names = self.feature_names_in_.tolist()
+        return explain(as_table(X), names, self.encoder_, self.model_, self.known_normals_, self.known_anomalies_)
 
     def recalibrate(self, X: Any, groups: Any = None) -> Self:
         """Take these normals [N], which nothing was learned from, to calibrate on, in place of the earlier ones.
@@ -200,9 +234,13 @@ class MDMLDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         Raises:
             InputError: there are fewer than 20 rows.
         """
-        scores = self.score_samples(X)
-        _check_count(len(scores), "calibrate on")
-        self.calibration_ = ConformalCalibration(scores, _groups(groups, len(scores)), self.contamination)
+        check_is_fitted(self)
+        rows = self._encoded(X)
+        check_count(len(rows), "calibrate on")
+        scores, names = self.model_.score(rows), named_groups(groups, len(rows))
+        self.calibration_ = ConformalCalibration(scores, names, self.contamination)
+        label, stays = unnamed_normal(self.normal_classes_), scores >= self.calibration_.scores[0]
+        self.kept_ = self.kept_.recalibrated(rows[stays], label, None if names is None else names[stays])
         self.notes_ = self._notes()
         return self
 
@@ -216,10 +254,24 @@ class MDMLDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
             InputError: there are fewer than 20 rows.
         """
         check_is_fitted(self)
-        rows = self.encoder_.transform(as_table(X))
-        _check_count(len(rows), "adapt to")
+        rows = self._encoded(X)
+        check_count(len(rows), "adapt to")
         self.model_.adapt(rows)
+        self.known_normals_ = self.known_normals_.with_family(rows, f"adapted {len(self._adapted()) + 1}")
         return self
+
+    def _encoded(self, X: Any) -> Rows:
+        return self.encoder_.transform(as_table(X, self.feature_names_in_.tolist()))
+
+    def _adapted(self) -> list[str]:
+        """The families that were adapted to, by the names that `explain` gives them."""
+        return [name for name in np.unique(self.known_normals_.names).tolist() if name not in self.normal_classes_]
+
+    def as_pyod(self) -> PyODDetector:
+        """This detector with PyOD's names and signs: scores are higher for more anomalous rows, labels are 0 and 1."""
+        from mdml_fast.pyod import PyODDetector
+
+        return PyODDetector(self)
 
     def save(self, path: Path | str, metrics: Mapping[str, Any] | None = None) -> None:
         """Write the model to a folder, with what was measured of it, where given.
@@ -228,24 +280,7 @@ class MDMLDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
             InputError: there is something else at that path.
         """
         check_is_fitted(self)
-        document = {
-            "preset": self.preset if isinstance(self.preset, str) else "custom",
-            "algorithm": algorithm(self.model_.config),
-            "config": asdict(self.model_.config),
-            "false_alarm_rate": self.false_alarm_rate,
-            "promise": self.promise,
-            "confidence": self.confidence,
-            "contamination": self.contamination,
-            "calibration_groups": None if (groups := self.calibration_.groups) is None else groups.tolist(),
-            "dtype": self.dtype,
-            "normal_classes": self.normal_classes_,
-            "anomaly_classes": self.anomaly_classes_,
-            "columns": self.feature_names_in_.tolist(),
-            "features": self.encoder_.to_json(),
-            "metrics": dict(metrics or {}),
-        }
-        calibration = {"calibration.scores": torch.from_numpy(self.calibration_.scores)}
-        save_artifact(Path(path), document, self.model_.to_tensors() | calibration)
+        save_detector(self, Path(path), metrics or {})
 
     @classmethod
     def load(cls, path: Path | str, device: str = "auto") -> MDMLDetector:
@@ -254,127 +289,24 @@ class MDMLDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         Raises:
             InputError: there is no model, or it is damaged, foreign or of another version.
         """
-        path = Path(path)
-        document, tensors = load_artifact(path)
-        target = resolve_device(device)
-        try:
-            config = config_from_json(document["algorithm"], document["config"])
-            named = document["preset"] != "custom"
-            detector = cls(
-                document["preset"] if named else config,
-                normal=document["normal_classes"],
-                false_alarm_rate=document["false_alarm_rate"],
-                promise=document["promise"],
-                confidence=document["confidence"],
-                contamination=document["contamination"],
-                device=device,
-                dtype=document["dtype"],
-            )
-            groups = document["calibration_groups"]
-            detector.calibration_ = ConformalCalibration(
-                tensors.pop("calibration.scores").numpy(), None if groups is None else np.array(groups, dtype=object)
-            )
-            detector.model_ = model_class(config).from_tensors(config, tensors, target, _dtype(document["dtype"]))
-            detector.encoder_ = FeatureEncoder.from_json(document["features"])
-            detector.normal_classes_ = document["normal_classes"]
-            detector.anomaly_classes_ = document["anomaly_classes"]
-            detector.feature_names_in_ = np.array(document["columns"], dtype=object)
-            detector.n_features_in_ = len(document["columns"])
-        except (KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise ArtifactError(
-                f"{path} is damaged: its parts do not fit together ({error}); train it again"
-            ) from error
+        detector = load_detector(cls, Path(path), device)
         detector.notes_ = detector._notes()
         return detector
+
+    @property
+    def losses_(self) -> list[float]:
+        """The mean outer loss of each training step."""
+        return self.model_.history.losses
+
+    def __sklearn_tags__(self) -> Tags:
+        tags = super().__sklearn_tags__()
+        tags.input_tags.allow_nan = True
+        tags.input_tags.string = True
+        tags.input_tags.categorical = True
+        return tags
 
     def _notes(self) -> list[str]:
         notes = self.encoder_.notes()
         if not self.anomaly_classes_:
             notes.append("no labelled anomalies: learned from normals alone, with synthetic anomalies")
         return notes + self.attainable_notes()
-
-    def attainable_notes(self) -> list[str]:
-        """What keeps the false-alarm rate from being promised with these calibration normals, a line each."""
-        rate, calibration = self.false_alarm_rate, self.calibration_
-        lowest = calibration.lowest_rate(Promise(self.promise), self.confidence)
-        notes = []
-        if lowest > rate:
-            notes.append(
-                f"a false-alarm rate of {rate:g} can't be promised with {len(calibration.scores)} calibration normals; "
-                f"the lowest attainable is {lowest:.2g}"
-            )
-        if calibration.groups is not None and 1 / ((n_groups := len(set(calibration.groups))) + 1) > rate:
-            notes.append(
-                f"calibrated on {n_groups} groups: in a new group a rate of {rate:g} holds as far as groups are alike"
-            )
-        return notes
-
-    def _level(self, p_values: Floats) -> float:
-        return self.calibration_.alarm_level(p_values, self.false_alarm_rate, Promise(self.promise), self.confidence)
-
-    def check_settings(self) -> None:
-        """Raise InputError for settings of alarms that can't be used."""
-        if not 0 < self.false_alarm_rate < 1:
-            raise InputError(f"false_alarm_rate must be between 0 and 1, got {self.false_alarm_rate}")
-        if not 0 < self.confidence < 1:
-            raise InputError(f"confidence must be between 0 and 1, got {self.confidence}")
-        if not 0 <= self.contamination < 0.5:
-            raise InputError(f"contamination must be at least 0 and below 0.5, got {self.contamination}")
-        if self.promise not in list(Promise):
-            raise InputError(f"promise must be one of {', '.join(Promise)}, got {self.promise!r}")
-
-
-def resolve_device(name: str) -> torch.device:
-    """The torch device of ``auto``, ``cpu`` or ``cuda``.
-
-    Raises:
-        InputError: it is none of these, or there is no GPU.
-    """
-    if name not in ("auto", "cpu", "cuda"):
-        raise InputError(f"device must be auto, cpu or cuda, got {name!r}")
-    if name == "cuda" and not torch.cuda.is_available():
-        raise InputError("device cuda was asked for, but torch finds no GPU; use auto or cpu")
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
-
-
-def _dtype(name: str) -> torch.dtype | None:
-    if name not in DTYPES:
-        raise InputError(f"dtype must be one of {', '.join(DTYPES)}, got {name!r}")
-    return DTYPES[name]
-
-
-def _labels(y: Any, normal: Sequence[Any] | None, n_rows: int) -> tuple[Names, tuple[str, ...]]:
-    """The class of each row, and the names of the normal classes."""
-    if y is None:
-        labels: Names = np.full(n_rows, "normal", dtype=object)
-        normal = ["normal"]
-    else:
-        labels = class_names(y, "y")
-    if len(labels) != n_rows:
-        raise InputError(f"y has {len(labels)} labels for {n_rows} rows")
-    if normal is None:
-        normal = _conventional_normal(set(labels))
-    names = tuple(class_names(list(normal), "normal"))
-    check_normals(labels, names)
-    return labels, names
-
-
-def _groups(groups: Any, n_rows: int) -> Names | None:
-    if groups is None:
-        return None
-    names = class_names(groups, "groups")
-    if len(names) != n_rows:
-        raise InputError(f"groups has {len(names)} entries for {n_rows} rows")
-    return names
-
-
-def _check_count(n_rows: int, purpose: str) -> None:
-    if n_rows < MIN_NORMALS:
-        raise InputError(f"only {n_rows} normal rows to {purpose}; at least {MIN_NORMALS} are needed")
-
-
-def _conventional_normal(present: set[str]) -> list[str]:
-    """The normal class of scikit-learn's 1 / -1 and of the usual 0 / 1; [] where the labels are neither."""
-    if "-1" in present and present <= {"1", "-1"}:
-        return ["1"]
-    return ["0"] if "0" in present and present <= {"0", "1"} else []

@@ -33,8 +33,9 @@ def replace_folder(path: Path) -> Iterator[Path]:
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     try:
         yield temporary
-        for file in temporary.iterdir():
-            _sync(file)
+        for file in temporary.rglob("*"):
+            if file.is_file():
+                _sync(file)
         temporary.chmod(0o777 & ~_umask())
         if path.exists():
             _exchange(temporary, path)

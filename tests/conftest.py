@@ -10,6 +10,9 @@ import pytest
 from mdml_kernels.native import library
 from support import COMMAND, DATA, Run
 
+from mdml_fast import MDMLDetector
+from mdml_fast.data import label_table, read_table
+
 
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
@@ -52,6 +55,20 @@ def open_set(request: pytest.FixtureRequest) -> tuple[Path, list[str]]:
 
 @pytest.fixture
 def small_csv(tmp_path: Path) -> Path:
+    """See `write_small_csv`."""
+    return write_small_csv(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def small_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of the default model of that table, fitted once: copy it rather than change it."""
+    folder = tmp_path_factory.mktemp("small")
+    data = label_table(read_table(write_small_csv(folder)), "class", ["ok"])
+    MDMLDetector(random_state=0).fit(data.features, data.labels, normal=["ok"]).save(folder / "model")
+    return folder / "model"
+
+
+def write_small_csv(folder: Path) -> Path:
     """300 rows with a number, a heavy tail, a category, gaps, a constant; two anomaly classes of 30 rows."""
     rng = np.random.default_rng(0)
     lines = ["size,bytes,kind,constant,class"]
@@ -60,6 +77,6 @@ def small_csv(tmp_path: Path) -> Path:
         shift = {"ok": 0.0, "odd": 4.0, "worse": -4.0}[label]
         size = "" if row % 50 == 7 else f"{rng.normal(shift):.5f}"
         lines.append(f"{size},{np.exp(rng.normal(5, 4)):.3f},{'ab'[row % 2]},1,{label}")
-    path = tmp_path / "small.csv"
+    path = folder / "small.csv"
     path.write_text("\n".join(lines) + "\n")
     return path

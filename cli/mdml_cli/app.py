@@ -8,9 +8,12 @@ import traceback
 
 import typer
 
+from mdml_cli import log
 from mdml_cli.bench import bench
 from mdml_cli.doctor import doctor
 from mdml_cli.evaluate import evaluate
+from mdml_cli.export import export
+from mdml_cli.report import report
 from mdml_cli.score import score
 from mdml_cli.train import train
 
@@ -19,7 +22,7 @@ app = typer.Typer(
     add_completion=False,
     rich_markup_mode=None,
 )
-for command in (train, score, evaluate, bench, doctor):
+for command in (train, score, evaluate, export, report, bench, doctor):
     app.command()(command)
 
 # Writing failed for a reason outside the program, which only the user can mend.
@@ -33,6 +36,15 @@ def main() -> None:
 
 def run(args: list[str]) -> int:
     """Run one command; its exit code."""
+    exit_code = 1
+    try:
+        exit_code = _run(args)
+    finally:
+        log.close_log(exit_code)
+    return exit_code
+
+
+def _run(args: list[str]) -> int:
     from mdml_fast.errors import InputError
 
     try:
@@ -49,18 +61,18 @@ def run(args: list[str]) -> int:
             return _fail()
         return _refuse(f"cannot write: {error.strerror}{f': {error.filename}' if error.filename else ''}")
     except (KeyboardInterrupt, typer.Abort):
-        typer.echo("mdml-fast: stopped", err=True)
+        log.failed("stopped")
         return 130
     except Exception:
         return _fail()
 
 
 def _refuse(message: str) -> int:
-    typer.echo(f"mdml-fast: {' '.join(message.split())}", err=True)
+    log.failed(" ".join(message.split()))
     return 2
 
 
 def _fail() -> int:
     traceback.print_exc()
-    typer.echo("mdml-fast: this is a failure of mdml-fast itself; please report it with the lines above", err=True)
+    log.failed("this is a failure of mdml-fast itself; please report it with the lines above")
     return 1

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from mdml_cli import output
+from mdml_cli import log, output
 from mdml_cli.options import JsonOption, ThreadsOption, set_threads
 
 Measure = Callable[[list[str], int | None, bool], dict[str, Any]]
@@ -74,7 +74,7 @@ def _detector(ablate: bool, parts: list[str], rounds: int | None, json: bool) ->
 
     methods = detector.without_parts("auto", "float32") if ablate else detector.peers("auto", "float32")
     tables = {name: load for name, load in open_sets().items() if not parts or any(part in name for part in parts)}
-    with output.progress_bar("detector") as update:
+    with log.progress("detector") as update:
         documents = detector.run(
             tables, methods, rounds or 5, lambda table, done, of, method: update(done, of, f"{table}: {method}")
         )

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from mdml_cli import output
+from mdml_cli import log, output
 from mdml_cli.options import (
     DataArgument,
     Device,
@@ -17,9 +17,11 @@ from mdml_cli.options import (
     IgnoreOption,
     JsonOption,
     LabelOption,
+    LogFileOption,
     NormalOption,
     Preset,
     PresetOption,
+    QuietOption,
     ThreadsOption,
     load_data,
     set_threads,
@@ -51,6 +53,8 @@ def evaluate(
     device: DeviceOption = Device.AUTO,
     dtype: DtypeOption = Dtype.FLOAT32,
     threads: ThreadsOption = None,
+    quiet: QuietOption = False,
+    log_file: LogFileOption = None,
     json: JsonOption = False,
 ) -> None:
     """Measure how well anomaly classes are found that were left out of training."""
@@ -59,15 +63,16 @@ def evaluate(
     from mdml_fast.evaluation import EvaluationProtocol
     from mdml_fast.evaluation import evaluate as run_evaluation
 
+    log.open_log(quiet, log_file)
     set_threads(threads)
     methods = {"mdml": mdml(preset.value, device.value, dtype.value)}
     names = installed_baselines() if baseline == ["all"] else baseline or ["knn"]
     methods |= {name: baseline_method(name) for name in names}
     table = load_data(data, label, normal, ignore, group)
     if max_rows is not None and len(table) > max_rows:
-        output.note(f"note: about {max_rows} of the {len(table)} rows are used, the classes keeping their shares")
+        log.note(f"about {max_rows} of the {len(table)} rows are used, the classes keeping their shares")
     protocol = EvaluationProtocol(shots=shots, splits=splits, seeds=seeds, max_rows=max_rows)
-    with output.progress_bar("evaluating") as update:
+    with log.progress("evaluating") as update:
         document = run_evaluation(table, methods, protocol, update)
     if json:
         output.print_json(document)

@@ -1,11 +1,9 @@
-"""What commands print: results on standard output, progress and notes on standard error."""
+"""What commands print: results, on standard output."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import typer
@@ -14,53 +12,6 @@ import typer
 def print_json(document: Mapping[str, Any]) -> None:
     """One JSON document on standard output."""
     typer.echo(json.dumps(document, indent=1, allow_nan=False))
-
-
-def note(message: str) -> None:
-    """A line on standard error."""
-    typer.echo(message, err=True)
-
-
-@contextlib.contextmanager
-def engine_log() -> Iterator[None]:
-    """What mdml_fast logs (which path and chunk size it chose, its speed) as lines on standard error."""
-    handler = logging.StreamHandler()
-    logger = logging.getLogger("mdml_fast")
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    try:
-        yield
-    finally:
-        logger.removeHandler(handler)
-        logger.setLevel(logging.NOTSET)
-
-
-@contextlib.contextmanager
-def progress_bar(what: str) -> Iterator[Callable[[int, int, str], None]]:
-    """A progress bar on standard error; the function takes (done, in all, detail)."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[detail]}"),
-    )
-    progress = Progress(*columns, console=Console(stderr=True))
-    task = progress.add_task(what, total=None, detail="")
-
-    def update(done: int, total: int, detail: str) -> None:
-        # Shown from the first step on: input that is refused before that gets its one line alone.
-        progress.start()
-        progress.update(task, completed=done, total=total, detail=detail)
-
-    try:
-        yield update
-    finally:
-        if progress.live.is_started:
-            progress.stop()
 
 
 def print_results(results: Mapping[str, Any]) -> None:

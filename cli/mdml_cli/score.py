@@ -7,17 +7,36 @@ from typing import Annotated
 
 import typer
 
-from mdml_cli import output
-from mdml_cli.options import Device, DeviceOption, JsonOption, PromiseName, ThreadsOption, set_threads
-
-# The columns that score adds.
-WRITTEN = ("score", "p_value", "is_anomaly", "drift_evidence")
+from mdml_cli import log, output
+from mdml_cli.options import (
+    Device,
+    DeviceOption,
+    JsonOption,
+    LogFileOption,
+    PromiseName,
+    QuietOption,
+    ThreadsOption,
+    set_threads,
+)
 
 
 def score(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="The folder that train wrote.")],
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="A table with the columns that it was trained with.")],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="Where to write: .parquet, .csv, .arrow or .feather.")],
+    data: Annotated[
+        Path,
+        typer.Argument(
+            metavar="DATA",
+            help="A table of any size with the columns that it was trained with; - is standard input, Arrow or CSV.",
+        ),
+    ],
+    out: Annotated[
+        Path,
+        typer.Option(
+            metavar="FILE",
+            help="Where to write: .parquet, .csv, .arrow or .feather; - is standard output, CSV where DATA is, "
+            "else an Arrow stream.",
+        ),
+    ],
     false_alarm_rate: Annotated[
         float | None,
         typer.Option(metavar="RATE", help="The share that the promise is about; the model's own: 0.01."),
@@ -39,62 +58,72 @@ def score(
     monitor: Annotated[
         bool, typer.Option("--monitor", help="Watch for drift: rows in order of time, a column drift_evidence.")
     ] = False,
+    explain: Annotated[
+        int, typer.Option(min=0, metavar="K", help="Say why: the K strongest reasons of each row, and what it is like.")
+    ] = 0,
     keep: Annotated[
         list[str] | None, typer.Option(metavar="COLUMN", help="A column of DATA to carry over; repeat for more.")
     ] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was cut off.")] = False,
     device: DeviceOption = Device.AUTO,
     threads: ThreadsOption = None,
+    quiet: QuietOption = False,
+    log_file: LogFileOption = None,
     json: JsonOption = False,
 ) -> None:
-    """Write a score (higher is more normal), a p-value and an alarm (true or false) for each row."""
-    import pyarrow as pa
+    """Write a score (higher is more normal), a p-value and an alarm (true or false) for each row, in their order.
 
-    from mdml_fast.calibration import DRIFT_CHANCE, first_drift
-    from mdml_fast.data.tables import check_writable, read_table, write_table
+    Memory does not grow with the number of rows. What is scored gathers in the folder FILE.partial and becomes FILE
+    at the end.
+    """
+    from mdml_fast.data.batches import STANDARD
     from mdml_fast.detector import MDMLDetector
-    from mdml_fast.errors import InputError
+    from mdml_fast.drift import DRIFT_CHANCE
+    from mdml_fast.stream import ScoreTask, score_file
 
+    log.open_log(quiet, log_file)
     set_threads(threads)
-    check_writable(out)
+    if json and out == STANDARD:
+        raise typer.BadParameter("--json and --out - both write to standard output; name a file for one of them")
+    task = ScoreTask(model, data, out, tuple(keep or ()), group, monitor, explain)
+    task.check()
     detector = MDMLDetector.load(model, device.value)
     settings = {"false_alarm_rate": false_alarm_rate, "promise": promise, "confidence": confidence}
     detector.set_params(**{name: value for name, value in settings.items() if value is not None})
     detector.check_settings()
-    table = read_table(data)
-    for name in [*(keep or ()), *([group] if group else ())]:
-        if name not in table.column_names:
-            raise InputError(f"{data} has no column {name!r}; it has {', '.join(table.column_names)}")
-    for name in keep or ():
-        if name in WRITTEN:
-            raise InputError(f"--keep: the output has a column {name!r} of its own; rename that of {data}")
+    try:
+        with log.progress("scoring", "rows") as update:
+            result = score_file(detector, task, resume=resume, progress=lambda done, total: update(done, total, ""))
+    except KeyboardInterrupt:
+        if out != STANDARD and task.partial.exists():
+            log.note(f"what is scored so far is in {task.partial}; the same command with --resume goes on")
+        raise
 
-    result = detector.alarms(table, groups=table[group] if group else None)
-    columns = {name: table[name] for name in keep or ()}
-    columns |= {"score": result.scores, "p_value": result.p_values, "is_anomaly": result.is_alarm}
+    if result.resumed_rows:
+        log.note(f"{result.resumed_rows} of the rows were scored by the run that was cut off")
+    for line in detector.attainable_notes():
+        log.note(line)
+    if result.drift_row is not None:
+        log.note(
+            f"from row {result.drift_row} on, rows are not like the calibration normals "
+            f"(by chance so at most once in {round(1 / DRIFT_CHANCE)} streams): recalibrate, or look for many anomalies"
+        )
     summary = {
         "out": str(out),
-        "rows": len(result.scores),
-        "alarms": int(result.is_alarm.sum()),
+        "rows": result.rows,
+        "alarms": result.alarms,
         "false_alarm_rate": detector.false_alarm_rate,
         "promise": detector.promise,
     }
     if monitor:
-        evidence = detector.calibration_.drift_evidence(result.scores)
-        columns["drift_evidence"] = evidence
-        summary["drift_row"] = first_drift(evidence)
-    write_table(pa.table(columns), out)
-
-    for line in detector.attainable_notes():
-        output.note(f"note: {line}")
-    if summary.get("drift_row") is not None:
-        output.note(
-            f"note: from row {summary['drift_row']} on, rows are not like the calibration normals "
-            f"(by chance so at most once in {round(1 / DRIFT_CHANCE)} streams): recalibrate, or look for many anomalies"
-        )
+        summary["drift_row"] = result.drift_row
+    log.record("scored", **summary)
     if json:
         output.print_json(summary)
+    elif out == STANDARD:
+        log.note(f"{result.alarms} alarms in {result.rows} rows at a rate of {detector.false_alarm_rate:g}")
     else:
         typer.echo(
-            f"{summary['alarms']} alarms in {summary['rows']} rows at a rate of {detector.false_alarm_rate:g} "
+            f"{result.alarms} alarms in {result.rows} rows at a rate of {detector.false_alarm_rate:g} "
             f"({detector.promise}); see {out}"
         )

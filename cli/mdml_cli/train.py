@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from mdml_cli import output
+from mdml_cli import log, output
 from mdml_cli.options import (
     DataArgument,
     Device,
@@ -19,9 +19,11 @@ from mdml_cli.options import (
     IgnoreOption,
     JsonOption,
     LabelOption,
+    LogFileOption,
     NormalOption,
     Preset,
     PresetOption,
+    QuietOption,
     ThreadsOption,
     load_data,
     set_threads,
@@ -46,7 +48,15 @@ def train(
     device: DeviceOption = Device.AUTO,
     dtype: DtypeOption = Dtype.FLOAT32,
     threads: ThreadsOption = None,
+    max_normals: Annotated[
+        int, typer.Option(min=20, metavar="N", help="Of more normals so many are drawn at random, and all anomalies.")
+    ] = 200_000,
     resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was cut off.")] = False,
+    tensorboard: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Write the losses and the check there as TensorBoard events.")
+    ] = None,
+    quiet: QuietOption = False,
+    log_file: LogFileOption = None,
     json: JsonOption = False,
 ) -> None:
     """Learn from normals and labelled anomalies, and write a model.
@@ -57,27 +67,37 @@ def train(
     from mdml_fast.artifact import check_replaceable
     from mdml_fast.detector import MDMLDetector
 
+    log.open_log(quiet, log_file)
     set_threads(threads)
     check_replaceable(out)
-    table = load_data(data, label, normal, ignore, group)
+    table = load_data(data, label, normal, ignore, group, max_normals=max_normals, seed=seed)
     detector = MDMLDetector(preset.value, normal=table.normal, random_state=seed, device=device, dtype=dtype)
     checkpoint = out.with_name(f"{out.name}.checkpoint")
 
     start = time.perf_counter()
-    with output.engine_log(), output.progress_bar("training") as update:
-        detector.fit(
-            table.features,
-            table.labels,
-            groups=table.groups,
-            progress=lambda step, n_steps, loss: update(step, n_steps, f"loss {loss:.3f}"),
-            checkpoint=checkpoint,
-            resume=resume,
-        )
-    fit_seconds = time.perf_counter() - start
-    for line in detector.notes_:
-        output.note(f"note: {line}")
+    with log.curves(tensorboard) as curve:
+        with log.engine_notes(), log.progress("training") as update:
 
-    check = _check(table, preset, device, dtype)
+            def progress(step: int, n_steps: int, loss: float) -> None:
+                update(step, n_steps, f"loss {loss:.3f}")
+                curve("training/loss", loss, step)
+
+            detector.fit(
+                table.features,
+                table.labels,
+                groups=table.groups,
+                progress=progress,
+                checkpoint=checkpoint,
+                resume=resume,
+            )
+        fit_seconds = time.perf_counter() - start
+        for line in detector.notes_:
+            log.note(line)
+        check = _check(table, preset, device, dtype)
+        for method, result in check["results"].items() if check else ():
+            for side in ("unseen", "seen"):
+                if (auroc := result[side]["auroc"]["mean"]) is not None:
+                    curve(f"check/{side} AUROC/{method}", auroc, 0)
     detector.save(out, metrics=check["results"]["mdml"] if check else None)
     checkpoint.unlink(missing_ok=True)
 
@@ -97,11 +117,11 @@ def _check(table: LabelledTable, preset: Preset, device: Device, dtype: Dtype) -
     if not table.anomaly_classes():
         return None
     if len(table) > CHECK_ROWS:
-        output.note(f"note: the check of unseen classes takes {CHECK_ROWS} of the {len(table)} rows")
+        log.note(f"the check of unseen classes takes {CHECK_ROWS} of the {len(table)} rows")
     # Two complementary splits: each class is left out once. All labelled rows count, as they do in training.
     protocol = EvaluationProtocol(shots=None, splits=2, seeds=1, max_rows=CHECK_ROWS)
     methods = {"mdml": mdml(preset.value, device.value, dtype.value), "knn": baseline("knn")}
-    with output.progress_bar("checking unseen classes") as update:
+    with log.progress("checking unseen classes") as update:
         return evaluate(table, methods, protocol, update)
 
 

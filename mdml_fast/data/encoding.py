@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from sklearn.preprocessing import RobustScaler, StandardScaler
 
+from mdml_fast.data.tables import plain
 from mdml_fast.errors import InputError
 
 Floats = npt.NDArray[np.float64]
@@ -50,6 +52,14 @@ class NumericColumn:
         encoded = np.nan_to_num(soft_clip((scaled - self.mean) / self.deviation), nan=0.0)
         return [encoded, np.isnan(values).astype(np.float64)] if self.has_missing else [encoded]
 
+    def decode(self, features: Rows) -> pa.Array:
+        """The values [N] of features [N, 1 or 2], to the precision of these; null where they say missing."""
+        scaled = soft_clip_inverse(features[:, 0].astype(np.float64)) * self.deviation + self.mean
+        values = (np.sinh(scaled) if self.heavy_tailed else scaled) * self.scale + self.center
+        # What float32 can't tell from 0 is 0.
+        values[np.abs(values) < 1e-6 * max(self.scale, abs(self.center))] = 0.0
+        return pa.array(values, mask=features[:, 1] > 0.5 if self.has_missing else None)
+
 
 @dataclass(frozen=True)
 class CategoricalColumn:
@@ -68,6 +78,11 @@ class CategoricalColumn:
         """Values [N] to features, each [N]."""
         codes = pc.index_in(values, value_set=pa.array(self.categories, pa.string())).fill_null(len(self.categories))
         return list(np.eye(len(self.categories) + 1)[codes.to_numpy()].T)
+
+    def decode(self, features: Rows) -> pa.Array:
+        """The values [N] of features [N, categories + 1]; null for any other value."""
+        names = pa.array([*self.categories, None], pa.string())
+        return names.take(pa.array(features.argmax(axis=1)))
 
 
 Column = NumericColumn | CategoricalColumn
@@ -125,6 +140,20 @@ class FeatureEncoder:
         encoded = [feature for column in self.columns for feature in column.encode(_values(table, column))]
         return np.stack(encoded, axis=1).astype(np.float32)
 
+    def decode(self, rows: Rows) -> pa.Table:
+        """The inverse of `transform`, to the precision of float32; rare categories and gaps become null."""
+        ends = np.cumsum([len(column.feature_names) for column in self.columns])[:-1]
+        parts = np.split(rows, ends, axis=1)
+        return pa.table({column.name: column.decode(part) for column, part in zip(self.columns, parts, strict=True)})
+
+    def by_column(self, contributions: Floats, names: Sequence[str]) -> Floats:
+        """What features add to something [N, d], summed over each table column's features [N, names]; 0 if unused."""
+        sizes = np.array([len(column.feature_names) for column in self.columns])
+        places = [names.index(column.name) for column in self.columns]
+        summed = np.zeros((len(contributions), len(names)))
+        summed[:, places] = np.add.reduceat(contributions, np.cumsum(sizes) - sizes, axis=1)
+        return summed
+
     @property
     def feature_names(self) -> list[str]:
         """The names of the d features."""
@@ -155,6 +184,13 @@ def soft_clip(values: Floats) -> Floats:
     size = np.abs(values)
     clipped: Floats = np.sign(values) * (np.minimum(size, SOFT_CLIP) + np.log1p(np.maximum(size - SOFT_CLIP, 0.0)))
     return clipped
+
+
+def soft_clip_inverse(values: Floats) -> Floats:
+    """The values that `soft_clip` takes to these."""
+    size = np.abs(values)
+    found: Floats = np.sign(values) * (np.minimum(size, SOFT_CLIP) + np.expm1(np.maximum(size - SOFT_CLIP, 0.0)))
+    return found
 
 
 def _fit_numeric(name: str, values: Floats, is_normal: npt.NDArray[np.bool_]) -> NumericColumn:
@@ -199,12 +235,10 @@ def _values(table: pa.Table, column: Column) -> Any:
 
 def _column(table: pa.Table, name: str) -> pa.ChunkedArray:
     """A column as text, or as float64 whose missing values are NaN."""
-    values = table[name]
-    if pa.types.is_dictionary(values.type):
-        values = values.cast(values.type.value_type)
+    values = plain(table[name])
     kind = values.type
-    if pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind):
-        return values.cast(pa.string())
+    if pa.types.is_string(kind):
+        return values
     if pa.types.is_boolean(kind):
         values = values.cast(pa.uint8())
     elif not _is_number(kind):

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from mdml_fast.data.tables import plain
 from mdml_fast.errors import InputError
 
 MIN_NORMALS = 20
@@ -86,7 +87,7 @@ def class_names(values: Any, what: str) -> Names:
         InputError: a value is missing, or the values are no labels.
     """
     if isinstance(values, (pa.Array, pa.ChunkedArray)):
-        column = values
+        column = plain(values if isinstance(values, pa.ChunkedArray) else pa.chunked_array([values]))
     else:
         array = np.asarray(values)
         if array.ndim != 1:

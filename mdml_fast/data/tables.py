@@ -1,9 +1,10 @@
-"""Reading and writing tables: files, arrays and data frames all become a pyarrow Table."""
+"""Reading tables: files, arrays and data frames all become a pyarrow Table."""
 
 from __future__ import annotations
 
 import gzip
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,8 @@ import pyarrow.feather as pa_feather
 import pyarrow.parquet as pa_parquet
 
 from mdml_fast.errors import InputError
-from mdml_fast.files import replace_file
 
 READABLE = (".parquet", ".csv", ".csv.gz", ".arrow", ".feather", ".npz")
-WRITABLE = (".parquet", ".csv", ".arrow", ".feather")
 
 
 def read_table(path: Path | str) -> pa.Table:
@@ -29,52 +28,35 @@ def read_table(path: Path | str) -> pa.Table:
         InputError: there is no such file, or it is no table.
     """
     path = Path(path)
-    if not path.exists():
-        raise InputError(f"no such file: {path}")
-    if not path.is_file():
-        raise InputError(f"{path} is not a file; give a table: {', '.join(READABLE)}")
-    suffix = _suffix(path, READABLE)
+    suffix = check_readable(path)
     try:
         table = _READERS[suffix](path)
     except InputError:
         raise
     except (pa.ArrowException, OSError, ValueError, EOFError, gzip.BadGzipFile) as error:
-        raise InputError(f"{path} is not a table that can be read as {suffix}: {_first_line(error)}") from error
+        raise InputError(f"{path} is not a table that can be read as {suffix}: {first_line(error)}") from error
     return _checked(table, str(path))
 
 
-def write_table(table: pa.Table, path: Path | str) -> None:
-    """Write a table by the file's ending: .parquet, .csv, .arrow or .feather. The file appears whole or not at all.
+def check_readable(path: Path) -> str:
+    """The ending that tells how to read a file.
 
     Raises:
-        InputError: the ending is none of these.
-        OSError: the file cannot be written.
+        InputError: there is no such file, or its ending is not known.
     """
-    path = Path(path)
-    suffix = _suffix(path, WRITABLE)
-    with replace_file(path) as temporary:
-        if suffix == ".parquet":
-            pa_parquet.write_table(table, temporary)
-        elif suffix == ".csv":
-            pa_csv.write_csv(table, temporary)
-        else:
-            pa_feather.write_feather(table, str(temporary))
+    if not path.exists():
+        raise InputError(f"no such file: {path}")
+    if not path.is_file():
+        raise InputError(f"{path} is not a file; give a table: {', '.join(READABLE)}")
+    return suffix_of(path, READABLE)
 
 
-def check_writable(path: Path | str) -> None:
-    """Raise InputError now where `write_table` would later: an unknown ending, or a folder that is not there."""
-    path = Path(path)
-    _suffix(path, WRITABLE)
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; give a file: {', '.join(WRITABLE)}")
-    if not path.parent.is_dir():
-        raise InputError(f"no such folder: {path.parent}")
-
-
-def as_table(data: Any) -> pa.Table:
+def as_table(data: Any, names: Sequence[str] | None = None) -> pa.Table:
     """An in-memory table: pyarrow, pandas, polars (anything with the Arrow interface), or an array [N, d].
 
-    The columns of an array are named x0, x1, ….
+    Args:
+        data: the rows.
+        names: of the columns of an array, where that is what data is [d]; x0, x1, … where not given.
 
     Raises:
         InputError: data is none of these, or its columns cannot be represented.
@@ -87,26 +69,61 @@ def as_table(data: Any) -> pa.Table:
         elif hasattr(data, "__arrow_c_stream__"):
             table = pa.table(data)
         else:
-            table = _from_array(np.asarray(data))
+            table = _from_array(_dense(data), names)
     except (pa.ArrowException, TypeError) as error:
-        raise InputError(f"the data is not a table: {_first_line(error)}") from error
+        raise InputError(f"the data is not a table: {first_line(error)}") from error
     return _checked(table, "the data")
 
 
-def _from_array(array: np.ndarray[Any, Any]) -> pa.Table:
+def _dense(data: Any) -> np.ndarray[Any, Any]:
+    if hasattr(data, "toarray"):
+        raise InputError("sparse input is not supported: give the rows as a dense array, by .toarray()")
+    array = np.asarray(data)
+    if np.iscomplexobj(array):
+        raise InputError("Complex data not supported: give its parts as columns of their own")
+    return array
+
+
+def _from_array(array: np.ndarray[Any, Any], names: Sequence[str] | None = None) -> pa.Table:
     if array.ndim != 2:
-        raise InputError(f"the data must be a matrix [rows, features], got an array of shape {list(array.shape)}")
-    return pa.table({f"x{i}": pa.array(column) for i, column in enumerate(array.T)})
+        # "Reshape your data" is what scikit-learn says there, and what its checks look for.
+        shape = list(array.shape)
+        raise InputError(f"the data must be a matrix [rows, features], got shape {shape}. Reshape your data")
+    n_rows, n_features = array.shape
+    if not n_features:
+        raise InputError(f"Found array with 0 feature(s) (shape=({n_rows}, 0)) while a minimum of 1 is required.")
+    if names is None:
+        names = [f"x{i}" for i in range(n_features)]
+    if n_features != len(names):
+        raise InputError(f"X has {n_features} features, but MDMLDetector is expecting {len(names)} features as input")
+    return pa.table({name: pa.array(column) for name, column in zip(names, array.T, strict=True)})
 
 
 def _checked(table: pa.Table, source: str) -> pa.Table:
-    names = table.column_names
-    repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
-    if repeated:
-        raise InputError(f"{source} has several columns named {', '.join(map(repr, repeated))}; rename them")
+    check_names(table.column_names, source)
     if table.num_rows == 0:
         raise InputError(f"{source} has no rows")
     return table
+
+
+def plain(values: pa.ChunkedArray) -> pa.ChunkedArray:
+    """A column without a dictionary, and text of any kind as `string`."""
+    if pa.types.is_dictionary(values.type):
+        # Not a cast of the whole: pyarrow can't do that with polars' dictionaries.
+        kind = pa.string() if _is_text(values.type.value_type) else values.type.value_type
+        return pa.chunked_array([chunk.dictionary.cast(kind).take(chunk.indices) for chunk in values.chunks], kind)
+    return values.cast(pa.string()) if _is_text(values.type) else values
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    return any(check(kind) for check in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
+
+
+def check_names(names: list[str], source: str) -> None:
+    """Raise InputError where two columns have one name."""
+    repeated = sorted({name for name in names if names.count(name) > 1}) if len(set(names)) < len(names) else []
+    if repeated:
+        raise InputError(f"{source} has several columns named {', '.join(map(repr, repeated))}; rename them")
 
 
 def _read_parquet(path: Path) -> pa.Table:
@@ -146,12 +163,14 @@ _READERS = {
 }
 
 
-def _suffix(path: Path, known: tuple[str, ...]) -> str:
+def suffix_of(path: Path, known: tuple[str, ...]) -> str:
+    """Which of these endings a file has; raises InputError where it has none."""
     for suffix in known:
         if path.name.lower().endswith(suffix):
             return suffix
     raise InputError(f"{path} is not a table: its name must end in {', '.join(known)}")
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """What an exception says, without the lines of detail."""
     return str(error).strip().split("\n")[0]

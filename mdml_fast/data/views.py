@@ -59,26 +59,45 @@ class Views:
         return cls(tensors | {"scales": variance.clamp(min=1e-12).rsqrt()})
 
     def transform(self, rows: Tensor) -> Tensor:
-        """Rows [N, d] in each view [4, N, d], on the device of both."""
-        t = self.tensors
-        clipped = _clip(rows)
+        """Rows, float32 [N, d], in each view [4, N, d], on the device of both; computed in float64 and rounded once."""
+        t = {name: tensor.double() for name, tensor in self.tensors.items()}
+        clipped = _clip(rows.double())
         level, beyond = self._levels(rows)
         # A uniform variable times √12 has variance 1.
         cdf = math.sqrt(12.0) * (level - 0.5) + beyond
         quantile = torch.special.ndtri(level) + beyond
         whitened = (clipped - t["mean"]) @ t["whitening"]
         views = torch.stack([clipped - t["mean"], cdf, quantile, whitened])
-        return views * t["scales"][:, None, None]
+        return (views * t["scales"][:, None, None]).to(rows.dtype)
+
+    def by_feature(self, view: str, steps: Tensor, weights: Tensor) -> Tensor:
+        """The product of a step between two rows, in a view, with weights in that view [N, d]: its part by feature.
+
+        Args:
+            view: one of `VIEWS`.
+            steps: the steps in each view [4, N, d].
+            weights: [N, d]; the parts sum to the product of these with the view's steps.
+        """
+        if view != "whitened":
+            return steps[VIEWS.index(view)] * weights
+        # Only whitening mixes the features, and it is linear in the clipped ones.
+        clipped, scale = VIEWS.index("clipped"), self.tensors["scales"]
+        factor = scale[VIEWS.index(view)] / scale[clipped]
+        return steps[clipped] * (weights @ self.tensors["whitening"].T) * factor
 
     def to(self, device: torch.device) -> Views:
         """The same views on a device."""
         return Views({name: tensor.to(device) for name, tensor in self.tensors.items()})
 
     def _levels(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """The empirical cdf of rows [N, d], and how far they lie beyond the normals' range: signed, on a log scale."""
+        """The empirical cdf of rows [N, d], and how far they lie beyond the normals' range: signed, on a log scale.
+
+        Both in float64.
+        """
         knots, levels = self.tensors["knots"], self.tensors["levels"]
         columns = rows.T.contiguous()
         upper = torch.searchsorted(knots, columns).clamp(1, knots.shape[1] - 1)
+        knots, levels, columns = knots.double(), levels.double(), columns.double()
         left, right = knots.gather(1, upper - 1), knots.gather(1, upper)
         share = ((columns - left) / (right - left).clamp(min=1e-12)).clamp(0, 1)
         level = torch.lerp(levels.gather(1, upper - 1), levels.gather(1, upper), share)

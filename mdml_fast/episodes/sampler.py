@@ -46,6 +46,9 @@ class EpisodeSampler:
         n_query_id: normal query rows per episode.
         n_query_ood: anomalous query rows per episode.
         seed: any int.
+
+    Attributes:
+        direction_names: for people, each direction's number and families.
     """
 
     def __init__(
@@ -64,14 +67,22 @@ class EpisodeSampler:
         self.n_support, self.n_query_id, self.n_query_ood = n_support, n_query_id, n_query_ood
         self.seed = seed
         self.n_directions = len(directions)
+        self.direction_names = [
+            f"{number + 1}: {_listed(id_families, own.id_families)} against {_listed(ood_families, own.ood_families)}"
+            for number, own in enumerate(directions)
+        ]
         rng = np.random.default_rng(seed)
         self._id = _FamilyTable(id_families, [direction.id_families for direction in directions], rng, rows.device)
         self._ood = _FamilyTable(ood_families, [direction.ood_families for direction in directions], rng, rows.device)
 
+    def directions(self, first: int, n_episodes: int) -> Tensor:
+        """The number of the direction of episodes first, …, first + n_episodes - 1, int64 [n_episodes]."""
+        return torch.arange(first, first + n_episodes, device=self.rows.device) % self.n_directions
+
     def batch(self, first: int, n_episodes: int) -> EpisodeBatch:
         """Episodes first, …, first + n_episodes - 1."""
         episode = torch.arange(first, first + n_episodes, device=self.rows.device).unsqueeze(-1)
-        direction = episode % self.n_directions
+        direction = self.directions(first, n_episodes).unsqueeze(-1)
         # Each kind of draw has numbers of its own: two for each row, and the cut of each family.
         sizes = [self.n_support, self.n_query_id, self.n_query_ood]
         support, query_id, query_ood = torch.arange(sum(sizes), device=self.rows.device).split(sizes)  # type: ignore[no-untyped-call]
@@ -90,6 +101,11 @@ class EpisodeSampler:
             is_ood.expand(n_episodes, -1),
             direction.squeeze(-1),
         )
+
+
+def _listed(families: Families, chosen: Sequence[int]) -> str:
+    """The names of families, each once."""
+    return ", ".join(dict.fromkeys(families.names[position] for position in chosen))
 
 
 class _FamilyTable:

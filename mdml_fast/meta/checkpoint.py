@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mdml_fast.errors import ArtifactError
 from mdml_fast.files import replace_file
+from mdml_fast.meta.history import History
 
 SECONDS_BETWEEN_SAVES = 2.0
 
@@ -31,21 +32,21 @@ class Checkpoint:
         self.path, self.fingerprint, self.resume = path, fingerprint, resume
         self._last_save = -SECONDS_BETWEEN_SAVES
 
-    def restore(self, params: Mapping[str, nn.Parameter], optimizer: torch.optim.Adam) -> list[float]:
-        """Fill parameters and optimiser from the file; the losses of the steps done, [] where there is none.
+    def restore(self, params: Mapping[str, nn.Parameter], optimizer: torch.optim.Adam, history: History) -> None:
+        """Fill parameters, optimiser and the history of the steps done from the file, where there is one.
 
         Raises:
             ArtifactError: the file is damaged, or of another run.
         """
         if not self.resume or not self.path.exists():
-            return []
+            return
         try:
             with safe_open(self.path, framework="pt") as file:
                 metadata = file.metadata() or {}
                 tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
         except (SafetensorError, OSError) as error:
             raise ArtifactError(f"{self.path} is no checkpoint or is damaged; train without --resume") from error
-        if metadata.get("fingerprint") != self.fingerprint:
+        if metadata.get("fingerprint") != self.fingerprint or "history" not in metadata:
             raise ArtifactError(
                 f"{self.path} is of a run with other data, settings or versions; repeat those or train without --resume"
             )
@@ -54,12 +55,11 @@ class Checkpoint:
             param.data.copy_(tensors[f"param.{name}"])
             state[index] = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
         optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
-        losses: list[float] = json.loads(metadata["losses"])
-        return losses
+        losses, by_direction = json.loads(metadata["history"])
+        history.losses.extend(losses)
+        history.by_direction.extend(by_direction)
 
-    def save_sometimes(
-        self, params: Mapping[str, nn.Parameter], optimizer: torch.optim.Adam, losses: list[float]
-    ) -> None:
+    def save_sometimes(self, params: Mapping[str, nn.Parameter], optimizer: torch.optim.Adam, history: History) -> None:
         """Write the file, unless that was done less than two seconds ago."""
         if time.monotonic() - self._last_save < SECONDS_BETWEEN_SAVES:
             return
@@ -67,7 +67,7 @@ class Checkpoint:
         for name, param in params.items():
             tensors[f"param.{name}"] = param.detach()
             tensors |= {f"{key}.{name}": value for key, value in optimizer.state[param].items()}
-        metadata = {"fingerprint": self.fingerprint, "losses": json.dumps(losses)}
+        metadata = {"fingerprint": self.fingerprint, "history": json.dumps([history.losses, history.by_direction])}
         with replace_file(self.path) as temporary:
             temporary.write_bytes(save(tensors, metadata))
         self._last_save = time.monotonic()

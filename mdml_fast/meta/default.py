@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -18,17 +18,18 @@ from mdml_fast.data.views import VIEWS, Views
 from mdml_fast.meta.checkpoint import Checkpoint
 from mdml_fast.meta.ensemble import Ensemble, EnsembleConfig, train_ensemble
 from mdml_fast.meta.fusion import FusionConfig, fuse, learn_weights, prior_weights
+from mdml_fast.meta.history import History
 from mdml_fast.meta.model import TrainingRows, fingerprint, tensors_under
 from mdml_fast.meta.neighbourhood import Neighbourhood, NeighbourhoodConfig
+from mdml_fast.meta.scoring import SCORES, NormalFamily, Scorer
 from mdml_fast.meta.tails import Tails
 from mdml_fast.meta.training import Progress
-from mdml_fast.meta.trees import TreeHead, excess
+from mdml_fast.meta.trees import TreeHead
 
 # Rows that are scored at once, so that memory does not grow with the table.
 SCORING_ROWS = 4096
-
-# What is fused: the anchor first.
-SCORES = ("knn", "mahalanobis", *VIEWS)
+# Shares of distances held at once where scores are explained: 16 MiB.
+EXPLAINED_VALUES = 2**22
 
 
 @dataclass(frozen=True)
@@ -64,32 +65,6 @@ class DefaultConfig:
         return cls(ensemble, replace(fusion, quantiles=tuple(fusion.quantiles)), neighbourhood, **parts)  # type: ignore[arg-type]
 
 
-class NormalFamily(NamedTuple):
-    """Normals that rows are compared with, and how they look themselves.
-
-    Attributes:
-        neighbourhood: the normals.
-        tails: how their own distances, each left out of its references, are distributed.
-        gate: the probability of "anomaly" that the head must pass to be heard, a scalar.
-    """
-
-    neighbourhood: Neighbourhood
-    tails: Tails
-    gate: Tensor
-
-    def scores(self, rows: Tensor, families: Tensor | None = None) -> Tensor:
-        """How far rows [N, d] lie from the family: tail scores by `SCORES` [6, N]."""
-        return self.by_view(self.neighbourhood.distances(rows, families))
-
-    def by_view(self, distances: Tensor, counted: Tensor | None = None) -> Tensor:
-        """Distances [2 + D, N] to scores [6, N]: the mean over the directions of a view that are counted [D, N]."""
-        scores = self.tails.score(distances)
-        anchors, directions = scores[:2], scores[2:]
-        if counted is None:
-            counted = torch.ones_like(directions, dtype=torch.bool)
-        return torch.cat([anchors, self.neighbourhood.ensemble.view_means(directions, counted)])
-
-
 class DefaultModel:
     """The default algorithm, trained.
 
@@ -99,7 +74,7 @@ class DefaultModel:
         weights: of `SCORES`, positive with sum 1 [6].
         head: the trees; None where there were no labelled anomalies.
         head_gain: what the head adds to the score of a row that it is sure of, a scalar.
-        losses: the mean outer loss of each training step.
+        history: of the training.
     """
 
     def __init__(
@@ -109,9 +84,9 @@ class DefaultModel:
         weights: Tensor,
         head: TreeHead | None,
         head_gain: Tensor,
-        losses: list[float],
+        history: History,
     ) -> None:
-        self.config, self.losses = config, losses
+        self.config, self.history = config, history
         self._families, self._weights = families, weights
         self._head, self._head_gain = head, head_gain
 
@@ -123,6 +98,7 @@ class DefaultModel:
         *,
         seed: int,
         device: torch.device,
+        previous: DefaultModel | None = None,
         dtype: torch.dtype | None = None,
         progress: Progress | None = None,
         checkpoint: Path | None = None,
@@ -135,6 +111,7 @@ class DefaultModel:
             config: the constants.
             seed: of every random choice.
             device: where to compute.
+            previous: a model of rows like these, whose views stay and whose encoders are trained a little further.
             dtype: of the encoders' computation in training; None is float32.
             progress: told after each outer step.
             checkpoint: a file for the state of the run; it stays when the run is cut off.
@@ -148,13 +125,16 @@ class DefaultModel:
         anomalies = torch.as_tensor(rows.anomalies[labelled], device=device)
         labels = rows.anomaly_labels[labelled]
 
-        views = Views.fit(rows.normals[order[: config.training_normals]]).to(device)
-        ensemble, trained_on, losses = train_ensemble(
+        known_space = previous._families[0].neighbourhood if previous else None
+        views = known_space.views if known_space else Views.fit(rows.normals[order[: config.training_normals]])
+        views = views.to(device)
+        ensemble, history = train_ensemble(
             views.transform(normals[: config.training_normals]),
             views.transform(anomalies),
             labels,
             config.ensemble,
             seed=seed,
+            previous=known_space.ensemble if known_space else None,
             dtype=dtype,
             progress=progress,
             checkpoint=Checkpoint(checkpoint, fingerprint(rows, config, seed, dtype), resume) if checkpoint else None,
@@ -169,15 +149,35 @@ class DefaultModel:
         known = NormalFamily(neighbourhood, Tails.fit(held_out), head.tensors["gate"] if head else centre.new_ones(()))
 
         normal_scores = known.by_view(held_out)
-        anomaly_scores = known.by_view(neighbourhood.distances(anomalies), _not_in(labels, trained_on).to(device))
+        anomaly_scores = known.by_view(
+            neighbourhood.distances(anomalies), _not_in(labels, ensemble.trained_on).to(device)
+        )
         prior = prior_weights(len(SCORES), len(normals), config.fusion).to(device)
         weights = learn_weights(normal_scores, anomaly_scores, labels, prior, config.fusion)
         low, high = fuse(weights, normal_scores, config.fusion).quantile(weights.new_tensor([0.5, 0.999]))
-        return cls(config, [known], weights, head, high - low, losses)
+        if previous:
+            history = previous.history.followed_by(history)
+        return cls(config, [known], weights, head, high - low, history)
 
     def score(self, rows: Rows) -> Floats:
         """Minus the anomaly score of each row [N, d] -> [N]: higher is more normal."""
         return self._score(rows, None)
+
+    def explain(self, rows: Rows, nearest: Rows) -> tuple[Floats, Floats]:
+        """The score of each row [N], and what each feature adds to it compared with a normal, both [N, d]."""
+        scorer, n_features = self.scorer, rows.shape[1]
+        step = max(1, min(SCORING_ROWS, EXPLAINED_VALUES // (len(self._families[0].tails.distances) * n_features)))
+        scores, contributions = [np.empty(0)], [np.empty((0, n_features))]
+        with torch.inference_mode():
+            for start in range(0, len(rows), step):
+                block, normals = (
+                    torch.as_tensor(matrix[start : start + step], device=self._weights.device)
+                    for matrix in (rows, nearest)
+                )
+                anomaly, parts = scorer.explain(block, normals)
+                scores.append(-anomaly.double().cpu().numpy())
+                contributions.append(-parts.double().cpu().numpy())
+        return np.concatenate(scores), np.concatenate(contributions)
 
     def calibration_scores(self, normals: Rows, groups: Names | None) -> Floats:
         """Scores [n] of normals [n, d] that nothing was learned from, each left out of its own references.
@@ -206,6 +206,11 @@ class DefaultModel:
             gate = torch.maximum(gate, self._head.probability(rows).max())
         self._families.append(NormalFamily(own, Tails.fit(own.distances(rows, families)), gate))
 
+    @property
+    def scorer(self) -> Scorer:
+        """What scores are made of."""
+        return Scorer(self._families, self._weights, self.config.fusion, self._head, self._head_gain)
+
     def to_tensors(self) -> dict[str, Tensor]:
         """All that was learned, by name, on the CPU."""
         views, ensemble = self._families[0].neighbourhood.views, self._families[0].neighbourhood.ensemble
@@ -225,23 +230,29 @@ class DefaultModel:
             }
         return {f"{part}.{name}": value.cpu() for part, tensors in parts.items() for name, value in tensors.items()}
 
+    def to_json(self) -> dict[str, Any]:
+        """What was learned beside the tensors, as plain JSON values."""
+        trained_on = self._families[0].neighbourhood.ensemble.trained_on
+        return {"history": self.history._asdict(), "trained_on": [list(names) for names in trained_on]}
+
     @classmethod
     def from_tensors(
         cls,
         config: DefaultConfig,
         tensors: Mapping[str, Tensor],
+        learned: Mapping[str, Any],
         device: torch.device,
         dtype: torch.dtype | None,  # noqa: ARG003 - scoring is in float32
     ) -> DefaultModel:
-        """The inverse of `to_tensors`.
+        """The inverse of `to_tensors` and `to_json`.
 
         Raises:
-            KeyError, RuntimeError: the tensors are not those of this algorithm.
+            KeyError, TypeError, RuntimeError: they are not those of this algorithm.
         """
         tensors = {name: value.to(device) for name, value in tensors.items()}
         encoders, fusion, trees = (tensors_under(part, tensors) for part in ("encoders", "fusion", "trees"))
         views = Views(tensors_under("views", tensors))
-        ensemble = Ensemble(encoders.pop("views"), encoders)
+        ensemble = Ensemble(encoders.pop("views"), encoders, learned["trained_on"])
         families: list[NormalFamily] = []
         while own := tensors_under(f"normals{len(families)}", tensors):
             neighbourhood = Neighbourhood(
@@ -250,7 +261,8 @@ class DefaultModel:
             families.append(NormalFamily(neighbourhood, Tails(own["distances"]), own["gate"]))
         if not families:
             raise KeyError("normals0.rows")
-        return cls(config, families, fusion["weights"], TreeHead(trees) if trees else None, fusion["head_gain"], [])
+        head = TreeHead(trees) if trees else None
+        return cls(config, families, fusion["weights"], head, fusion["head_gain"], History(**learned["history"]))
 
     def _score(self, rows: Rows, families: Tensor | None) -> Floats:
         """Scores of rows, which may be normals themselves, of these families."""
@@ -259,18 +271,9 @@ class DefaultModel:
             for start in range(0, len(rows), SCORING_ROWS):
                 block = torch.as_tensor(rows[start : start + SCORING_ROWS], device=self._weights.device)
                 own = None if families is None else families[start : start + SCORING_ROWS].to(block.device)
-                probability = self._head.probability(block) if self._head else block.new_zeros(len(block))
-                first, *others = self._families
-                anomaly = self._anomaly(first, first.scores(block, own), probability)
-                for family in others:
-                    anomaly = torch.minimum(anomaly, self._anomaly(family, family.scores(block), probability))
+                anomaly = self.scorer.anomaly(block, own)
                 scores.append(-anomaly.double().cpu().numpy())
         return np.concatenate(scores)
-
-    def _anomaly(self, family: NormalFamily, scores: Tensor, probability: Tensor) -> Tensor:
-        """How anomalous rows are to a family [N], of its scores [6, N] and the head's probability [N]."""
-        fused = fuse(self._weights, scores, self.config.fusion)
-        return fused + self._head_gain * excess(probability, family.gate)
 
 
 def _at_most_of_each(labels: Names, most: int, seed: int) -> npt.NDArray[np.intp]:
@@ -280,7 +283,7 @@ def _at_most_of_each(labels: Names, most: int, seed: int) -> npt.NDArray[np.intp
     return np.sort(np.concatenate([np.empty(0, dtype=np.intp), *chosen]))
 
 
-def _not_in(labels: Names, trained_on: Sequence[frozenset[str]]) -> Tensor:
+def _not_in(labels: Names, trained_on: Sequence[Sequence[str]]) -> Tensor:
     """Whether each direction never saw the family of each row, bool [D, M]."""
     return torch.tensor([[name not in names for name in labels] for names in trained_on], dtype=torch.bool)
 

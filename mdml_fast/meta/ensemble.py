@@ -12,11 +12,13 @@ from torch import Tensor
 from torch.func import functional_call, vmap
 
 from mdml_fast.data.labelled import Names
+from mdml_fast.data.views import VIEWS
 from mdml_fast.episodes import Direction, EpisodeSampler, Families, synthetic_rows
 from mdml_fast.meta.checkpoint import Checkpoint
 from mdml_fast.meta.encoders import ResidualEncoder
 from mdml_fast.meta.engine import MetaEngine
 from mdml_fast.meta.heads import PrototypeHead
+from mdml_fast.meta.history import History
 from mdml_fast.meta.training import Progress, train
 
 
@@ -42,6 +44,8 @@ class EnsembleConfig:
     # The encoder starts as the identity, that is, at the neighbour distances of its view; so many steps move it away
     # from them slowly. A network rate of 3e-3 tears low-dimensional tables apart.
     steps: int = 100
+    # Steps on further rows, from the weights that there are.
+    further_steps: int = 25
     scale_rate: float = 1e-2
     network_rate: float = 1e-3
     # Pulls the encoder back to the identity: this times mean(s²) + sum(B²).
@@ -56,27 +60,49 @@ class Ensemble:
     Args:
         views: which view each direction sees, int64 [D].
         weights: of the encoders, by parameter name, each [D, …].
+        trained_on: the seen families that each direction was trained on [D].
     """
 
-    def __init__(self, views: Tensor, weights: dict[str, Tensor]) -> None:
-        self.views, self.weights = views, weights
+    def __init__(self, views: Tensor, weights: dict[str, Tensor], trained_on: Sequence[Sequence[str]]) -> None:
+        self.views, self.weights, self.trained_on = views, weights, trained_on
+        self._n_views = int(views.max()) + 1
         hidden, n_features = self.weights["inner.weight"].shape[1:]
         self._encoder = ResidualEncoder(n_features, hidden)
 
     def embed(self, rows: Tensor) -> Tensor:
-        """Embeddings [D, N, d] of rows in each view [V, N, d]."""
+        """Embeddings [D, N, d] of rows in each view [V, N, d], computed in float64 and rounded once."""
         encode: Callable[[dict[str, Tensor], Tensor], Tensor] = vmap(
             lambda weights, x: functional_call(self._encoder, weights, (x,))
         )
-        return encode(self.weights, rows[self.views])
+        weights = {name: weight.double() for name, weight in self.weights.items()}
+        return encode(weights, rows[self.views].double()).to(rows.dtype)
+
+    def pull_back(self, rows: Tensor, steps: Tensor) -> Tensor:
+        """What the coordinates of a step s in view add to |z(x) - z(x - s)|², z each direction's embedding [D, N, d].
+
+        The squared distance is the product of s with it: between two rows an encoder is linear but for the relu, and
+        that is linear in its own two values (the rescale rule of Shrikumar, Greenside, Kundaje, "Learning important
+        features through propagating activation differences", 2017).
+
+        Args:
+            rows: x in each view [V, N, d].
+            steps: s in each view [V, N, d].
+        """
+        scale = self.weights["log_scale"].exp().unsqueeze(1)
+        inner, outer = self.weights["inner.weight"], self.weights["outer.weight"]
+        rows, steps = rows[self.views], steps[self.views]
+        at_row = torch.baddbmm(self.weights["inner.bias"].unsqueeze(1), rows, inner.mT)
+        change = steps @ inner.mT
+        slope = torch.where(change.abs() > 1e-6, (at_row.relu() - (at_row - change).relu()) / change, 0.5)
+        difference = torch.addcmul((slope * change) @ outer.mT, steps, scale)
+        return torch.addcmul((slope * (difference @ outer)) @ inner, difference, scale)
 
     def view_means(self, values: Tensor, counted: Tensor) -> Tensor:
         """The mean of values [D, N] over the directions of each view [V, N], of those that are counted, bool [D, N].
 
         Where none of a view's directions is, all are.
         """
-        n_views = int(self.views.max()) + 1
-        own = self.views == torch.arange(n_views, device=values.device).unsqueeze(1)
+        own = self.views == torch.arange(self._n_views, device=values.device).unsqueeze(1)
         chosen = own.unsqueeze(-1) & counted
         chosen = torch.where(chosen.any(1, keepdim=True), chosen, own.unsqueeze(-1)).to(values.dtype)
         return (chosen * values).sum(1) / chosen.sum(1)
@@ -89,10 +115,11 @@ def train_ensemble(
     config: EnsembleConfig,
     *,
     seed: int,
+    previous: Ensemble | None = None,
     dtype: torch.dtype | None = None,
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
-) -> tuple[Ensemble, list[frozenset[str]], list[float]]:
+) -> tuple[Ensemble, History]:
     """Train one encoder for each view and half of the seen families, all in one batched computation.
 
     Args:
@@ -101,18 +128,22 @@ def train_ensemble(
         labels: their classes [M].
         config: the constants.
         seed: of the halves, the episodes, the synthetic anomalies and the initial weights.
+        previous: go on from this ensemble, for few steps: its directions keep their families, and take new ones too.
         dtype: of the encoders' computation; None is float32.
         progress: told after each outer step.
         checkpoint: where the state of the run is kept.
 
     Returns:
-        The encoders, the families that each direction was trained on, and the mean outer loss of each step.
+        The encoders, and the losses of the steps.
     """
     rng = np.random.default_rng(seed)
     names = np.unique(labels.astype(str)).tolist() if config.labelled else []
-    halves = _halves(len(normals), names, config.directions_per_view, rng)
+    halves = _halves(len(normals), names, config.directions_per_view, rng, previous)
     sampler = _sampler(normals, anomalies, labels, halves, config, rng, seed)
     engine = _engine(normals.shape[-1], len(halves), config, seed, dtype, normals.device)
+    if previous:
+        for name, weight in previous.weights.items():
+            engine.parameters()[f"encoder.{name}"].data.copy_(weight)
     _start_at_the_data(engine, sampler, config)
     rates = {"encoder.log_scale": config.scale_rate, "loss.background": config.scale_rate}
     # Adam's weight decay w adds w·p to the gradient of p: that of w/2·p².
@@ -126,11 +157,11 @@ def train_ensemble(
             for name, param in engine.parameters().items()
         ]
     )
-    losses = train(
+    history = train(
         engine,
         sampler,
         optimizer,
-        n_steps=config.steps,
+        n_steps=config.further_steps if previous else config.steps,
         episodes_per_step=len(halves),
         progress=progress,
         checkpoint=checkpoint,
@@ -141,15 +172,24 @@ def train_ensemble(
         if name.startswith("encoder.")
     }
     views = torch.tensor([view for view, _ in halves], device=normals.device)
-    return Ensemble(views, weights), [frozenset(names) for _, names in halves], losses
+    return Ensemble(views, weights, [own for _, own in halves]), history
 
 
 Half = tuple[int, list[str]]
 """A direction: its view, and the seen families that it is trained on; none where there are fewer than two halves."""
 
 
-def _halves(n_views: int, names: Sequence[str], per_view: int, rng: np.random.Generator) -> list[Half]:
-    halves: list[Half] = []
+def _halves(
+    n_views: int, names: Sequence[str], per_view: int, rng: np.random.Generator, previous: Ensemble | None
+) -> list[Half]:
+    if previous:
+        halves = [(view, list(own)) for view, own in zip(previous.views.tolist(), previous.trained_on, strict=True)]
+        known = {name for _, own in halves for name in own}
+        for pair in zip(halves[::2], halves[1::2], strict=True):
+            for name in rng.permutation([name for name in names if name not in known]).tolist():
+                min(pair, key=lambda half: len(half[1]))[1].append(name)
+        return halves
+    halves = []
     for view in range(n_views):
         for _ in range(0, per_view, 2):
             order = rng.permutation(names).tolist()
@@ -177,8 +217,7 @@ def _sampler(
     names = np.unique(labels.astype(str)).tolist()
     within = [np.arange(n_normals, n_normals + config.n_synthetic)]
     within += [np.flatnonzero(labels == name) + n_normals + config.n_synthetic for name in names]
-    id_names = tuple(f"view {view}" for view in range(n_views))
-    ood_names = tuple(f"{view}: {name}" for view in id_names for name in ("synthetic", *names))
+    ood_names = ("synthetic", *names) * n_views
     starts = [view * n_rows for view in range(n_views)]
 
     def direction(view: int, family_names: Sequence[str]) -> Direction:
@@ -190,7 +229,7 @@ def _sampler(
 
     return EpisodeSampler(
         rows.flatten(0, 1),
-        Families(id_names, tuple(start + np.arange(n_normals) for start in starts)),
+        Families(VIEWS[:n_views], tuple(start + np.arange(n_normals) for start in starts)),
         Families(ood_names, tuple(start + positions for start in starts for positions in within)),
         [direction(*half) for half in halves],
         n_support=config.n_prototypes,

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mdml_fast.data.encoding import Floats, Rows
 from mdml_fast.data.labelled import Names
+from mdml_fast.meta.history import History
 
 
 class TrainingRows(NamedTuple):
@@ -33,10 +34,13 @@ class Model(Protocol):
     """A trained model: scores encoded rows, higher for more normal ones."""
 
     config: Any
-    losses: list[float]
+    history: History
 
     def score(self, rows: Rows) -> Floats:
         """The score of each row [N, d] -> [N]."""
+
+    def explain(self, rows: Rows, nearest: Rows) -> tuple[Floats, Floats]:
+        """The score of each row [N], and what each feature adds to it compared with a normal for each, both [N, d]."""
 
     def calibration_scores(self, normals: Rows, groups: Names | None) -> Floats:
         """Scores [n] of normals [n, d] that nothing was learned from, as new normals would be scored.
@@ -48,7 +52,10 @@ class Model(Protocol):
         """Take normals [n, d] of a new family as normal too; what was learned before stays as it is."""
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """All that was learned, by name, on the CPU."""
+        """What was learned, by name, on the CPU."""
+
+    def to_json(self) -> dict[str, Any]:
+        """What was learned beside the tensors, as plain JSON values."""
 
 
 def fingerprint(rows: TrainingRows, config: Any, seed: int, dtype: torch.dtype | None) -> str:

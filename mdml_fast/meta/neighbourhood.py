@@ -35,6 +35,9 @@ class Neighbourhood:
         normals: float [n, d]; the first so many are used, so their order should be random.
         families: int [n]; a normal that is one of these rows itself is not compared with its own family.
         centre: what Mahalanobis distances are from, in the whitened view [d].
+
+    Attributes:
+        embedded: the first so many of the normals in each direction's embedding [D, n, d].
     """
 
     def __init__(
@@ -50,7 +53,7 @@ class Neighbourhood:
         self.normals = normals[: config.anchor_references]
         self.families = families[: config.anchor_references]
         with torch.inference_mode():
-            self._embedded = ensemble.embed(views.transform(self.normals[: config.references]))
+            self.embedded = ensemble.embed(views.transform(self.normals[: config.references]))
 
     def distances(self, rows: Tensor, families: Tensor | None = None) -> Tensor:
         """Distances [2 + D, N] of rows [N, d] from the normals.
@@ -62,7 +65,7 @@ class Neighbourhood:
             rows: float [N, d].
             families: int [N], where the rows are normals of these families themselves.
         """
-        config, n_embedded = self.config, self._embedded.shape[1]
+        config, n_embedded = self.config, self.embedded.shape[1]
         views = self.views.transform(rows)
         anchor = neighbour_distances(
             rows.unsqueeze(0),
@@ -71,15 +74,15 @@ class Neighbourhood:
             families=families,
             reference_families=self.families,
         )
-        mahalanobis = (views[VIEWS.index("whitened")] - self.centre).norm(dim=-1).unsqueeze(0)
+        mahalanobis = (views[VIEWS.index("whitened")] - self.centre).norm(dim=-1, dtype=torch.float64).to(rows.dtype)
         directions = neighbour_distances(
             self.ensemble.embed(views),
-            self._embedded,
+            self.embedded,
             config.neighbours,
             families=families,
             reference_families=self.families[:n_embedded],
         )
-        return torch.cat([anchor, mahalanobis, directions])
+        return torch.cat([anchor, mahalanobis.unsqueeze(0), directions])
 
     def extended(self, normals: Tensor, families: Tensor) -> Neighbourhood:
         """With further normals [n, d] of families [n]."""

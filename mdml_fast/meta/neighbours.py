@@ -11,10 +11,12 @@ from torch import Tensor
 
 from mdml_fast.data.encoding import Rows
 
-# Squared distances held at once: 64 MiB in float32.
-BLOCK_VALUES = 2**24
+# Squared distances held at once, in float32: 16 MiB are still in the cache when their minima are sought.
+BLOCK_VALUES = 2**22
 # The k smallest of n values are sought in groups of so many: one pass of minima instead of a selection over all.
 GROUP = 8
+# So many candidates more than needed are taken from the matrix product, which is inexact, and measured exactly.
+SPARE = 3
 # Outliers among the normals are told by their distance to at most so many of them.
 OUTLIER_REFERENCES = 10_000
 
@@ -29,6 +31,9 @@ def neighbour_distances(
 ) -> Tensor:
     """The mean Euclidean distance of each row to its k nearest references [D, N].
 
+    A matrix product finds the nearest; their distances are then summed in float64 and rounded once. Distances that are
+    equal come out equal to the bit, whatever the machine, the threads or the other rows.
+
     Args:
         rows: [D, N, d], in each of D embeddings.
         references: [D, n, d].
@@ -36,20 +41,43 @@ def neighbour_distances(
         families: int [N]; a row is not compared with references of its own family. None compares with all.
         reference_families: int [n], needed with `families`.
     """
-    n_embeddings, n_references = references.shape[:2]
-    squares = references.square().sum(-1).unsqueeze(1)
-    step = max(1, BLOCK_VALUES // (n_embeddings * n_references))
-    distances = []
+    if torch.compiler.is_exporting() and families is None:
+        # A program for any number of rows has no loop over them.
+        return _block_distances(rows, references, _product_columns(references), k)
+    columns = _product_columns(references)
+    step = max(1, BLOCK_VALUES // references.shape[1])
+    distances = rows.new_empty(rows.shape[:2])
     for start in range(0, rows.shape[1], step):
-        block = rows[:, start : start + step]
-        squared = torch.baddbmm(squares, block, references.mT, alpha=-2.0)
+        own, block = None, slice(start, start + step)
         if families is not None and reference_families is not None:
-            own = families[start : start + step, None] == reference_families
-            squared.masked_fill_(own, torch.inf)
-        nearest = _smallest(squared, min(k, n_references)) + block.square().sum(-1, keepdim=True)
-        # Fewer than k references may be of other families: the mean is over those that are.
-        distances.append(nearest.clamp(min=0).sqrt().where(nearest.isfinite(), torch.nan).nanmean(-1))
-    return torch.cat(distances, dim=1) if distances else rows.new_empty(rows.shape[:2])
+            own = families[block, None] == reference_families
+        # One embedding after the other: blocks of many rows are faster to multiply.
+        for place in range(len(rows)):
+            one = slice(place, place + 1)
+            distances[one, block] = _block_distances(rows[one, block], references[one], columns[one], k, own)
+    return distances
+
+
+def _product_columns(references: Tensor) -> Tensor:
+    """(-2r, |r|²) of each reference [D, d + 1, n]: (x, 1) times it is |x - r|² - |x|², in one pass."""
+    return torch.cat([-2.0 * references, references.square().sum(-1, keepdim=True)], dim=-1).mT
+
+
+def _block_distances(rows: Tensor, references: Tensor, columns: Tensor, k: int, own: Tensor | None = None) -> Tensor:
+    """`neighbour_distances` of few rows, given the references' `_product_columns`.
+
+    `own` tells which references a row is not compared with, bool [N, n].
+    """
+    squared = torch.cat([rows, torch.ones_like(rows[..., :1])], dim=-1) @ columns
+    if own is not None:
+        squared.masked_fill_(own, torch.inf)
+    k = min(k, references.shape[1])
+    candidates = _smallest(squared, min(k + SPARE, references.shape[1]))
+    allowed = squared.gather(-1, candidates) < torch.inf
+    exact = _squared_distances(rows, references, candidates).where(allowed, torch.inf)
+    nearest = exact.topk(k, largest=False).values
+    # Fewer than k references may be of other families: the mean is over those that are.
+    return nearest.sqrt().where(nearest.isfinite(), torch.nan).nanmean(-1).to(rows.dtype)
 
 
 def innermost(rows: Rows, outside: float, seed: int) -> npt.NDArray[np.intp]:
@@ -70,13 +98,21 @@ def innermost(rows: Rows, outside: float, seed: int) -> npt.NDArray[np.intp]:
     return np.sort(np.argsort(distances[0].numpy(), kind="stable")[: len(rows) - n_dropped])
 
 
+def _squared_distances(rows: Tensor, references: Tensor, chosen: Tensor) -> Tensor:
+    """Squared distances, float64 [D, N, c], of rows [D, N, d] from those of references [D, n, d] at [D, N, c]."""
+    embedding = torch.arange(len(references), device=rows.device)[:, None, None]
+    steps = rows.unsqueeze(2) - references[embedding, chosen]
+    return steps.square_().sum(-1, dtype=torch.float64)
+
+
 def _smallest(values: Tensor, k: int) -> Tensor:
-    """The k smallest of the last dimension: they lie in the k groups with the smallest minima."""
+    """Positions of the k smallest in the last dimension: they lie in the k groups with the smallest minima."""
     width = values.shape[-1] // GROUP
     if width < GROUP * k:
-        return values.topk(k, largest=False).values
-    rest = values[..., GROUP * width :]
+        return values.topk(k, largest=False).indices
+    rest = torch.arange(GROUP * width, values.shape[-1], device=values.device)
     grouped = values[..., : GROUP * width].view(*values.shape[:-1], GROUP, width)
     groups = grouped.amin(-2).topk(k, largest=False).indices
-    candidates = grouped.gather(-1, groups.unsqueeze(-2).expand(*groups.shape[:-1], GROUP, k))
-    return torch.cat([candidates.flatten(-2), rest], dim=-1).topk(k, largest=False).values
+    places = groups.unsqueeze(-2) + width * torch.arange(GROUP, device=values.device).unsqueeze(-1)
+    candidates = torch.cat([places.flatten(-2), rest.expand(*values.shape[:-1], -1)], dim=-1)
+    return candidates.gather(-1, values.gather(-1, candidates).topk(k, largest=False).indices)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from mdml_kernels import SoftmaxMarginLoss
+from mdml_kernels import SoftmaxMarginLoss, softmax_log_odds
 from torch import Tensor, nn
 
 from mdml_fast.data.encoding import Floats, Rows
@@ -24,12 +24,19 @@ from mdml_fast.episodes import (
 )
 from mdml_fast.meta.checkpoint import Checkpoint
 from mdml_fast.meta.engine import MetaEngine
+from mdml_fast.meta.history import History
 from mdml_fast.meta.model import TrainingRows, fingerprint
 from mdml_fast.meta.settings import ADAPTED, Parameters
 from mdml_fast.meta.training import Progress, train
 
+# Further training starts from new weights drawn so far towards the learned ones ("shrink and perturb": Ash, Adams, "On
+# warm-starting neural network training", 2020): where all episodes are solved the softmax is saturated, and has no
+# gradient to learn another class by.
+KEPT_SHARE = 0.3
 # Rows that are embedded at once, so that memory does not grow with the table.
 SCORING_ROWS = 65_536
+# Rows that are explained at once, and the points on each one's line that stand for it.
+EXPLAINED_ROWS, PATH_POINTS = 2_048, 32
 
 
 @dataclass(frozen=True)
@@ -56,6 +63,8 @@ class PaperConfig:
     second_order: bool = False
     n_directions: int = 8
     outer_steps: int = 200
+    # Steps on further rows, from the weights that there are.
+    further_steps: int = 50
     episodes_per_step: int = 16
     outer_lr: float = 1e-3
     n_support: int = 64
@@ -77,10 +86,14 @@ class PaperConfig:
 class PaperModel:
     """Encoder, linear head and temperature, with the encoder adapted to all training normals."""
 
-    def __init__(self, config: PaperConfig, engine: MetaEngine, adapted: Parameters, losses: list[float]) -> None:
-        self.config, self.losses = config, losses
+    def __init__(self, config: PaperConfig, engine: MetaEngine, adapted: Parameters, history: History) -> None:
+        self.config, self.history = config, history
         self._engine = engine
         self._adapted = adapted
+        loss = engine.modules["loss"]
+        assert isinstance(loss, SoftmaxMarginLoss)
+        # Of the softmax, as it was learned.
+        self.temperature = float(torch.as_tensor(loss.temperature).detach())
 
     @classmethod
     def fit(
@@ -90,6 +103,7 @@ class PaperModel:
         *,
         seed: int,
         device: torch.device,
+        previous: PaperModel | None = None,
         dtype: torch.dtype | None = None,
         progress: Progress | None = None,
         checkpoint: Path | None = None,
@@ -104,47 +118,88 @@ class PaperModel:
             config: the constants.
             seed: of families, directions, episodes and initial weights.
             device: where to train.
+            previous: a model of rows like these, to train a little further.
             dtype: of the networks' computation; None is float32.
             progress: told after each outer step.
             checkpoint: a file for the state of the run; it stays when the run is cut off.
             resume: go on from that file.
         """
         engine = _engine(config, rows.normals.shape[1], seed, dtype, device)
-        losses = train(
+        if previous:
+            earlier = previous._engine.parameters()
+            for name, param in engine.parameters().items():
+                param.data.lerp_(earlier[name].data, KEPT_SHARE)
+        history = train(
             engine,
             _sampler(rows, config, seed, device),
             torch.optim.Adam(engine.parameters().values(), lr=config.outer_lr),
-            n_steps=config.outer_steps,
+            n_steps=config.further_steps if previous else config.outer_steps,
             episodes_per_step=config.episodes_per_step,
             progress=progress,
             checkpoint=Checkpoint(checkpoint, fingerprint(rows, config, seed, dtype), resume) if checkpoint else None,
         )
         chosen = np.random.default_rng(seed).permutation(len(rows.normals))[: config.n_adaptation]
         normals = torch.as_tensor(rows.normals[chosen], device=device)
-        return cls(config, engine, engine.adapt(normals.unsqueeze(0)), losses)
+        if previous:
+            history = previous.history.followed_by(history)
+        return cls(config, engine, engine.adapt(normals.unsqueeze(0)), history)
 
     def score(self, rows: Rows) -> Floats:
         """log(S / (1 - S)) of each row [N, d] -> [N]; higher is more normal."""
-        loss = self._engine.modules["loss"]
-        assert isinstance(loss, SoftmaxMarginLoss)
-        first = next(iter(self._adapted.values()))
-        n_families, device = len(first), first.device
         scores = [np.empty(0)]
         with torch.inference_mode():
             for start in range(0, len(rows), SCORING_ROWS):
-                part = torch.as_tensor(rows[start : start + SCORING_ROWS], device=device)
-                # One encoder for each family of normals; a row is as normal as the best of them finds it.
-                logits = self._engine.logits(self._adapted, part.expand(n_families, -1, -1))
-                scores.append(loss.log_odds(logits).amax(0).double().cpu().numpy())
+                part = torch.as_tensor(rows[start : start + SCORING_ROWS], device=self._device)
+                scores.append(self._log_odds(part).double().cpu().numpy())
         return np.concatenate(scores)
+
+    def explain(self, rows: Rows, nearest: Rows) -> tuple[Floats, Floats]:
+        """The score of each row [N], and what each feature adds to it compared with a normal, both [N, d].
+
+        By integrated gradients along the line from the normal to the row (Sundararajan, Taly, Yan, "Axiomatic
+        attribution for deep networks", 2017).
+        """
+        contributions = [np.empty((0, rows.shape[1]))]
+        for start in range(0, len(rows), EXPLAINED_ROWS):
+            row, normal = (
+                torch.as_tensor(matrix[start : start + EXPLAINED_ROWS], device=self._device)
+                for matrix in (rows, nearest)
+            )
+            # The middles of equal parts of the line.
+            shares = (torch.arange(PATH_POINTS, device=self._device) + 0.5) / PATH_POINTS
+            points = torch.lerp(normal, row, shares[:, None, None]).requires_grad_()
+            (slopes,) = torch.autograd.grad(self.traceable_scores(points.flatten(0, 1)).sum(), points)
+            contributions.append(((row - normal) * slopes.mean(0)).double().cpu().numpy())
+        return self.score(rows), np.concatenate(contributions)
 
     def calibration_scores(self, normals: Rows, groups: Names | None) -> Floats:  # noqa: ARG002 - a row's score is its own
         """Scores [n] of normals [n, d] that nothing was learned from."""
         return self.score(normals)
 
+    @property
+    def _device(self) -> torch.device:
+        return next(iter(self._adapted.values())).device
+
+    def traceable_scores(self, rows: Tensor) -> Tensor:
+        """The scores [N] of rows [N, d] without the engine: slower, but with a gradient, and open to `torch.export`."""
+        adapted = self._adapted
+        head = {name: value.detach() for name, value in self._engine.parameters().items() if name.startswith("head.")}
+        hidden = (rows @ adapted["encoder.0.weight"].mT + adapted["encoder.0.bias"].unsqueeze(1)).tanh()
+        embedded = hidden @ adapted["encoder.2.weight"].mT + adapted["encoder.2.bias"].unsqueeze(1)
+        logits = embedded @ head["head.weight"].mT + head["head.bias"]
+        return softmax_log_odds(logits, temperature=self.temperature).amax(0)
+
+    def _log_odds(self, rows: Tensor) -> Tensor:
+        """The scores [N] of rows [N, d]."""
+        loss = self._engine.modules["loss"]
+        assert isinstance(loss, SoftmaxMarginLoss)
+        n_families = len(next(iter(self._adapted.values())))
+        # One encoder for each family of normals; a row is as normal as the best of them finds it.
+        return loss.log_odds(self._engine.logits(self._adapted, rows.expand(n_families, -1, -1))).amax(0)
+
     def adapt(self, normals: Rows) -> None:
         """Take normals [n, d] of a new family as normal too: the inner loop on them, from the meta-parameters."""
-        rows = torch.as_tensor(normals, device=next(iter(self._adapted.values())).device)
+        rows = torch.as_tensor(normals, device=self._device)
         own = self._engine.adapt(rows.unsqueeze(0))
         self._adapted = {name: torch.cat([value, own[name]]) for name, value in self._adapted.items()}
 
@@ -153,21 +208,30 @@ class PaperModel:
         meta = {name: value.detach().cpu() for name, value in self._engine.parameters().items()}
         return meta | {f"adapted.{name}": value.cpu() for name, value in self._adapted.items()}
 
+    def to_json(self) -> dict[str, Any]:
+        """What was learned beside the tensors, as plain JSON values."""
+        return {"history": self.history._asdict()}
+
     @classmethod
     def from_tensors(
-        cls, config: PaperConfig, tensors: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype | None
+        cls,
+        config: PaperConfig,
+        tensors: Mapping[str, Tensor],
+        learned: Mapping[str, Any],
+        device: torch.device,
+        dtype: torch.dtype | None,
     ) -> PaperModel:
-        """The inverse of `to_tensors`.
+        """The inverse of `to_tensors` and `to_json`.
 
         Raises:
-            KeyError, RuntimeError: the weights are not those of this configuration.
+            KeyError, TypeError, RuntimeError: the weights are not those of this configuration.
         """
         engine = _engine(config, tensors["encoder.0.weight"].shape[1], 0, dtype, device)
         engine.modules.load_state_dict({name: tensors[name] for name in engine.parameters()})
         adapted = {
             name: tensors[f"adapted.{name}"].to(device) for name in engine.parameters() if name.startswith(ADAPTED)
         }
-        return cls(config, engine, adapted, [])
+        return cls(config, engine, adapted, History(**learned["history"]))
 
 
 def _engine(

@@ -35,11 +35,16 @@ class Tails:
         """From unsorted distances [C, n]."""
         return cls(distances.sort(dim=1).values)
 
+    def pareto(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The tail: where it starts [C, 1], its index [C, 1], and the score there, a scalar."""
+        n = self.distances.shape[1]
+        return self._threshold, self._index, -torch.tensor((n - self._start + 0.5) / (n + 1)).log()
+
     def score(self, distances: Tensor) -> Tensor:
         """-log P(a normal's distance ≥ x) for distances x [C, N] -> [C, N]."""
         n = self.distances.shape[1]
         below = torch.searchsorted(self.distances, distances.contiguous())
         body = -((n - below + 0.5) / (n + 1)).log()
-        at_threshold = -torch.tensor((n - self._start + 0.5) / (n + 1)).log()
-        tail = at_threshold + (distances / self._threshold).clamp(min=1).log() / self._index
-        return torch.where(distances > self._threshold, tail, body)
+        threshold, index, at_threshold = self.pareto()
+        tail = at_threshold + (distances / threshold).clamp(min=1).log() / index
+        return torch.where(distances > threshold, tail, body)

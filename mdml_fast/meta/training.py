@@ -11,6 +11,7 @@ import torch
 from mdml_fast.episodes import EpisodeSampler
 from mdml_fast.meta.checkpoint import Checkpoint
 from mdml_fast.meta.engine import MetaEngine
+from mdml_fast.meta.history import History
 from mdml_fast.meta.scheduler import MetaScheduler
 
 log = logging.getLogger("mdml_fast")
@@ -32,7 +33,7 @@ def train(
     episodes_per_step: int,
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
-) -> list[float]:
+) -> History:
     """Train the engine's meta-parameters in place.
 
     An interrupted run that is resumed from its checkpoint ends with the same bits as one that was not interrupted,
@@ -48,24 +49,24 @@ def train(
         checkpoint: where the state of the run is kept.
 
     Returns:
-        The mean outer loss of each step [n_steps].
+        The losses of the steps.
     """
-    params = engine.parameters()
-    losses = checkpoint.restore(params, optimizer) if checkpoint else []
-    steps = MetaScheduler(engine).stream(
-        sampler, n_steps=n_steps, episodes_per_step=episodes_per_step, done=len(losses)
-    )
-    start, already = time.perf_counter(), len(losses)
+    params, history = engine.parameters(), History(sampler.direction_names, [], [])
+    if checkpoint:
+        checkpoint.restore(params, optimizer, history)
+    already = len(history.losses)
+    steps = MetaScheduler(engine).stream(sampler, n_steps=n_steps, episodes_per_step=episodes_per_step, done=already)
+    start = time.perf_counter()
     for step, out in enumerate(steps, start=already):
         for name, param in params.items():
             param.grad = out.grads[name]
         optimizer.step()
-        losses.append(float(out.loss.mean()))
+        history.add(out.loss, sampler.directions(step * episodes_per_step, episodes_per_step))
         if checkpoint:
-            checkpoint.save_sometimes(params, optimizer, losses)
+            checkpoint.save_sometimes(params, optimizer, history)
         if progress:
-            progress(step + 1, n_steps, losses[-1])
+            progress(step + 1, n_steps, history.losses[-1])
     seconds, n_episodes = time.perf_counter() - start, (n_steps - already) * episodes_per_step
     if n_episodes:
         log.info("engine: %d episodes in %.1f s, %.0f a second", n_episodes, seconds, n_episodes / seconds)
-    return losses
+    return history

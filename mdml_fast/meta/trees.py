@@ -14,11 +14,18 @@ import torch
 from sklearn.ensemble import ExtraTreesClassifier
 from sklearn.tree import BaseDecisionTree
 from torch import Tensor
+from torch.nn.functional import embedding_bag
 
 from mdml_fast.data.encoding import Floats, Rows
 
 # Nodes visited at once: rows times trees.
-BLOCK_VALUES = 2**21
+BLOCK_VALUES = 2**16
+# Levels between two looks at who has arrived.
+LEVELS = 6
+# Changes of probability held at once, nodes times features: 64 MiB.
+PATH_VALUES = 2**24
+# A smaller difference of probability is none that features could share.
+MIN_GAIN = 1e-6
 
 
 class TreeHead:
@@ -31,6 +38,9 @@ class TreeHead:
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
         self.tensors = dict(tensors)
+        self._depth = int(self.tensors["depth"])
+        # Right and left child of each node, side by side: one look-up for both.
+        self._children = torch.stack([self.tensors["right"], self.tensors["left"]], dim=1).flatten()
 
     @classmethod
     def fit(
@@ -70,17 +80,98 @@ class TreeHead:
 
     def probability(self, rows: Tensor) -> Tensor:
         """The probability of "anomaly" [N] of rows [N, d]."""
-        t = self.tensors
-        step = max(1, BLOCK_VALUES // len(t["roots"]))
+        return self.mean(self.leaves(rows))
+
+    def leaves(self, rows: Tensor) -> Tensor:
+        """The leaf of each tree that each row [N, d] falls into, a position in the table of nodes [N, trees]."""
+        if torch.compiler.is_exporting():
+            # A program can't depend on who has arrived.
+            return self._walk_all(rows)
+        step = max(1, BLOCK_VALUES // len(self.tensors["roots"]))
         return torch.cat([self._walk(rows[start : start + step]) for start in range(0, len(rows), step)])
 
+    def contributions(self, rows: Tensor, normals: Tensor, leaves: Tensor, gates: Tensor) -> Tensor:
+        """What each feature adds to the excess of rows over their gates, compared with a normal for each [N, d].
+
+        On its way to a leaf a row's probability changes with every split, which belongs to the split's feature (Saabas,
+        "Interpreting random forests", 2014). The normal's changes are taken from the row's, and the gate passes on
+        the same share of each; where both are of one probability there is nothing to share.
+
+        Args:
+            rows: float32 [N, d].
+            normals: what each is compared with [N, d].
+            leaves: those of the rows [N, trees].
+            gates: the gate of each row [N].
+        """
+        parts = torch.zeros_like(rows)
+        speaks = self.mean(leaves) > gates
+        if not speaks.any():
+            return parts
+        others, which = torch.unique(normals[speaks], dim=0, return_inverse=True)
+        own, other, gate = leaves[speaks], self.leaves(others), gates[speaks]
+        changes = self._paths(torch.cat([own, other]), rows.shape[1])
+        above, below = self.mean(own), self.mean(other)[which]
+        gained, passed = above - below, excess(above, gate) - excess(below, gate)
+        share = torch.where(gained > MIN_GAIN, passed / gained.clamp(min=MIN_GAIN), 0.0)
+        parts[speaks] = share.unsqueeze(1) * (changes[: len(own)] - changes[len(own) :][which])
+        return parts
+
+    def mean(self, leaves: Tensor) -> Tensor:
+        """The mean probability [N] of leaves [N, trees]."""
+        return self.tensors["anomaly"][leaves].mean(1)
+
     def _walk(self, rows: Tensor) -> Tensor:
+        t, n_trees = self.tensors, len(self.tensors["roots"])
+        values, first_value = rows.reshape(-1), torch.arange(len(rows), device=rows.device) * rows.shape[1]
+        node, offset = t["roots"].repeat(len(rows)), first_value.repeat_interleave(n_trees)
+        walking = torch.arange(len(node), device=rows.device)
+        # The deepest leaves are far below most: walkers that have arrived are left behind every few levels.
+        for _ in range(0, self._depth, LEVELS):
+            here, own = node[walking], offset[walking]
+            for _ in range(LEVELS):
+                value = values.index_select(0, own + t["feature"].index_select(0, here))
+                goes_left = value <= t["threshold"].index_select(0, here)
+                here = self._children.index_select(0, 2 * here + goes_left)
+            node[walking] = here
+            walking = walking[self._children[2 * here] != here]
+        return node.view(len(rows), n_trees)
+
+    def _walk_all(self, rows: Tensor) -> Tensor:
+        """`_walk`, every row down to the depth of the deepest tree."""
         t = self.tensors
-        node = t["roots"].expand(len(rows), -1)
-        for _ in range(int(t["depth"])):
+        node = t["roots"].expand(rows.shape[0], -1)
+        for _ in range(self._depth):
             goes_left = rows.gather(1, t["feature"][node]) <= t["threshold"][node]
             node = torch.where(goes_left, t["left"][node], t["right"][node])
-        return t["anomaly"][node].mean(1)
+        return node
+
+    def _paths(self, leaves: Tensor, n_features: int) -> Tensor:
+        """The changes of probability from root to leaf, by feature and averaged over the trees [N, d]."""
+        roots = self.tensors["roots"]
+        n_nodes = len(self.tensors["left"])
+        # So many trees at once that their table of changes is of bounded size.
+        n_trees = max(1, PATH_VALUES * len(roots) // (n_nodes * n_features))
+        ends = [*roots[n_trees::n_trees].tolist(), n_nodes]
+        changes = leaves.new_zeros((len(leaves), n_features), dtype=torch.float32)
+        for place, (own, end) in enumerate(zip(torch.split(roots, n_trees), ends, strict=True)):
+            first = int(own[0])
+            nodes = leaves[:, place * n_trees : place * n_trees + len(own)] - first
+            changes += embedding_bag(nodes, self._changes(own, end, n_features), mode="sum")
+        return changes / len(roots)
+
+    def _changes(self, roots: Tensor, end: int, n_features: int) -> Tensor:
+        """The changes of probability on the way to each node of these trees, by feature [nodes, d]."""
+        t, first = self.tensors, int(roots[0])
+        changes = t["anomaly"].new_zeros((end - first, n_features))
+        level = roots
+        while len(level):
+            parents = level[t["left"][level] != level]
+            for side in ("left", "right"):
+                children = t[side][parents]
+                changes[children - first] = changes[parents - first]
+                changes[children - first, t["feature"][parents]] += t["anomaly"][children] - t["anomaly"][parents]
+            level = torch.cat([t["left"][parents], t["right"][parents]])
+        return changes
 
 
 def excess(probability: Tensor, gate: Tensor) -> Tensor:

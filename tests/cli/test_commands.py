@@ -3,10 +3,12 @@ import resource
 import signal
 import subprocess
 import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
+from mdml_cli.app import run
 from support import COMMAND, Run
 
 SMALL = ["--label", "class", "--normal", "ok"]
@@ -17,7 +19,7 @@ def test_help_answers_in_a_second_without_torch(mdml_fast: Run) -> None:
     result = mdml_fast("--help")
     # Importing torch alone takes longer than this on a machine of two cores.
     assert time.perf_counter() - start < 1.0
-    for command in ("train", "score", "evaluate", "bench", "doctor"):
+    for command in ("train", "score", "evaluate", "export", "bench", "doctor"):
         assert command in result.stdout
 
 
@@ -77,6 +79,40 @@ def test_train_score_and_evaluate_a_table(mdml_fast: Run, small_csv: Path, tmp_p
     assert evaluated.returncode == 0, evaluated.stderr
     results = json.loads(evaluated.stdout)["results"]
     assert results.keys() == {"mdml", "knn"}
+
+
+def test_score_says_why(mdml_fast: Run, small_model: Path, small_csv: Path, tmp_path: Path) -> None:
+    scored = mdml_fast("score", small_model, small_csv, "--out", "s.parquet", "--explain", 2)
+    assert scored.returncode == 0, scored.stderr
+    table = pq.read_table(tmp_path / "s.parquet")
+    assert table.column_names == ["score", "p_value", "is_anomaly", "why_1", "why_2", "nearest_family", "kind"]
+    assert set(table["nearest_family"].to_pylist()) == {"ok"}
+    for row in table.to_pylist():
+        assert (row["kind"] in ("odd", "worse", "new")) is row["is_anomaly"]
+    alarms = table.filter(table["is_anomaly"])
+    reasons = alarms["why_1"].to_pylist()
+    assert all(", nearest " in text and ", usual " in text for text in reasons)
+    assert sum(text.startswith("size = ") for text in reasons) > len(reasons) / 3
+    refused = mdml_fast("score", small_model, small_csv, "--out", "s.csv", "--keep", "kind", "--explain", 1)
+    assert refused.returncode == 2
+    assert refused.stderr.count("\n") == 1
+
+
+def test_export_writes_a_program_and_says_what_to_install(mdml_fast: Run, small_model: Path, tmp_path: Path) -> None:
+    written = mdml_fast(
+        "export", small_model, "--format", "torch", "--out", "m.pt2", "--false-alarm-rate", 0.05, "--json"
+    )
+    assert written.returncode == 0, written.stderr
+    assert json.loads(written.stdout) == {"out": "m.pt2", "format": "torch", "false_alarm_rate": 0.05}
+    assert (tmp_path / "m.pt2").stat().st_size > 0
+    missing = [name for name in ("onnx", "mlflow") if find_spec(name) is None]
+    for name in missing[:1]:
+        refused = mdml_fast("export", small_model, "--format", name, "--out", "m.out")
+        assert refused.returncode == 2
+        assert (
+            refused.stderr
+            == f"mdml-fast: the format {name} needs the package {name}: pip install 'mdml-fast[{name}]'\n"
+        )
 
 
 def test_evaluate_open_sets(mdml_fast: Run, open_set: tuple[Path, list[str]]) -> None:
@@ -171,8 +207,9 @@ def test_bench_engine_prints_ratios_and_refuses_what_is_no_case(mdml_fast: Run) 
     ],
 )
 def test_bad_input_is_one_line_and_exit_2_and_nothing_is_written(
-    mdml_fast: Run, small_csv: Path, tmp_path: Path, arguments: list[str], says: str
+    small_csv: Path, tmp_path: Path, arguments: list[str], says: str, monkeypatch: pytest.MonkeyPatch, capfd
 ) -> None:
+    monkeypatch.chdir(tmp_path)
     rows = small_csv.read_text().splitlines()
     (tmp_path / "text.txt").write_text("text")
     (tmp_path / "precious").mkdir()
@@ -182,32 +219,51 @@ def test_bad_input_is_one_line_and_exit_2_and_nothing_is_written(
     (tmp_path / "infinite.csv").write_text("x,class\n" + "1,ok\n2,ok\ninf,ok\n" + "3,ok\n" * 30)
     (tmp_path / "normals.csv").write_text("\n".join(rows[:200]))
     before = sorted(tmp_path.rglob("*"))
-    result = mdml_fast(*arguments, "--json")
-    assert result.returncode == 2
-    assert says in result.stderr
-    assert result.stderr.count("\n") == 1
-    assert result.stdout == ""
+    assert run([*arguments, "--json"]) == 2
+    said = capfd.readouterr()
+    assert says in said.err
+    assert said.err.count("\n") == 1
+    assert said.out == ""
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_full_disk_is_one_line_and_leaves_nothing(mdml_fast: Run, small_csv: Path, tmp_path: Path) -> None:
-    assert mdml_fast("train", small_csv, *SMALL, "--out", "m").returncode == 0
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["train", "nothing.csv", *SMALL, "--json"], "no such file: nothing.csv"),
+        (["score", "nothing", "small.csv", "--out", "s.csv"], "no such model"),
+    ],
+)
+def test_a_process_of_its_own_refuses_the_same(mdml_fast: Run, arguments: list[str], says: str) -> None:
+    result = mdml_fast(*arguments)
+    assert (result.returncode, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert says in result.stderr
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing(
+    mdml_fast: Run, small_model: Path, small_csv: Path, tmp_path: Path
+) -> None:
     before = sorted(tmp_path.rglob("*"))
 
     def small_files_only() -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, (512, 512))
 
-    result = mdml_fast("score", "m", small_csv, "--out", "s.csv", preexec_fn=small_files_only)
+    result = mdml_fast("score", small_model, small_csv, "--out", "s.csv", "--quiet", preexec_fn=small_files_only)
     assert result.returncode == 2
     assert "cannot write" in result.stderr
     assert result.stderr.count("\n") == 1
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_killed_run_leaves_no_model_and_resumes_to_the_same_bytes(mdml_fast: Run, tmp_path: Path) -> None:
+def test_a_killed_run_leaves_no_model_and_resumes_to_the_same_bytes(
+    mdml_fast: Run, small_csv: Path, tmp_path: Path
+) -> None:
     checkpoint = tmp_path / "killed.checkpoint"
     process = subprocess.Popen(
-        [COMMAND, "train", "--out", "killed"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+        [COMMAND, "train", small_csv, *SMALL, "--out", "killed"],
+        cwd=tmp_path,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 60
     while not checkpoint.exists() and process.poll() is None and time.monotonic() < deadline:
@@ -215,8 +271,8 @@ def test_a_killed_run_leaves_no_model_and_resumes_to_the_same_bytes(mdml_fast: R
     process.kill()
     assert process.wait() == -signal.SIGKILL
     assert not (tmp_path / "killed").exists()
-    assert mdml_fast("train", "--out", "killed", "--resume").returncode == 0
-    assert mdml_fast("train", "--out", "whole").returncode == 0
+    assert mdml_fast("train", small_csv, *SMALL, "--out", "killed", "--resume").returncode == 0
+    assert mdml_fast("train", small_csv, *SMALL, "--out", "whole").returncode == 0
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("killed", "whole")]
     assert weights[0] == weights[1]
     assert not checkpoint.exists()

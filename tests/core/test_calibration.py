@@ -11,9 +11,8 @@ from mdml_fast.calibration import (
     benjamini_hochberg,
     calibration_split,
     certified_rank,
-    drift_evidence,
-    first_drift,
 )
+from mdml_fast.drift import DriftMonitor
 from mdml_fast.meta.default import DefaultConfig
 from mdml_fast.meta.ensemble import EnsembleConfig
 from mdml_fast.meta.neighbours import innermost
@@ -70,6 +69,8 @@ def test_benjamini_hochberg_of_known_p_values() -> None:
     assert benjamini_hochberg(np.array([0.01, 0.025, 0.03, 0.9]), 0.05) == pytest.approx(0.03)
     assert benjamini_hochberg(np.array([0.5, 0.9]), 0.05) == 0
     assert benjamini_hochberg(np.empty(0), 0.05) == 0
+    counted = benjamini_hochberg(np.array([0.03, 0.01, 0.9]), 0.05, np.array([5, 1, 4]))
+    assert counted == benjamini_hochberg(np.array([0.01, *[0.03] * 5, *[0.9] * 4]), 0.05) == 0.03
 
 
 def test_calibration_takes_a_fifth_more_where_the_rate_needs_it_and_no_more_than_pays() -> None:
@@ -99,20 +100,44 @@ def test_trimmed_calibration_leaves_out_the_lowest() -> None:
     assert calibration.p_value(np.array([4.0]))[0] == pytest.approx(1 / 96)
 
 
+def drift_row(calibration: np.ndarray, stream: np.ndarray) -> int | None:
+    monitor = DriftMonitor(calibration)
+    monitor.evidence(stream)
+    return monitor.first_row
+
+
 def test_drift_is_found_and_its_absence_is_not() -> None:
     rng = np.random.default_rng(0)
-    quiet = [first_drift(drift_evidence(rng.normal(size=100), rng.normal(size=150))) for _ in range(200)]
+    quiet = [drift_row(rng.normal(size=100), rng.normal(size=150)) for _ in range(200)]
     assert sum(row is not None for row in quiet) <= 6  # at most 1 % is expected
     stream = np.concatenate([rng.normal(size=200), rng.normal(-1.5, 1, size=200)])
-    row = first_drift(drift_evidence(rng.normal(size=500), stream))
+    row = drift_row(rng.normal(size=500), stream)
     assert row is not None
     assert 200 < row < 280
 
 
-def test_drift_evidence_takes_ties() -> None:
-    evidence = drift_evidence(np.zeros(50), np.zeros(200))
-    assert np.isfinite(evidence).all()
-    assert first_drift(evidence) is None
+def test_drift_evidence_takes_ties_and_scores_beyond_float16() -> None:
+    monitor = DriftMonitor(np.zeros(50))
+    assert np.isfinite(monitor.evidence(np.array([0.0, -0.0] * 100))).all()
+    assert monitor.first_row is None
+    assert np.isfinite(monitor.evidence(np.full(20, -1e9))).all()
+    assert 200 < monitor.first_row <= 210
+
+
+def test_drift_evidence_is_that_of_a_plain_count_in_any_pieces() -> None:
+    rng = np.random.default_rng(1)
+    calibration, stream = (rng.normal(size=n).astype(np.float16).astype(float) for n in (30, 90))
+    whole = DriftMonitor(calibration).evidence(stream)
+    monitor = DriftMonitor(calibration)
+    pieces = [monitor.evidence(part) for part in np.split(stream, [1, 1, 40])]
+    np.testing.assert_allclose(np.concatenate(pieces), whole, rtol=1e-12)
+    ties, wealth = np.random.default_rng(0).random(90), np.ones(19)
+    for row, score in enumerate(stream):
+        past = np.concatenate([calibration, stream[:row]])
+        p = ((past < score).sum() + (1 - ties[row]) * ((past == score).sum() + 1)) / (len(past) + 1)
+        bets = np.arange(0.05, 1.0, 0.05)
+        wealth *= bets * p ** (bets - 1)
+        assert whole[row] == pytest.approx(np.log(wealth.mean()))
 
 
 def test_false_alarms_are_held_on_average_over_fits() -> None:

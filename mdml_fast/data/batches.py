@@ -1,0 +1,282 @@
+"""Tables read and written batch by batch: memory does not grow with the number of rows."""
+
+from __future__ import annotations
+
+import contextlib
+import gzip
+import io
+import json
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import pyarrow as pa
+import pyarrow.csv as pa_csv
+import pyarrow.dataset as pa_dataset
+import pyarrow.parquet as pa_parquet
+
+from mdml_fast.data.tables import check_names, check_readable, first_line, read_table, suffix_of
+from mdml_fast.errors import InputError
+from mdml_fast.files import replace_file
+
+# Standard input or output, where a path is expected.
+STANDARD = Path("-")
+
+WRITABLE = (".parquet", ".csv", ".arrow", ".feather")
+
+# A CSV is parsed in blocks of so many bytes; the first tells the types of its columns.
+CSV_BLOCK_BYTES = 2**22
+# Bytes that a Parquet column is read ahead; without a bound a whole row group is.
+PARQUET_BUFFER_BYTES = 2**18
+# An Arrow file begins with these (and two more bytes), an Arrow stream with those.
+ARROW_FILE, ARROW_STREAM = b"ARROW1", b"\xff\xff\xff\xff"
+
+Wanted = Mapping[str, pa.DataType | None] | None
+"""The columns to read, those of them that there are; with a type, what a text format shall be read as. None is all."""
+
+
+@dataclass(frozen=True)
+class TableStream:
+    """A table that is read batch by batch, once.
+
+    Attributes:
+        names: its columns, those that are not read too.
+        batches: its rows in order, at least one, in tables of as many rows as asked for; the last may have fewer.
+        rows_in_all: how many rows it has, given how many were read so far: as the file says, or else estimated from
+            how far into the file they reach; None where nothing tells.
+        is_text: whether it is CSV, and not a binary format.
+    """
+
+    names: list[str]
+    batches: Iterator[pa.Table]
+    rows_in_all: Callable[[int], int | None]
+    is_text: bool
+
+
+@contextlib.contextmanager
+def open_table(path: Path, wanted: Wanted, n_rows: int) -> Iterator[TableStream]:
+    """A table to read in batches of `n_rows` rows: a file as `read_table` takes, or ``-`` for standard input.
+
+    Standard input is Arrow IPC (stream or file) or CSV, by its first bytes. An .npz is read whole.
+
+    Raises:
+        InputError: there is no such file, it is no table or has no rows; also while its batches are read.
+    """
+    source = "standard input" if path == STANDARD else str(path)
+    with contextlib.ExitStack() as stack:
+        with _explained(source):
+            found = _standard_input(wanted) if path == STANDARD else _file(path, wanted, stack)
+        check_names(found.names, source)
+        batches = _resized(found.batches, n_rows, source)
+        yield TableStream(found.names, batches, found.rows_in_all, found.is_text)
+
+
+def check_writable(path: Path) -> None:
+    """Raise InputError now where `write_tables` would later: an unknown ending, or a folder that is not there."""
+    if path == STANDARD:
+        return
+    suffix_of(path, WRITABLE)
+    if path.is_dir():
+        raise InputError(f"{path} is a folder; give a file: {', '.join(WRITABLE)}")
+    if not path.parent.is_dir():
+        raise InputError(f"no such folder: {path.parent}")
+
+
+def write_tables(tables: Iterable[pa.Table], path: Path, text: bool = False) -> None:
+    """Write tables of one schema, at least one, one after the other.
+
+    Args:
+        tables: what to write; they are taken one at a time.
+        path: .parquet, .csv, .arrow or .feather, which appears whole or not at all; or ``-`` for standard output.
+        text: on standard output, CSV in place of an Arrow IPC stream.
+
+    Raises:
+        InputError: the ending is none that can be written.
+        OSError: it cannot be written.
+    """
+    if path == STANDARD:
+        _write(tables, pa.PythonFile(sys.stdout.buffer, mode="w"), ".csv" if text else ".stream")
+        sys.stdout.buffer.flush()
+        return
+    with replace_file(path) as temporary, pa.OSFile(str(temporary), "wb") as sink:
+        _write(tables, sink, suffix_of(path, WRITABLE))
+
+
+def write_table(table: pa.Table, path: Path | str) -> None:
+    """Write one table to a file; see `write_tables`."""
+    write_tables([table], Path(path))
+
+
+def _write(tables: Iterable[pa.Table], sink: pa.NativeFile, suffix: str) -> None:
+    tables = iter(tables)
+    first = next(tables)
+    open_writer: Callable[[pa.NativeFile, pa.Schema], Any] = {
+        ".parquet": pa_parquet.ParquetWriter,
+        ".csv": pa_csv.CSVWriter,
+        ".stream": pa.ipc.new_stream,
+    }.get(suffix, pa.ipc.new_file)
+    with open_writer(sink, first.schema) as writer:
+        writer.write_table(first)
+        for table in tables:
+            writer.write_table(table)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A `TableStream` whose batches are of any size."""
+
+    names: list[str]
+    batches: Iterable[pa.RecordBatch]
+    rows_in_all: Callable[[int], int | None]
+    is_text: bool = False
+
+
+def _file(path: Path, wanted: Wanted, stack: contextlib.ExitStack) -> _Found:
+    suffix = check_readable(path)
+    if suffix == ".parquet":
+        file = pa_parquet.ParquetFile(path, buffer_size=PARQUET_BUFFER_BYTES, pre_buffer=False)
+        return _parquet(stack.enter_context(file), wanted)
+    if suffix in (".arrow", ".feather"):
+        return _arrow_file(path, wanted, stack)
+    if suffix == ".npz":
+        table = read_table(path)
+        return _Found(table.column_names, table.to_batches(), lambda _: table.num_rows)
+    raw = stack.enter_context(path.open("rb"))
+    text: Any = gzip.GzipFile(fileobj=raw) if suffix == ".csv.gz" else raw
+    size = path.stat().st_size
+    return _csv(text, wanted, str(path), lambda read: round(read * size / max(raw.tell(), 1)))
+
+
+def _parquet(file: pa_parquet.ParquetFile, wanted: Wanted) -> _Found:
+    schema = file.schema_arrow
+    # pandas may have stored its row labels as a column; they are no feature.
+    pandas = json.loads((schema.metadata or {}).get(b"pandas", b"{}"))
+    stored = [name for name in pandas.get("index_columns", []) if isinstance(name, str)]
+    names = [name for name in schema.names if name not in stored]
+    n_rows = file.metadata.num_rows
+    return _Found(names, file.iter_batches(columns=_chosen(names, wanted), use_threads=False), lambda _: n_rows)
+
+
+def _arrow_file(path: Path, wanted: Wanted, stack: contextlib.ExitStack) -> _Found:
+    # Mapped, so that one batch as large as the file need not fit in memory.
+    mapped = stack.enter_context(pa.memory_map(str(path)))
+    names = pa.ipc.open_file(mapped).schema.names
+    fields = [names.index(name) for name in _chosen(names, wanted)]
+    reader = pa.ipc.open_file(mapped, options=pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False))
+    n_rows = pa_dataset.dataset(str(path), format="ipc").count_rows()
+    return _Found(names, map(reader.get_batch, range(reader.num_record_batches)), lambda _: n_rows)
+
+
+def _standard_input(wanted: Wanted) -> _Found:
+    raw = sys.stdin.buffer
+    start = raw.read(8)
+    if start.startswith((ARROW_FILE, ARROW_STREAM)):
+        # A file is a stream after eight bytes of its own.
+        reader = pa.ipc.open_stream(raw if start.startswith(ARROW_FILE) else _rejoined(start, raw))
+        names = reader.schema.names
+        return _Found(names, (batch.select(_chosen(names, wanted)) for batch in reader), lambda _: None)
+    return _csv(raw, wanted, "standard input", lambda _: None, start)
+
+
+def _chosen(names: list[str], wanted: Wanted) -> list[str]:
+    return names if wanted is None else [name for name in names if name in wanted]
+
+
+def _csv(
+    raw: BinaryIO, wanted: Wanted, source: str, rows_in_all: Callable[[int], int | None], start: bytes = b""
+) -> _Found:
+    """Parsed block by block: pyarrow's own reader of streams would read from Python in threads that outlive it."""
+    blocks = _whole_lines(raw, start)
+    first = next(blocks, b"")
+    schema = pa_csv.read_csv(_native(first), convert_options=_as_found()).schema
+    check_names(schema.names, source)
+    types = {name: schema.field(name).type for name in _chosen(schema.names, wanted)}
+    if wanted is not None:
+        types = {name: _text_type(kind, wanted[name]) for name, kind in types.items()}
+    options = _as_found(column_types=types, include_columns=list(types))
+
+    def batches() -> Iterator[pa.RecordBatch]:
+        yield from pa_csv.read_csv(_native(first), convert_options=options).to_batches()
+        headed = pa_csv.ReadOptions(column_names=schema.names)
+        for block in blocks:
+            yield from pa_csv.read_csv(_native(block), headed, convert_options=options).to_batches()
+
+    return _Found(schema.names, batches(), rows_in_all, is_text=True)
+
+
+def _native(data: bytes) -> pa.BufferReader:
+    """A copy that Arrow owns: its threads may let go of it when Python is ending, and would crash on Python's bytes."""
+    sink = pa.BufferOutputStream()
+    sink.write(data)
+    return pa.BufferReader(sink.getvalue())
+
+
+def _whole_lines(raw: BinaryIO, start: bytes) -> Iterator[bytes]:
+    """The bytes after `start`, and these, in blocks of about `CSV_BLOCK_BYTES` that end with a line; none is blank."""
+    rest = start
+    while data := raw.read(CSV_BLOCK_BYTES):
+        lines, newline, rest = (rest + data).rpartition(b"\n")
+        if lines.strip():
+            yield lines + newline
+    if rest.strip():
+        yield rest
+
+
+def _as_found(**options: Any) -> pa_csv.ConvertOptions:
+    return pa_csv.ConvertOptions(strings_can_be_null=True, **options)
+
+
+def _text_type(found: pa.DataType, wanted: pa.DataType | None) -> pa.DataType:
+    """The type to read a CSV column as, which looked like `found` in its first rows."""
+    if pa.types.is_null(found):
+        return wanted or pa.string()
+    # Whole numbers may become fractions farther down; booleans and text have to be as they were in training.
+    is_whole = pa.types.is_integer(found)
+    return wanted if wanted is not None and (is_whole or pa.types.is_string(wanted)) else found
+
+
+def _resized(batches: Iterable[pa.RecordBatch], n_rows: int, source: str) -> Iterator[pa.Table]:
+    waiting, is_empty = None, True
+    with _explained(source):
+        for batch in batches:
+            table = pa.Table.from_batches([batch])
+            waiting = table if waiting is None else pa.concat_tables([waiting, table])
+            while waiting.num_rows >= n_rows:
+                yield waiting.slice(0, n_rows)
+                waiting, is_empty = waiting.slice(n_rows), False
+    if waiting is not None and waiting.num_rows:
+        yield waiting
+    elif is_empty:
+        raise InputError(f"{source} has no rows")
+
+
+@contextlib.contextmanager
+def _explained(source: str) -> Iterator[None]:
+    """One line for what pyarrow and gzip raise on files that are no tables."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, EOFError) as error:
+        raise InputError(f"{source} is not a table that can be read: {first_line(error)}") from error
+
+
+class _Rejoined(io.RawIOBase):
+    """Bytes that were read already, and then the rest of their stream."""
+
+    def __init__(self, head: bytes, rest: BinaryIO) -> None:
+        self._head, self._rest = io.BytesIO(head), rest
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data = self._head.read(len(buffer)) or self._rest.read(len(buffer))
+        buffer[: len(data)] = data
+        return len(data)
+
+
+def _rejoined(head: bytes, rest: BinaryIO) -> io.BufferedReader:
+    return io.BufferedReader(_Rejoined(head, rest), 2**20)

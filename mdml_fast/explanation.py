@@ -1,0 +1,151 @@
+"""Why rows have their scores: what each column adds, in words and numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from mdml_fast.data.encoding import CategoricalColumn, FeatureEncoder, Floats, Rows
+from mdml_fast.data.labelled import Names
+from mdml_fast.known import KnownRows
+
+# What is usual for a number: the median, and between these quantiles.
+USUAL = (0.05, 0.5, 0.95)
+# The column that names the seen class of an alarm.
+KIND = "kind"
+
+
+def why_names(k: int) -> list[str]:
+    """The names of the columns that say why, for k reasons; none for 0."""
+    return [*(f"why_{place + 1}" for place in range(k)), "nearest_family", KIND] if k else []
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """What makes up the scores of N rows of a table with d columns.
+
+    Attributes:
+        table: the rows.
+        columns: the names of the d columns.
+        scores: [N], higher is more normal.
+        contributions: what each column adds to the score [N, d], compared with the row's nearest normal: a negative
+            number makes the row an anomaly. 0 for columns in which both agree and for those that are not used.
+        remainder: the score less its contributions [N]: what the row shares with its nearest normal.
+        nearest: position of the nearest normal in `normals` [N].
+        nearest_family: the class of that normal [N].
+        kind: the seen anomaly class that the row resembles, or ``new`` [N]. Of a row that is no alarm it says nothing.
+        normals: the normals that are compared with.
+        encoder: how columns become features.
+    """
+
+    table: pa.Table
+    columns: list[str]
+    scores: Floats
+    contributions: Floats
+    remainder: Floats
+    nearest: npt.NDArray[np.intp]
+    nearest_family: Names
+    kind: Names
+    normals: KnownRows
+    encoder: FeatureEncoder
+
+    def nearest_normals(self) -> pa.Table:
+        """The nearest normal of each row, N rows of the columns that are used."""
+        return self._normal_values.take(pa.array(self.nearest))
+
+    def reasons(self, k: int) -> list[list[str | None]]:
+        """The k columns that make each row most anomalous, strongest first, in words: k lists of N.
+
+        For example ``bytes = 54540, nearest 310, usual 232 (0 to 1204)`` or ``service = 'smtp', nearest 'http', usual
+        'http' (62 %)``: the row's value, that of the nearest normal, and of its family the median with 5 % and 95 %
+        quantiles, or the most frequent value. None where fewer columns make the row anomalous.
+        """
+        order = np.argsort(self.contributions, axis=1, kind="stable")
+        order = np.pad(order, ((0, 0), (0, max(0, k - order.shape[1]))), mode="edge")[:, :k]
+        blames = np.take_along_axis(self.contributions, order, axis=1) < 0
+        blames[:, len(self.columns) :] = False
+        words: list[list[str | None]] = [[None] * len(order) for _ in range(k)]
+        for column in np.unique(order[blames]):
+            name = self.columns[column]
+            rows, places = np.nonzero(blames & (order == column))
+            own = _described(self.table[name].take(pa.array(rows)))
+            # Decoded from float32, whose last digits are not the data's.
+            nearest = _described(self._normal_values[name].take(pa.array(self.nearest[rows])), digits=4)
+            for row, place, value, normal in zip(rows.tolist(), places.tolist(), own, nearest, strict=True):
+                usual = self._usual[self.nearest_family[row], name]
+                words[place][row] = f"{name} = {value}, nearest {normal}, usual {usual}"
+        return words
+
+    def why(self, k: int) -> dict[str, pa.Array]:
+        """The columns of `why_names`, each [N]: the k strongest reasons, the nearest normal family, the kind."""
+        columns = [*self.reasons(k), self.nearest_family, self.kind] if k else []
+        return {name: pa.array(values, pa.string()) for name, values in zip(why_names(k), columns, strict=True)}
+
+    @cached_property
+    def _normal_values(self) -> pa.Table:
+        return self.encoder.decode(self.normals.rows)
+
+    @cached_property
+    def _usual(self) -> dict[tuple[str, str], str]:
+        """What is usual, by normal family and column."""
+        return {
+            (str(family), column.name): _usual_value(
+                self._normal_values[column.name].filter(pa.array(self.normals.names == family)),
+                isinstance(column, CategoricalColumn),
+            )
+            for family in np.unique(self.normals.names)
+            for column in self.encoder.columns
+        }
+
+
+def _described(values: pa.ChunkedArray, digits: int = 6) -> list[str]:
+    return ["missing" if value is None or value != value else _shown(value, digits) for value in values.to_pylist()]
+
+
+def _shown(value: Any, digits: int) -> str:
+    return repr(value) if isinstance(value, str) else f"{float(value):.{digits}g}"
+
+
+def _usual_value(values: pa.ChunkedArray, is_text: bool) -> str:
+    known = values.drop_null()
+    if not len(known):
+        return "another value" if is_text else "missing"
+    if is_text:
+        top = max(pc.value_counts(known).to_pylist(), key=lambda entry: entry["counts"])
+        return f"{top['values']!r} ({100 * top['counts'] / len(values):.0f} %)"
+    low, median, high = np.quantile(known.to_numpy(), USUAL)
+    return f"{median:.4g} ({low:.4g} to {high:.4g})"
+
+
+def explain(
+    table: pa.Table,
+    columns: Sequence[str],
+    encoder: FeatureEncoder,
+    model: Any,
+    normals: KnownRows,
+    anomalies: KnownRows,
+) -> Explanation:
+    """Score rows and say why; see `MDMLDetector.explain`."""
+    rows: Rows = encoder.transform(table)
+    nearest, distances = normals.nearest(rows)
+    scores, by_feature = model.explain(rows, normals.rows[nearest])
+    contributions = encoder.by_column(by_feature, columns)
+    return Explanation(
+        table=table,
+        columns=list(columns),
+        scores=scores,
+        contributions=contributions,
+        remainder=scores - contributions.sum(axis=1),
+        nearest=nearest,
+        nearest_family=normals.names[nearest].astype(object),
+        kind=anomalies.resembled(rows, distances),
+        normals=normals,
+        encoder=encoder,
+    )

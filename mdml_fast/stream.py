@@ -1,0 +1,261 @@
+"""Scoring a table batch by batch: reading, scoring and writing overlap, and memory stays as it is."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import tempfile
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from mdml_fast.artifact import DOCUMENT
+from mdml_fast.calibration import Promise
+from mdml_fast.data.batches import STANDARD, TableStream, Wanted, check_writable, open_table, write_tables
+from mdml_fast.data.encoding import NumericColumn
+from mdml_fast.data.labelled import class_names
+from mdml_fast.data.parts import Parts
+from mdml_fast.data.tables import plain
+from mdml_fast.detector import MDMLDetector
+from mdml_fast.drift import DriftMonitor
+from mdml_fast.errors import InputError
+from mdml_fast.explanation import KIND, why_names
+from mdml_fast.inputs import resolve_device
+
+# Rows that one thread scores at once, and rows that a run that is cut off may lose.
+BATCH_ROWS, PART_ROWS = 4096, 65_536
+
+# The columns that scoring adds.
+WRITTEN = ("score", "p_value", "is_anomaly", "drift_evidence")
+
+Progress = Callable[[int, int | None], None]
+"""Told the rows done, and how many there are in all, where known."""
+
+Item = TypeVar("Item")
+
+
+@dataclass(frozen=True)
+class ScoreTask:
+    """What to score, and where to write it.
+
+    Attributes:
+        model: the folder that the detector was loaded from.
+        data: a file as `read_table` takes, or ``-`` for standard input: Arrow IPC or CSV.
+        out: a file by its ending, or ``-`` for standard output: CSV where the data is, else an Arrow IPC stream.
+        keep: columns of the data to carry over.
+        group: the column of groups, for alarms by group.
+        monitor: whether to watch for drift, the rows being in order of time.
+        explain: how many reasons to give for each row; with them come its nearest normal family and, for alarms, the
+            kind of anomaly.
+    """
+
+    model: Path
+    data: Path
+    out: Path
+    keep: tuple[str, ...] = ()
+    group: str | None = None
+    monitor: bool = False
+    explain: int = 0
+
+    @property
+    def partial(self) -> Path:
+        """The folder of what is scored so far, while `out` is not written."""
+        return self.out.with_name(f"{self.out.name}.partial")
+
+    def check(self) -> None:
+        """Raise InputError for what can't be done, before anything is read."""
+        check_writable(self.out)
+        for name in self.keep:
+            if name in (*WRITTEN, *why_names(self.explain)):
+                raise InputError(f"--keep: the output has a column {name!r} of its own; rename that of {self.data}")
+
+
+@dataclass
+class ScoreSummary:
+    """Rows and alarms so far; the rows that an earlier run had scored; the row from which on there is drift."""
+
+    rows: int = 0
+    alarms: int = 0
+    resumed_rows: int = 0
+    drift_row: int | None = None
+
+
+def score_file(
+    detector: MDMLDetector, task: ScoreTask, *, resume: bool = False, progress: Progress | None = None
+) -> ScoreSummary:
+    """Score a table of any size, in the order of its rows; the alarms keep the detector's promise.
+
+    What is scored gathers in the folder ``<out>.partial``, and becomes `out` at the end; a run that is cut off leaves
+    the folder, to be resumed. To standard output rows are written as they are scored; under the promise ``fdr``, which
+    depends on all of them, after the last one.
+
+    Args:
+        detector: fitted.
+        task: what to score.
+        resume: go on from the folder, where there is one.
+        progress: told after every batch.
+
+    Raises:
+        InputError: the data or the task can't be used, or the folder is that of another task.
+        OSError: the output cannot be written.
+    """
+    task.check()
+    if resume and STANDARD in (task.data, task.out):
+        raise InputError("a run between standard input and output can't be resumed; leave out --resume, or name files")
+    by_batch = Promise(detector.promise) is Promise.FDR
+    with open_table(task.data, _wanted(detector, task), BATCH_ROWS) as table:
+        _check_columns(table, task)
+        if task.out == STANDARD and not by_batch:
+            return _write(detector, task, table, _scored(detector, task, table, 0, progress), detector.alarm_level())
+        with _parts(task, resume) as parts:
+            resumed_rows = parts.n_rows
+            parts.fill(_scored(detector, task, table, resumed_rows, progress), PART_ROWS)
+            level = detector.alarm_level(*_p_value_counts(parts)) if by_batch else detector.alarm_level()
+            summary = _write(detector, task, table, parts, level)
+            summary.resumed_rows = resumed_rows
+            return summary
+
+
+def _wanted(detector: MDMLDetector, task: ScoreTask) -> Wanted:
+    features = {
+        column.name: pa.float64() if isinstance(column, NumericColumn) else pa.string()
+        for column in detector.encoder_.columns
+    }
+    return features | dict.fromkeys([*task.keep, *([task.group] if task.group else [])])
+
+
+def _check_columns(table: TableStream, task: ScoreTask) -> None:
+    for name in [*task.keep, *([task.group] if task.group else [])]:
+        if name not in table.names:
+            raise InputError(f"{task.data} has no column {name!r}; it has {', '.join(table.names)}")
+
+
+@contextlib.contextmanager
+def _parts(task: ScoreTask, resume: bool) -> Iterator[Parts]:
+    if task.out == STANDARD:
+        with (
+            tempfile.TemporaryDirectory(prefix="mdml-fast-") as folder,
+            Parts.begin(Path(folder) / "parts", {}) as parts,
+        ):
+            yield parts
+        return
+    begin = Parts.resume if resume else Parts.begin
+    with begin(task.partial, _identity(task)) as parts:
+        yield parts
+
+
+def _identity(task: ScoreTask) -> dict[str, Any]:
+    """What must agree for two runs to score the same rows in the same way."""
+    identity: dict[str, Any] = {
+        "model": hashlib.sha256((task.model / DOCUMENT).read_bytes()).hexdigest(),
+        "keep": list(task.keep),
+        "group": task.group,
+        "explain": task.explain,
+    }
+    if task.data != STANDARD:
+        status = task.data.stat()
+        identity |= {"data": str(task.data.resolve()), "bytes": status.st_size, "changed": status.st_mtime_ns}
+    return identity
+
+
+def _scored(
+    detector: MDMLDetector, task: ScoreTask, table: TableStream, skipped_rows: int, progress: Progress | None
+) -> Iterator[pa.Table]:
+    """For every batch after so many rows, in order: the kept columns, the scores, the p-values, and why.
+
+    Which rows are alarms is not known yet: the kind of anomaly is there for all.
+    """
+
+    def score(start: int, batch: pa.Table) -> pa.Table:
+        try:
+            explanation = detector.explain(batch) if task.explain else None
+            scores = explanation.scores if explanation else detector.score_samples(batch)
+            groups = None if task.group is None else class_names(batch[task.group], f"group column {task.group!r}")
+        except InputError as error:
+            where = f"in rows {start + 1} to {start + batch.num_rows} of {task.data}: " if start else ""
+            raise InputError(f"{where}{error}") from error
+        p_values = detector.calibration_.p_value(scores, groups)
+        columns = {name: plain(batch[name]) for name in task.keep} | {"score": scores, "p_value": p_values}
+        return pa.table(columns | (explanation.why(task.explain) if explanation else {}))
+
+    def jobs() -> Iterator[Callable[[], pa.Table]]:
+        start = 0
+        for batch in table.batches:
+            if start >= skipped_rows:
+                yield partial(score, start, batch)
+            start += batch.num_rows
+
+    done = skipped_rows
+    for result in _in_order(jobs(), _n_workers(detector)):
+        done += result.num_rows
+        if progress:
+            progress(done, table.rows_in_all(done))
+        yield result
+
+
+def _n_workers(detector: MDMLDetector) -> int:
+    """Threads that score, each on one core: a GPU needs only one."""
+    return torch.get_num_threads() if resolve_device(detector.device).type == "cpu" else 1
+
+
+def _in_order(jobs: Iterable[Callable[[], Item]], n_workers: int) -> Iterator[Item]:
+    """The results of jobs, in order; the next ones run in other threads meanwhile."""
+    n_threads = torch.get_num_threads()
+    pool = ThreadPoolExecutor(n_workers, initializer=torch.set_num_threads, initargs=(1,))
+    ahead: deque[Future[Item]] = deque()
+    try:
+        for job in jobs:
+            ahead.append(pool.submit(job))
+            # As many wait as run, so that no thread is idle while this one reads or writes.
+            if len(ahead) > 2 * n_workers:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        torch.set_num_threads(n_threads)
+
+
+def _p_value_counts(tables: Iterable[pa.Table]) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct p-values, of which there are no more than calibration normals, and how many rows have each."""
+    rows: Counter[float] = Counter()
+    for table in tables:
+        values, counts = np.unique(table["p_value"].to_numpy(), return_counts=True)
+        rows.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
+    return np.array(list(rows.keys())), np.array(list(rows.values()), dtype=np.int64)
+
+
+def _write(
+    detector: MDMLDetector, task: ScoreTask, source: TableStream, tables: Iterable[pa.Table], level: float
+) -> ScoreSummary:
+    """Write the tables, each with its alarms and where asked for its evidence of drift."""
+    summary = ScoreSummary()
+    monitor = DriftMonitor(detector.calibration_.scores) if task.monitor else None
+
+    def finished() -> Iterator[pa.Table]:
+        for table in tables:
+            is_alarm = table["p_value"].to_numpy() <= level
+            summary.rows += len(is_alarm)
+            summary.alarms += int(is_alarm.sum())
+            table = table.add_column(table.column_names.index("p_value") + 1, "is_anomaly", pa.array(is_alarm))
+            if task.explain:
+                place = table.column_names.index(KIND)
+                kinds = pc.if_else(table["is_anomaly"], table[KIND], None)
+                table = table.set_column(place, KIND, kinds)
+            if monitor:
+                evidence = monitor.evidence(table["score"].to_numpy())
+                table = table.append_column("drift_evidence", pa.array(evidence))
+                summary.drift_row = monitor.first_row
+            yield table
+
+    write_tables(finished(), task.out, text=source.is_text)
+    return summary

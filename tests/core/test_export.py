@@ -1,0 +1,206 @@
+"""Exported models, run by others' runtimes, against our own scores."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from scipy.special import ndtri
+from support import DATA
+
+from mdml_fast import InputError, MDMLDetector
+from mdml_fast.alarms import Alarms
+from mdml_fast.data import label_table, read_table
+from mdml_fast.export import ExportFormat, export
+from mdml_fast.meta.default import DefaultConfig
+from mdml_fast.meta.ensemble import EnsembleConfig
+from mdml_fast.meta.paper import PaperConfig
+
+pytest.importorskip("onnx", reason="the extra 'onnx' is not installed")
+ort = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+
+from mdml_fast.export.graph import DOUBLE, INT64, Graph  # noqa: E402
+from mdml_fast.export.onnx_model import onnx_inputs, onnx_model  # noqa: E402
+
+FAST = DefaultConfig(
+    ensemble=EnsembleConfig(hidden=8, n_prototypes=32, n_queries=32, n_anomalies=24, n_synthetic=64, steps=10),
+    n_trees=20,
+)
+FAST_PAPER = PaperConfig(hidden=16, embedding=8, outer_steps=20, learn_temperature=True)
+
+
+def session(content: bytes) -> "ort.InferenceSession":
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def run_onnx(detector: MDMLDetector, table: pa.Table) -> Alarms:
+    run = session(onnx_model(detector).SerializeToString())
+    return Alarms(*run.run(["score", "p_value", "is_anomaly"], onnx_inputs(detector.encoder_, table)))
+
+
+def assert_agree(found: Alarms, expected: Alarms, level: float = 0.01, atol: float = 0.0) -> None:
+    # Log odds near 0 are differences of larger logits in float32.
+    np.testing.assert_allclose(found.scores, expected.scores, rtol=1e-5, atol=atol)
+    # A row that ties with a calibration row may come out beside it.
+    tie = 0.0 if atol == 0 else 1.001 / 61
+    np.testing.assert_allclose(found.p_values, expected.p_values, rtol=0, atol=tie)
+    clear = np.abs(expected.p_values - level) >= tie
+    np.testing.assert_array_equal(found.is_alarm[clear], expected.is_alarm[clear])
+    assert clear.sum() > 10
+
+
+def table(seed: int = 0) -> tuple[pa.Table, np.ndarray]:
+    """Numbers with gaps, a heavy tail, text with gaps, a constant; two anomaly classes."""
+    rng = np.random.default_rng(seed)
+    labels = np.array(["ok"] * 300 + ["odd"] * 30 + ["long"] * 30, dtype=object)
+    size, length = rng.normal(size=len(labels)), np.exp(rng.normal(5, 4, size=len(labels)))
+    size[labels == "odd"] += 5
+    length[labels == "long"] *= 1e9
+    columns = {
+        "size": pa.array(size, mask=rng.random(len(labels)) < 0.1),
+        "colour": pa.array(rng.choice(["red", "green"], len(labels)), mask=rng.random(len(labels)) < 0.1),
+        "length": pa.array(length),
+        "count": pa.array(rng.integers(0, 5, len(labels))),
+        "same": pa.array(np.ones(len(labels))),
+    }
+    return pa.table(columns), labels
+
+
+def strange(rows: pa.Table) -> pa.Table:
+    """The rows with unknown colours, gaps where there were none, and values far outside."""
+    columns = rows.to_pydict()
+    columns["colour"][::3] = ["ultraviolet"] * len(columns["colour"][::3])
+    columns["length"][::5] = [None] * len(columns["length"][::5])
+    columns["length"][1], columns["size"][2], columns["size"][4] = 1e250, -1e8, 1e-30
+    return pa.table(columns)
+
+
+@pytest.fixture(scope="module", params=[FAST, FAST_PAPER], ids=["default", "paper"])
+def fitted(request: pytest.FixtureRequest) -> MDMLDetector:
+    rows, labels = table()
+    detector = MDMLDetector(request.param, random_state=0).fit(rows, labels, normal=["ok"])
+    return detector.adapt(
+        rows.slice(0, 60).set_column(0, "size", pa.array(np.random.default_rng(0).normal(30, size=60)))
+    )
+
+
+@pytest.mark.parametrize("promise", ["marginal", "certificate"])
+def test_onnx_scores_as_we_do(fitted: MDMLDetector, promise: str) -> None:
+    fitted.set_params(promise=promise, false_alarm_rate=0.1)
+    rows = pa.concat_tables([table(seed=1)[0], table()[0], strange(table(seed=2)[0])])
+    atol = 1e-6 if isinstance(fitted.model_.config, PaperConfig) else 0.0
+    assert_agree(run_onnx(fitted, rows), fitted.alarms(rows), fitted.fixed_level(), atol)
+
+
+def test_a_single_row_can_be_scored_and_only_used_columns_are_inputs(fitted: MDMLDetector) -> None:
+    rows = table(seed=1)[0].slice(0, 1)
+    np.testing.assert_allclose(run_onnx(fitted, rows).scores, fitted.score_samples(rows), rtol=1e-5, atol=1e-6)
+    run = session(onnx_model(fitted).SerializeToString())
+    assert [value.name for value in run.get_inputs()] == ["size", "length", "count", "colour"]
+    assert json.loads(run.get_modelmeta().custom_metadata_map["anomaly_classes"]) == ["long", "odd"]
+
+
+def test_the_torch_program_scores_as_we_do(fitted: MDMLDetector, tmp_path: Path) -> None:
+    from mdml_fast.export.torch_program import torch_inputs
+
+    fitted.set_params(promise="marginal", false_alarm_rate=0.1)
+    export(fitted, ExportFormat.TORCH, tmp_path / "model.pt2")
+    files = {"columns.json": ""}
+    program = torch.export.load(tmp_path / "model.pt2", extra_files=files).module()
+    assert json.loads(files["columns.json"])["codes"] == {"colour": ["green", "red"]}
+    for rows in (strange(table(seed=2)[0]), table(seed=1)[0].slice(0, 2)):
+        found = Alarms(*(value.detach().numpy() for value in program(*torch_inputs(fitted.encoder_, rows))))
+        np.testing.assert_allclose(found.scores, fitted.score_samples(rows), rtol=1e-5, atol=1e-6)
+        np.testing.assert_array_equal(found.is_alarm, fitted.alarms(rows).is_alarm)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_mlflow_model_scores_as_we_do(fitted: MDMLDetector, tmp_path: Path) -> None:
+    pyfunc = pytest.importorskip("mlflow.pyfunc", reason="the extra 'mlflow' is not installed")
+    rows = strange(table(seed=2)[0])
+    for _ in range(2):  # the second replaces the first
+        export(fitted, ExportFormat.MLFLOW, tmp_path / "model")
+    model = pyfunc.load_model(str(tmp_path / "model"))
+    assert model.metadata.signature.inputs.input_names() == ["size", "colour", "length", "count"]
+    found = model.predict(rows.to_pandas())
+    np.testing.assert_array_equal(found["score"], fitted.score_samples(rows))
+    assert found["is_anomaly"].tolist() == fitted.alarms(rows).is_alarm.tolist()
+    assert not list((tmp_path / "model").rglob("*.pkl"))
+
+
+@pytest.mark.parametrize("name", ["letter", "nsl_kdd", "shuttle", "tennessee_eastman"])
+def test_onnx_scores_open_sets_as_we_do(name: str) -> None:
+    if not (DATA / "protocol.json").exists():
+        pytest.skip(f"no open data sets in {DATA}; name their folder in MDML_DATA")
+    spec = json.loads((DATA / "protocol.json").read_text())[name]
+    data = label_table(read_table(DATA / spec["file"]), spec["label"], spec["normal"], spec["ignore"])
+    rng = np.random.default_rng(0)
+    normals, others = rng.permutation(np.flatnonzero(data.is_normal)), rng.permutation(np.flatnonzero(~data.is_normal))
+    train, test = (
+        data.take(np.concatenate([normals[part], others[part]])) for part in (slice(0, 1000), slice(1000, 1400))
+    )
+    detector = MDMLDetector(FAST, random_state=0).fit(train.features, train.labels, normal=train.normal)
+    # With gaps and unknown text, which there may be none of in training.
+    broken = {
+        column: [None if (row + place) % 7 == 0 else value for row, value in enumerate(values.to_pylist())]
+        if not pa.types.is_string(values.type)
+        else [f"{value}?" if (row + place) % 7 == 0 else value for row, value in enumerate(values.to_pylist())]
+        for place, (column, values) in enumerate(zip(test.features.column_names, test.features.columns, strict=True))
+    }
+    for rows in (test.features, pa.table(broken)):
+        assert_agree(run_onnx(detector, rows), detector.alarms(rows))
+
+
+# --- the graph's functions, against numpy and scipy ---
+
+
+def evaluated(write, value: np.ndarray, kind: int = DOUBLE) -> np.ndarray:
+    graph = Graph()
+    graph.output("y", write(graph, graph.input("x", DOUBLE)), kind)
+    return session(graph.model("", {}).SerializeToString()).run(["y"], {"x": value})[0]
+
+
+def test_functions_that_onnx_lacks() -> None:
+    level = np.concatenate([np.geomspace(1e-6, 0.5, 50), 1 - np.geomspace(1e-6, 0.5, 50)])
+    np.testing.assert_allclose(evaluated(Graph.ndtri, level), ndtri(level), rtol=1e-12, atol=1e-14)
+    values = np.array([-1e300, -20.0, -1e-9, 0.0, 0.3, 5e4, 1e200])
+    np.testing.assert_allclose(evaluated(Graph.asinh, values), np.arcsinh(values), rtol=1e-12, atol=1e-15)
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 8, 100])
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_counting_below_is_searchsorted(n: int, side: str) -> None:
+    rng = np.random.default_rng(n)
+    ordered = np.sort(rng.integers(0, 10, n)).astype(np.float64)
+    values = np.concatenate([np.arange(-1, 12, 0.5), [np.inf, -1e300]])
+
+    def write(graph: Graph, x: str) -> str:
+        found = graph.count_below(ordered[None], graph.op("Unsqueeze", x, [0]), equal=side == "right")
+        return graph.op("Squeeze", found, [0])
+
+    np.testing.assert_array_equal(evaluated(write, values[:-2], INT64), np.searchsorted(ordered, values[:-2], side))
+
+
+# --- refusals ---
+
+
+def test_what_cannot_be_exported_is_refused(fitted: MDMLDetector, tmp_path: Path, monkeypatch) -> None:
+    fitted.set_params(promise="fdr")
+    with pytest.raises(InputError, match="depends on all rows"):
+        export(fitted, ExportFormat.ONNX, tmp_path / "m.onnx")
+    fitted.set_params(promise="marginal")
+    with pytest.raises(InputError, match="no such folder"):
+        export(fitted, ExportFormat.ONNX, tmp_path / "nowhere" / "m.onnx")
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "notes.txt").write_text("mine")
+    with pytest.raises(InputError, match="is a folder"):
+        export(fitted, ExportFormat.TORCH, tmp_path / "taken")
+    monkeypatch.setattr("mdml_fast.export.find_spec", lambda name: None)
+    for form in (ExportFormat.ONNX, ExportFormat.MLFLOW):
+        with pytest.raises(InputError, match=rf"pip install 'mdml-fast\[{form}\]'"):
+            export(fitted, form, tmp_path / "m")
+    assert [path.name for path in tmp_path.iterdir()] == ["taken"]

@@ -1,0 +1,76 @@
+"""Of a table larger than memory all anomalies are learned from, and a fair sample of its normals."""
+
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from scipy.stats import chisquare
+
+from mdml_fast import InputError
+from mdml_fast.data import label_table, read_table, reservoir, write_table
+from mdml_fast.data.reservoir import Reservoir, sample_table
+
+N_ROWS = 5000
+
+
+@pytest.fixture
+def path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Two normal classes, a tenth of the rows "rare"; every fiftieth row is an anomaly."""
+    monkeypatch.setattr(reservoir, "BATCH_ROWS", 300)
+    classes = ["odd" if i % 50 == 0 else "rare" if i % 10 == 1 else "usual" for i in range(N_ROWS)]
+    write_table(pa.table({"row": np.arange(N_ROWS), "class": classes}), tmp_path / "t.csv")
+    return tmp_path / "t.csv"
+
+
+def sample(path: Path, max_normals: int, seed: int = 0) -> np.ndarray:
+    data, n_normals = sample_table(path, "class", ["usual", "rare"], max_normals=max_normals, seed=seed)
+    assert n_normals == 4900
+    assert data.anomaly_classes() == {"odd": 100}
+    assert data.is_normal.sum() == min(max_normals, n_normals)
+    rows = data.features["row"].to_numpy()
+    assert (np.diff(rows) > 0).all()
+    return rows[data.is_normal]
+
+
+def test_all_anomalies_stay_and_so_many_normals(path: Path) -> None:
+    first = sample(path, 200)
+    assert np.array_equal(first, sample(path, 200))
+    assert not np.array_equal(first, sample(path, 200, seed=1))
+
+
+def test_every_normal_has_the_same_chance_wherever_it_stands(path: Path) -> None:
+    drawn = np.concatenate([sample(path, 250, seed) for seed in range(12)])
+    tenths = np.bincount(drawn // 500, minlength=10)
+    assert chisquare(tenths).pvalue > 0.001
+    share_of_rare = (drawn % 10 == 1).mean()
+    assert 0.08 < share_of_rare < 0.13  # 500 of 4900
+
+
+def test_a_table_that_fits_is_taken_as_it_is(path: Path) -> None:
+    data, _ = sample_table(path, "class", ["usual", "rare"], max_normals=10_000)
+    whole = label_table(read_table(path), "class", ["usual", "rare"])
+    assert data.features.equals(whole.features)
+    assert data.labels.tolist() == whole.labels.tolist()
+
+
+def test_what_is_held_is_bounded() -> None:
+    holding = Reservoir("class", ["ok"], 100, seed=0)
+    for _ in range(50):
+        holding.add(pa.table({"class": ["ok"] * 90}))
+        assert sum(table.num_rows for table in holding._tables) <= 200
+    assert holding.table().num_rows == 100
+    assert holding.n_normals == 4500
+
+
+def test_wrong_columns_are_refused_at_the_first_batch(path: Path) -> None:
+    seen: list[int] = []
+    for label, normal, says in [
+        ("klass", ["usual"], "no label column 'klass'"),
+        ("class", [], "name the normal classes; the classes are odd, rare, usual"),
+    ]:
+        with pytest.raises(InputError, match=says):
+            sample_table(path, label, normal, max_normals=50, progress=lambda done, _: seen.append(done))
+    assert not seen
+    with pytest.raises(InputError, match="no row of the normal class 'fine'"):
+        sample_table(path, "class", ["fine"], max_normals=50)
