@@ -7,6 +7,8 @@ import math
 import numpy as np
 import numpy.typing as npt
 import torch
+from mdml_kernels.native import library
+from mdml_kernels.native import neighbours as native
 from torch import Tensor
 
 from mdml_fast.data.encoding import Rows
@@ -44,6 +46,10 @@ def neighbour_distances(
     if torch.compiler.is_exporting() and families is None:
         # A program for any number of rows has no loop over them.
         return _block_distances(rows, references, _product_columns(references), k)
+    if k + SPARE <= native.MOST and library.serves(rows, references):
+        codes = (families, reference_families)
+        each = zip(rows, references, strict=True)
+        return torch.stack([native.neighbour_distances(*one, k, SPARE, *codes) for one in each])
     columns = _product_columns(references)
     step = max(1, BLOCK_VALUES // references.shape[1])
     distances = rows.new_empty(rows.shape[:2])

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mdml_kernels import softmax_margin_loss
-from mdml_kernels.native import episodes, layers, library, rows
+from mdml_kernels.native import episodes, layers, library, neighbours, rows
 
 WIDTHS = st.integers(1, 40)
 
@@ -205,3 +205,33 @@ def test_adapt_equals_autograd(bfloat16, confidence):
             if expected is not None:
                 error = (value[episode].double() - expected).norm() / expected.norm()
                 assert error < tolerance
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    n_rows=st.integers(1, 40),
+    n=st.sampled_from([1, 2, 7, 63, 64, 65, 511, 512, 513, 1100]),
+    d=WIDTHS,
+    k=st.integers(1, 6),
+    grouped=st.booleans(),
+    data=st.data(),
+)
+def test_neighbour_distances(n_rows, n, d, k, grouped, data):
+    """On a grid many distances are equal, and some rows are references themselves."""
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    x, references = (torch.randint(-3, 4, (m, d), generator=generator) / 2 for m in (n_rows, n))
+    families, others = (torch.randint(0, 3, (m,), generator=generator) for m in (n_rows, n))
+    codes = (families, others) if grouped else (None, None)
+    found = neighbours.neighbour_distances(x, references, k, 3, *codes)
+    exact = torch.cdist(x.double(), references.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    if grouped:
+        exact = exact.masked_fill(families[:, None] == others, torch.inf)
+    nearest = exact.topk(min(k, n), largest=False).values
+    expected = nearest.where(nearest.isfinite(), torch.nan).nanmean(-1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+def test_a_row_with_a_nan_has_no_neighbours():
+    x, references = torch.randn(3, 4), torch.randn(100, 4)
+    x[1, 2] = torch.nan
+    assert neighbours.neighbour_distances(x, references, 2, 3, None, None).isnan().tolist() == [False, True, False]
