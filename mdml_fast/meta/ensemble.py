@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 from mdml_kernels import SoftmaxMarginLoss
 from torch import Tensor
-from torch.func import functional_call, vmap
 
 from mdml_fast.data.labelled import Names
 from mdml_fast.data.views import VIEWS
@@ -66,16 +65,15 @@ class Ensemble:
     def __init__(self, views: Tensor, weights: dict[str, Tensor], trained_on: Sequence[Sequence[str]]) -> None:
         self.views, self.weights, self.trained_on = views, weights, trained_on
         self._n_views = int(views.max()) + 1
-        hidden, n_features = self.weights["inner.weight"].shape[1:]
-        self._encoder = ResidualEncoder(n_features, hidden)
 
     def embed(self, rows: Tensor) -> Tensor:
         """Embeddings [D, N, d] of rows in each view [V, N, d], computed in float64 and rounded once."""
-        encode: Callable[[dict[str, Tensor], Tensor], Tensor] = vmap(
-            lambda weights, x: functional_call(self._encoder, weights, (x,))
-        )
         weights = {name: weight.double() for name, weight in self.weights.items()}
-        return encode(weights, rows[self.views].double()).to(rows.dtype)
+        x = rows[self.views].double()
+        # `ResidualEncoder`, written out: a module lends its parameters to one thread at a time only.
+        hidden = torch.baddbmm(weights["inner.bias"].unsqueeze(1), x, weights["inner.weight"].mT).relu()
+        z = torch.addcmul(hidden @ weights["outer.weight"].mT, x, weights["log_scale"].exp().unsqueeze(1))
+        return z.to(rows.dtype)
 
     def pull_back(self, rows: Tensor, steps: Tensor) -> Tensor:
         """What the coordinates of a step s in view add to |z(x) - z(x - s)|², z each direction's embedding [D, N, d].

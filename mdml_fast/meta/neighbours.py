@@ -47,7 +47,7 @@ def neighbour_distances(
         # A program for any number of rows has no loop over them.
         return _block_distances(rows, references, _product_columns(references), k)
     if k + SPARE <= native.MOST and library.serves(rows, references):
-        codes = (families, reference_families)
+        codes = (None, None) if families is None else (families, reference_families)
         each = zip(rows, references, strict=True)
         return torch.stack([native.neighbour_distances(*one, k, SPARE, *codes) for one in each])
     columns = _product_columns(references)

@@ -1,5 +1,6 @@
 """The default algorithm and its parts."""
 
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,8 @@ from sklearn.neighbors import NearestNeighbors
 from mdml_fast import MDMLDetector
 from mdml_fast.data.views import VIEWS, Views
 from mdml_fast.meta.default import DefaultConfig, DefaultModel
-from mdml_fast.meta.ensemble import EnsembleConfig
+from mdml_fast.meta.encoders import ResidualEncoder
+from mdml_fast.meta.ensemble import Ensemble, EnsembleConfig
 from mdml_fast.meta.fusion import FusionConfig, learn_weights, prior_weights
 from mdml_fast.meta.neighbourhood import NeighbourhoodConfig
 from mdml_fast.meta.neighbours import neighbour_distances
@@ -264,3 +266,19 @@ def test_a_large_family_is_learned_from_in_part() -> None:
     assert (labels[kept] == "a").sum() == 10
     assert (labels[kept] == "b").sum() == 3
     assert len(_at_most_of_each(labels[:0], 10, seed=0)) == 0
+
+
+def test_embeddings_are_the_encoders_own_in_whatever_thread() -> None:
+    generator = torch.Generator().manual_seed(0)
+    encoders = [ResidualEncoder(5, 7) for _ in range(3)]
+    for parameter in (value for encoder in encoders for value in encoder.parameters()):
+        parameter.data = torch.randn(parameter.shape, generator=generator) / 3
+    weights = {
+        name: torch.stack([encoder.state_dict()[name] for encoder in encoders]) for name in encoders[0].state_dict()
+    }
+    ensemble = Ensemble(torch.tensor([0, 1, 0]), weights, [[], [], []])
+    rows = torch.randn(2, 400, 5, generator=generator)
+    expected = torch.stack([encoder(rows[view]) for encoder, view in zip(encoders, (0, 1, 0), strict=True)])
+    with ThreadPoolExecutor(4) as pool:
+        for embedded in pool.map(ensemble.embed, [rows] * 40):
+            torch.testing.assert_close(embedded, expected.detach(), rtol=1e-5, atol=1e-6)

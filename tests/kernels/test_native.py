@@ -221,7 +221,7 @@ def test_neighbour_distances(n_rows, n, d, k, grouped, data):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     x, references = (torch.randint(-3, 4, (m, d), generator=generator) / 2 for m in (n_rows, n))
     families, others = (torch.randint(0, 3, (m,), generator=generator) for m in (n_rows, n))
-    codes = (families, others) if grouped else (None, None)
+    codes = (families if grouped else None, others)
     found = neighbours.neighbour_distances(x, references, k, 3, *codes)
     exact = torch.cdist(x.double(), references.double(), compute_mode="donot_use_mm_for_euclid_dist")
     if grouped:

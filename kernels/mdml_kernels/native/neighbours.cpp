@@ -85,7 +85,8 @@ void mdml_neighbour_distances(int64_t begin, int64_t end, int64_t n, int64_t d, 
         store_some(tile + r * CHUNK + j, load_some(square + j, left, 0.0f) - 2.0f * sums, left);
       });
       for (int64_t r = 0; r < height; ++r)
-        take(tile + r * CHUNK, width, first, reference_families, families ? families[i + r] : 0, found[i + r - begin]);
+        take(tile + r * CHUNK, width, first, families ? reference_families : nullptr, families ? families[i + r] : 0,
+             found[i + r - begin]);
     }
   }
   double exact[MOST];
