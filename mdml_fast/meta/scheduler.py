@@ -7,6 +7,7 @@ little memory dictates, is not; then they differ in the last digits.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import deque
@@ -189,6 +190,17 @@ class _Given:
     def batch(self, first: int, n_episodes: int) -> EpisodeBatch:
         """See `EpisodeSource`."""
         return EpisodeBatch(*(tensor[first : first + n_episodes] for tensor in self._episodes))
+
+
+@contextlib.contextmanager
+def single_thread() -> Iterator[None]:
+    """Torch computes on this thread alone: between chunks there is too little for it to be worth waking others."""
+    n_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(n_threads)
 
 
 def _workers(n: int) -> ThreadPoolExecutor:

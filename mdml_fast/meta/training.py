@@ -12,7 +12,7 @@ from mdml_fast.episodes import EpisodeSampler
 from mdml_fast.meta.checkpoint import Checkpoint
 from mdml_fast.meta.engine import MetaEngine
 from mdml_fast.meta.history import History
-from mdml_fast.meta.scheduler import MetaScheduler
+from mdml_fast.meta.scheduler import MetaScheduler, single_thread
 
 log = logging.getLogger("mdml_fast")
 
@@ -57,15 +57,16 @@ def train(
     already = len(history.losses)
     steps = MetaScheduler(engine).stream(sampler, n_steps=n_steps, episodes_per_step=episodes_per_step, done=already)
     start = time.perf_counter()
-    for step, out in enumerate(steps, start=already):
-        for name, param in params.items():
-            param.grad = out.grads[name]
-        optimizer.step()
-        history.add(out.loss, sampler.directions(step * episodes_per_step, episodes_per_step))
-        if checkpoint:
-            checkpoint.save_sometimes(params, optimizer, history)
-        if progress:
-            progress(step + 1, n_steps, history.losses[-1])
+    with single_thread():
+        for step, out in enumerate(steps, start=already):
+            for name, param in params.items():
+                param.grad = out.grads[name]
+            optimizer.step()
+            history.add(out.loss, sampler.directions(step * episodes_per_step, episodes_per_step))
+            if checkpoint:
+                checkpoint.save_sometimes(params, optimizer, history)
+            if progress:
+                progress(step + 1, n_steps, history.losses[-1])
     seconds, n_episodes = time.perf_counter() - start, (n_steps - already) * episodes_per_step
     if n_episodes:
         log.info("engine: %d episodes in %.1f s, %.0f a second", n_episodes, seconds, n_episodes / seconds)
