@@ -1,7 +1,7 @@
-"""The made-up tables that the pages work on: `python docs/example.py` writes flows.parquet and new.parquet.
+"""The made-up tables that the pages work on: `python docs/example.py` writes flows.parquet, new.parquet and new.csv.
 
 Rows are connections of a small network. Normal ones are `ok`. `scan`, `flood` and `leak` are labelled anomalies.
-`tunnel` occurs in new.parquet alone: each of its values is usual, what they are together is not.
+`tunnel` occurs in the new ones alone: each of its values is usual, what they are together is not.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv
 import pyarrow.parquet as pq
 
 # For each service the usual size of a connection, in bytes, and how it is spread on a log scale.
@@ -57,10 +58,11 @@ def connections(counts: Mapping[str, int], seed: int) -> pa.Table:
 
 
 def write(folder: Path) -> None:
-    """Write both tables."""
+    """Write the tables; new.csv has the rows of new.parquet."""
     pq.write_table(connections({"ok": 2000, "scan": 30, "flood": 30, "leak": 30}, 1), folder / "flows.parquet")
     new = connections({"ok": 480, "scan": 10, "tunnel": 10}, 2)
     pq.write_table(new, folder / "new.parquet")
+    pa.csv.write_csv(new, folder / "new.csv")
 
 
 if __name__ == "__main__":

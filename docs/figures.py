@@ -1,7 +1,6 @@
 """The figures of the documentation, from real runs: `python docs/figures.py [NAME …]` draws docs/figures/*.svg anew.
 
-`field`, `separation` and `rates` fit detectors, which takes seconds; `comparison` and `engines` draw what is in
-benchmarks/results. The drawings are vectors on no ground. Text and axes take the reader's colour: dark on a light
+Each fits a detector or two, which takes seconds. The drawings are vectors on no ground. Text and axes take the reader's colour: dark on a light
 browser, light on a dark one.
 """
 
@@ -16,7 +15,6 @@ import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-from measured import results
 from scipy.stats import beta
 
 from mdml_fast import MDMLDetector
@@ -44,42 +42,6 @@ mpl.rcParams |= {
         ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "axes.titlecolor"), INK
     ),
 }
-
-
-def comparison() -> Figure:
-    """Each method's AUROC on unseen and on seen classes, mean over the open tables."""
-    tables = results("detector")["rows"]
-    methods = next(iter(tables.values()))["results"]
-    means = {
-        side: {
-            name: np.mean([table["results"][name][side]["auroc"]["mean"] for table in tables.values()])
-            for name in methods
-        }
-        for side in ("unseen", "seen")
-    }
-    order = sorted(methods, key=means["unseen"].__getitem__)
-    figure = Figure((7.2, 0.28 * len(order) + 1.1))
-    axes = figure.subplots()
-    for place, name in enumerate(order):
-        unseen, seen = means["unseen"][name], means["seen"][name]
-        axes.plot([unseen, seen], [place, place], color=OTHER, lw=1.2, zorder=1)
-        axes.plot(seen, place, "o", ms=7, mfc="none", mec=SEEN, mew=1.6)
-        axes.plot(unseen, place, "o", ms=7, color=UNSEEN)
-    axes.set_yticks(range(len(order)), order)
-    axes.tick_params(axis="y", length=0)
-    [own] = [label for label in axes.get_yticklabels() if label.get_text() == "mdml"]
-    own.set_fontweight("bold")
-    axes.set_xlabel(f"AUROC, mean over {len(tables)} open tables")
-    axes.legend(
-        handles=[
-            Line2D([], [], marker="o", ls="", color=UNSEEN, label="anomaly classes never labelled (unseen)"),
-            Line2D([], [], marker="o", ls="", mfc="none", mec=SEEN, mew=1.6, label="labelled ones (seen)"),
-        ],
-        loc="lower center",
-        bbox_to_anchor=(0.42, 1.0),
-        ncols=2,
-    )
-    return figure
 
 
 def field() -> Figure:
@@ -190,30 +152,7 @@ def rates() -> Figure:
     return figure
 
 
-def engines() -> Figure:
-    """Episodes a second against the machine's own large matrix product."""
-    cases = results("engine")["rows"]
-    shown = ["ours", "ours, generic", "vmap", "torchopt.sgd, vmap", "plain loop", "higher", "torchopt.MetaSGD"]
-    figure = Figure((7.2, 2.9))
-    cases = [case for case in cases if case["case"] != "detector"]
-    for axes, case in zip(figure.subplots(1, len(cases), sharey=True, sharex=True), cases, strict=True):
-        names = [name for name in shown if name in case["share"]]
-        values = [case["share"][name] for name in names]
-        colours = [NORMAL if name.startswith("ours") else OTHER for name in names]
-        axes.barh(names[::-1], values[::-1], color=colours[::-1], height=0.62)
-        for place, value in enumerate(values[::-1]):
-            axes.text(value + 0.02, place, f"{value:.2f}", va="center", fontsize=8)
-        axes.set_title(case["case"])
-        axes.set_xlim(0, 1.15)
-        axes.tick_params(axis="y", length=0)
-    figure.supxlabel("share of the rate of a large float32 matrix product, one thread", fontsize=10)
-    figure.subplots_adjust(left=0.19, right=0.99, bottom=0.19, top=0.9, wspace=0.08)
-    return figure
-
-
-FIGURES: dict[str, Callable[[], Figure]] = {
-    function.__name__: function for function in (comparison, field, separation, rates, engines)
-}
+FIGURES: dict[str, Callable[[], Figure]] = {function.__name__: function for function in (field, separation, rates)}
 
 
 def svg(figure: Figure) -> str:
