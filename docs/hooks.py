@@ -34,5 +34,6 @@ def on_files(files: Files, config: Any) -> Files:
 def on_page_content(content: str, **_: Any) -> str:
     r"""Turn the formulas of a page, \(…\) and \[…\], into MathML, which browsers draw by themselves."""
     return FORMULA.sub(
-        lambda found: convert(html.unescape(found[2]).strip(), "block" if found[1] == "div" else "inline"), content
+        lambda found: convert(html.unescape(found[2]).strip(), display="block" if found[1] == "div" else "inline"),
+        content,
     )

@@ -100,7 +100,7 @@ def test_the_site_builds_strictly(tmp_path: Path) -> None:
     )
     assert result.returncode == 0, result.stdout + result.stderr
     page = (tmp_path / "site" / "how-it-works" / "index.html").read_text()
-    assert "<math" in page
+    assert '<math xmlns="http://www.w3.org/1998/Math/MathML" display="block"' in page
     assert "arithmatex" not in page
     for path in (tmp_path / "site").rglob("*.html"):
         # Everything that a browser loads by itself is a file of the site.
