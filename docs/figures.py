@@ -1,7 +1,7 @@
 """The figures of the documentation, from real runs: `python docs/figures.py [NAME …]` draws docs/figures/*.svg anew.
 
-Each fits a detector or two, which takes seconds. The drawings are vectors on no ground. Text and axes take the reader's colour: dark on a light
-browser, light on a dark one.
+Each fits a detector or two, which takes seconds. The drawings are vectors on no ground. Text and axes take the reader's
+colour: dark on a light browser, light on a dark one.
 """
 
 from __future__ import annotations
