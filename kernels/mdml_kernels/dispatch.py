@@ -10,8 +10,6 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from mdml_kernels.native import library
-
 Backend = Literal["auto", "reference", "cpu", "triton"]
 BACKENDS = ("auto", "reference", "cpu", "triton")
 
@@ -63,15 +61,13 @@ def resolve(
     return Choice("reference", f"plain PyTorch, because {unmet['triton'] if device == 'cuda' else unmet['cpu']}")
 
 
-def choose(requested: str, logits: Tensor, *, linear: bool = False) -> Choice:
+def choose(requested: str, logits: Tensor, *, linear: bool = False, native: bool = False) -> Choice:
     """`resolve` for these logits (or embeddings) on this machine."""
     if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         if requested not in ("auto", "reference"):
             raise ValueError(f"backend {requested!r} cannot serve torch.func inside torch.compile: leave it 'auto'")
         return Choice("reference", "plain PyTorch, because no custom op survives torch.func inside torch.compile")
-    return resolve(
-        *(requested, logits.device.type, logits.dtype, triton_state()), linear=linear, native=library.serves(logits)
-    )
+    return resolve(requested, logits.device.type, logits.dtype, triton_state(), linear=linear, native=native)
 
 
 @functools.cache

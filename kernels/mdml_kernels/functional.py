@@ -6,6 +6,7 @@ from torch import Tensor
 
 from mdml_kernels import checks, dispatch, losses, odds, reference
 from mdml_kernels.dispatch import Backend
+from mdml_kernels.native import library
 from mdml_kernels.reference import Confidence, Form, Reduction, Scalar
 
 
@@ -172,7 +173,7 @@ def explain(logits: Tensor, *, backend: Backend = "auto") -> str:
     Raises:
         ValueError: the backend cannot serve the call; the message names those that can.
     """
-    chosen = dispatch.choose(backend, logits)
+    chosen = dispatch.choose(backend, logits, native=library.serves(logits))
     return f"{chosen.backend}: {chosen.reason}"
 
 

@@ -35,7 +35,7 @@ class EpisodeKernels:
 
     def adapt(self, support: Tensor, tau: Tensor | None, background: Tensor | None) -> None:
         """The inner loop on support rows [C, n, d]; τ and the background are [C] or None."""
-        episodes.adapt(self._layers, self._inner, support.contiguous(), _whole(tau), _whole(background))
+        episodes.adapt(self._layers, self._inner, support, tau, background)
 
     def gradients(
         self,
@@ -49,10 +49,7 @@ class EpisodeKernels:
 
         rows are the support [C, n, d], the query [C, q, d] and is_ood [C, q].
         """
-        support, query, is_ood = (value.contiguous() for value in rows)
-        out = episodes.meta_gradients(
-            self._layers, self._inner, support, query, is_ood, _whole(tau), _whole(background), margin, group
-        )
+        out = episodes.meta_gradients(self._layers, self._inner, *rows, tau, background, margin, group)
         grads = {}
         for layer, (by_weight, by_bias) in zip(self._names, out.by_layer, strict=True):
             grads[layer.weight] = by_weight
@@ -86,7 +83,3 @@ def _layer(layer: Layer, given: Parameters, own: Parameters | None) -> episodes.
     bias = given[layer.bias].unsqueeze(-2) if layer.bias else None
     mine = (own[layer.weight], own[layer.bias] if layer.bias else None) if own else None
     return episodes.MlpLayer(given[layer.weight], bias, layer.activation == "relu", mine)
-
-
-def _whole(values: Tensor | None) -> Tensor | None:
-    return None if values is None else values.contiguous()

@@ -130,9 +130,6 @@ class Program:
                 assert layer.layer.bias
                 grads[layer.layer.bias] = by_bias
 
-        def group_sums(values: Tensor) -> Tensor:
-            return values.view(-1, group, *values.shape[1:]).sum(1)
-
         if self._episodes and not torch.compiler.is_compiling():
             return self._by_episodes(self._episodes, (support, query, is_ood), group)
         self.adapt(support)
@@ -146,14 +143,14 @@ class Program:
         by_scale = self.outer.backward(grad_z, collect)
         if by_scale is not None:
             assert self.recipe.network.log_scale
-            grads[self.recipe.network.log_scale] = group_sums(by_scale)
+            grads[self.recipe.network.log_scale] = _group_sums(by_scale, group)
         if out.tau is not None:
             tau = self._tau(query)
             assert tau is not None
-            grads["loss.log_temperature"] = group_sums(-tau * out.tau)  # τ = exp(-log T)
+            grads["loss.log_temperature"] = _group_sums(-tau * out.tau, group)  # τ = exp(-log T)
         if "loss.background" in self.recipe.trained:
             assert out.background is not None
-            grads["loss.background"] = group_sums(out.background)
+            grads["loss.background"] = _group_sums(out.background, group)
         return out.loss, grads
 
     def _by_episodes(
@@ -164,7 +161,7 @@ class Program:
         loss, grads, by_background = kernels.gradients(rows, tau, background, self.recipe.loss.margin, group)
         if "loss.background" in self.recipe.trained:
             assert by_background is not None
-            grads["loss.background"] = by_background.view(-1, group).sum(1)
+            grads["loss.background"] = _group_sums(by_background, group)
         return loss, grads
 
     def _adapt(self, rows: Tensor, tau: Tensor | None, background: Tensor | None) -> None:
@@ -214,3 +211,8 @@ class Program:
             return self.given.master["loss.background"].expand(self.n_episodes)
         background = self.recipe.loss.background
         return None if background is None else rows.new_full((self.n_episodes,), float(background))
+
+
+def _group_sums(values: Tensor, group: int) -> Tensor:
+    """Values of episodes [C, …] summed over groups of so many: [C / group, …]."""
+    return values.view(-1, group, *values.shape[1:]).sum(1)

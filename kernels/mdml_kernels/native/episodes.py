@@ -1,7 +1,7 @@
 """Whole episodes of an MLP with a linear head by the compiled kernels: one after the other, all of it in the cache.
 
 Letters: C episodes, n support and q query rows of d features; O and I features out of and into a layer; K logits.
-Everything is contiguous float32 on a CPU.
+Everything is float32 on a CPU, and parameters are contiguous.
 """
 
 from __future__ import annotations
@@ -13,9 +13,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mdml_kernels.native.calls import address, call, whole
 from mdml_kernels.native.library import native
-from mdml_kernels.native.threads import shared
 from mdml_kernels.reference import Confidence
+
+# Fewer products than this are not worth a thread of their own.
+_LEAST_PRODUCTS = 1 << 20
 
 
 class MlpLayer(NamedTuple):
@@ -73,8 +76,10 @@ def adapt(
         tau: 1/T [C], None for 1.
         background: b [C], None for none.
     """
+    support, tau, background = support.contiguous(), whole(tau), whole(background)
     program = _program(layers, inner, support, tau, background)
-    _call("mdml_adapt", program, len(support), _products(layers, support.shape[1]) * inner.n_steps)
+    n_products = _products(layers, support.shape[1]) * inner.n_steps
+    call("mdml_adapt", len(support), n_products, _LEAST_PRODUCTS, ctypes.byref(program))
 
 
 def meta_gradients(
@@ -101,17 +106,18 @@ def meta_gradients(
         margin: as in `softmax_margin_loss`.
         group: over so many episodes, which divide C, the gradients are summed.
     """
+    support, query, is_ood = support.contiguous(), query.contiguous(), is_ood.contiguous()
+    tau, background = whole(tau), whole(background)
     n_episodes, n_groups = len(support), len(support) // group
     loss = support.new_empty(n_episodes)
     by_background = None if background is None else torch.empty_like(loss)
     by_layer = [_empty_gradients(layer, n_groups) for layer in layers]
     program = _program(layers, inner, support, tau, background, by_layer)
-    is_ood = is_ood.contiguous()
     program.query, program.is_ood, program.n_query = query.data_ptr(), is_ood.data_ptr(), query.shape[1]
-    program.loss, program.by_background = loss.data_ptr(), _pointer(by_background)
+    program.loss, program.by_background = loss.data_ptr(), address(by_background)
     program.margin, program.group = margin, group
     n_products = _products(layers, support.shape[1]) * inner.n_steps + _products(layers, query.shape[1])
-    _call("mdml_meta_gradients", program, n_groups, n_products * group)
+    call("mdml_meta_gradients", n_groups, n_products * group, _LEAST_PRODUCTS, ctypes.byref(program))
     return MetaGradients(loss, by_layer, by_background)
 
 
@@ -160,8 +166,8 @@ def _program(
         bfloat16=inner.bfloat16,
         layers=(_Layer * len(layers))(*filled),
         support=support.data_ptr(),
-        tau=_pointer(tau),
-        background=_pointer(background),
+        tau=address(tau),
+        background=address(background),
         lr=inner.lr,
     )
 
@@ -170,10 +176,10 @@ def _layer(layer: MlpLayer, by_weight: Tensor | None, by_bias: Tensor | None) ->
     own_weight, own_bias = layer.own or (None, None)
     n_out, n_in = layer.weight.shape[-2:]
     strides = [0 if value is None or value.ndim == 2 else value.stride(0) for value in (layer.weight, layer.bias)]
-    pointers = [_pointer(value) for value in (layer.weight, layer.bias)]
+    pointers = [address(value) for value in (layer.weight, layer.bias)]
     return _Layer(
         *(n_in, n_out, layer.rectify, *pointers, *strides),
-        *(_pointer(value) for value in (own_weight, own_bias, by_weight, by_bias)),
+        *(address(value) for value in (own_weight, own_bias, by_weight, by_bias)),
     )
 
 
@@ -185,19 +191,3 @@ def _empty_gradients(layer: MlpLayer, n_groups: int) -> tuple[Tensor, Tensor | N
 
 def _products(layers: Sequence[MlpLayer], n_rows: int) -> int:
     return n_rows * sum(layer.weight.shape[-1] * layer.weight.shape[-2] for layer in layers)
-
-
-def _call(name: str, program: _Program, n: int, n_products: int) -> None:
-    library = native().library
-    assert library is not None
-    function = getattr(library, name)
-
-    def run(begin: int, end: int) -> None:
-        function(ctypes.c_int64(begin), ctypes.c_int64(end), ctypes.byref(program))
-
-    # Fewer products than this are not worth a thread of their own.
-    shared(run, n, least=max(1, (1 << 20) // max(1, n_products)))
-
-
-def _pointer(tensor: Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()

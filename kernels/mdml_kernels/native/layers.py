@@ -10,8 +10,7 @@ import ctypes
 
 from torch import Tensor
 
-from mdml_kernels.native.library import native
-from mdml_kernels.native.threads import shared
+from mdml_kernels.native.calls import call
 
 # Fewer products than this are not worth a thread of their own.
 _LEAST_PRODUCTS = 1 << 20
@@ -50,23 +49,6 @@ def _strided(parameter: Tensor | None) -> tuple[Tensor | None, int]:
 
 
 def _over_episodes(name: str, rows: Tensor, weight: Tensor, *others: Tensor | ctypes.c_float | int | None) -> None:
-    library = native().library
-    assert library is not None
-    function = getattr(library, name)
     n_episodes, n_rows, _ = rows.shape
     n_out, n_in = weight.shape[-2:]
-    sizes = [ctypes.c_int64(size) for size in (n_rows, n_in, n_out)]
-    given = [_argument(other) for other in others]
-
-    def run(begin: int, end: int) -> None:
-        function(ctypes.c_int64(begin), ctypes.c_int64(end), *sizes, *given)
-
-    shared(run, n_episodes, least=max(1, _LEAST_PRODUCTS // (n_rows * n_in * n_out)))
-
-
-def _argument(value: Tensor | ctypes.c_float | int | None) -> object:
-    if isinstance(value, int):
-        return ctypes.c_int64(value)
-    if isinstance(value, ctypes.c_float):
-        return value
-    return ctypes.c_void_p(None if value is None else value.data_ptr())
+    call(name, n_episodes, n_rows * n_in * n_out, _LEAST_PRODUCTS, n_rows, n_in, n_out, *others)

@@ -38,6 +38,12 @@ static inline Floats mean_weights(const uint8_t* is_ood, int64_t n, float by_id,
   return weight;
 }
 
+// The log-odds of sixteen rows, from the log of the sum of e^x of the others than m, or of all (`mass`).
+static inline Floats odds_of(const EpisodeLogits& of, const Statistics& found, Floats log_sum, bool mass) {
+  if (mass) return of.background ? log_sum - *of.background : log_sum;
+  return found.top - (of.background ? log_add(log_sum, all(*of.background)) : log_sum);
+}
+
 // The hinge loss at confidence `max`.
 static inline float hinge(const EpisodeLogits& of, const uint8_t* is_ood, float margin, const Kept& kept) {
   const int64_t n_ood = std::count_if(is_ood, is_ood + of.n_rows, [](uint8_t is) { return is; });
@@ -48,7 +54,7 @@ static inline float hinge(const EpisodeLogits& of, const uint8_t* is_ood, float 
     const Rows rows = of.rows(i);
     const Statistics found = statistics(rows, all(of.tau));
     const Floats others = log_others(found);
-    const Floats odds = found.top - (of.background ? log_add(others, all(*of.background)) : others);
+    const Floats odds = odds_of(of, found, others, false);
     store_some(kept.slope + i, odds, rows.n);
     store_some(kept.log_sum + i, others, rows.n);
     store_indices(kept.first + i, found.first, rows.n);
@@ -87,9 +93,7 @@ static inline void one_class_gradient(const EpisodeLogits& of, bool mass, float*
   for (int64_t i = 0; i < of.n_rows; i += W) {
     const Statistics found = statistics(of.rows(i), all(of.tau));
     const Floats shift = mass ? log_all(found) : log_others(found);
-    Floats odds = mass ? shift : found.top - shift;
-    if (of.background) odds = mass ? shift - *of.background : found.top - log_add(shift, all(*of.background));
-    const Floats by_odds = sigmoid_of(-odds) * (-1.0f / of.n_rows);
+    const Floats by_odds = sigmoid_of(-odds_of(of, found, shift, mass)) * (-1.0f / of.n_rows);
     pull_odds(of, i, by_odds, shift, mass ? Ints{} - 1 : found.first, mass, logits + i * of.n_classes);
   }
 }

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-
 import torch
 from torch import Tensor
 
-from mdml_kernels.native.library import native
-from mdml_kernels.native.threads import shared
+from mdml_kernels.native.calls import call, whole
 
 # Candidates of a row that the kernel has room for.
 MOST = 64
@@ -24,20 +21,10 @@ def neighbour_distances(
     Float32 on a CPU. k + spare candidates, `MOST` at most, are found by a product in float32; their squared distances
     are summed in float64. A row is not compared with references of its own family (int [N] and [n]; None: with all).
     """
-    library = native().library
-    assert library is not None
-    rows, references = rows.contiguous(), references.contiguous()
-    own, others = (
-        None if codes is None else codes.to(torch.int64).contiguous() for codes in (families, reference_families)
-    )
+    own, others = (None if codes is None else whole(codes.to(torch.int64)) for codes in (families, reference_families))
     out = torch.empty(len(rows))
-    sizes = [ctypes.c_int64(size) for size in (*references.shape, k, k + spare)]
-    pointers = [
-        ctypes.c_void_p(None if value is None else value.data_ptr()) for value in (rows, references, own, others, out)
-    ]
-
-    def run(begin: int, end: int) -> None:
-        library.mdml_neighbour_distances(ctypes.c_int64(begin), ctypes.c_int64(end), *sizes, *pointers)
-
-    shared(run, len(rows), least=max(1, _LEAST_PRODUCTS // max(1, references.numel())))
+    call(
+        *("mdml_neighbour_distances", len(rows), references.numel(), _LEAST_PRODUCTS, *references.shape, k, k + spare),
+        *(whole(rows), whole(references), own, others, out),
+    )
     return out

@@ -10,8 +10,8 @@ import ctypes
 import torch
 from torch import Tensor
 
-from mdml_kernels.native.library import native, serves
-from mdml_kernels.native.threads import shared
+from mdml_kernels.native.calls import call, whole
+from mdml_kernels.native.library import serves
 from mdml_kernels.reference import Confidence
 
 # Rows that the kernels take at once, one to a lane.
@@ -30,11 +30,11 @@ def statistics(logits: Tensor, tau: Tensor, confidence: Confidence) -> tuple[Ten
 
     τ is [E].
     """
-    n_episodes, n_rows, n_classes = logits.shape
+    n_episodes, n_rows, _ = logits.shape
     top, log_sum = tau.new_empty(2, n_episodes, n_rows).unbind()
     first = torch.empty(n_episodes, n_rows if confidence == "max" else 0, dtype=torch.int64)
-    call = _Call("mdml_row_statistics", logits, tau)
-    call(_blocks(logits), _BLOCK * n_classes, top, log_sum, first if confidence == "max" else None)
+    outputs = (top, log_sum, first if confidence == "max" else None)
+    call("mdml_row_statistics", *_by_block(logits), *_walk(logits, tau), *outputs)
     return top, log_sum, first
 
 
@@ -48,9 +48,8 @@ def hinge(
     loss, columns = tau.new_empty(n_episodes), tau.new_empty(2, n_episodes, n_rows)
     first = torch.empty(n_episodes, n_rows, dtype=torch.int64)
     slope, log_sum = columns.unbind()
-    is_ood, background = is_ood.contiguous(), _whole(background)
-    call = _Call("mdml_hinge", logits, tau)
-    call(n_episodes, n_rows * n_classes, background, is_ood, ctypes.c_float(margin), loss, slope, log_sum, first)
+    others = (whole(background), whole(is_ood), ctypes.c_float(margin), loss, slope, log_sum, first)
+    call("mdml_hinge", n_episodes, n_rows * n_classes, _LEAST_LOGITS, *_walk(logits, tau), *others)
     return loss, slope, log_sum, first
 
 
@@ -80,44 +79,19 @@ def gradients(
     log_sum, first = saved
     tau_rows = torch.empty_like(log_sum) if needs_tau else None
     background_rows = None if background is None else torch.empty_like(log_sum)
-    call = _Call("mdml_row_gradients", logits, tau)
-    background = _whole(background)
-    others = (background, *slopes, log_sum, first, out, tau_rows, background_rows)
-    call(_blocks(logits), _BLOCK * logits.shape[-1], *others)
+    others = (whole(background), *slopes, log_sum, first, out, tau_rows, background_rows)
+    call("mdml_row_gradients", *_by_block(logits), *_walk(logits, tau), *others)
     return (
         None if tau_rows is None else tau_rows.sum(1) / tau,
         None if background_rows is None else background_rows.sum(1),
     )
 
 
-def _whole(values: Tensor | None) -> Tensor | None:
-    return None if values is None else values.contiguous()
+def _by_block(logits: Tensor) -> tuple[int, int, int]:
+    """How many blocks of rows there are, of how many logits, and how many are worth a thread."""
+    return len(logits) * -(-logits.shape[1] // _BLOCK), _BLOCK * logits.shape[-1], _LEAST_LOGITS
 
 
-def _blocks(logits: Tensor) -> int:
-    return len(logits) * -(-logits.shape[1] // _BLOCK)
-
-
-class _Call:
-    """A kernel that walks through logits; called with how many things to do, of how many logits each, and the rest."""
-
-    def __init__(self, name: str, logits: Tensor, tau: Tensor) -> None:
-        library = native().library
-        assert library is not None
-        self._function = getattr(library, name)
-        self._tensors = logits, tau.contiguous()
-
-    def __call__(self, n: int, size: int, *others: Tensor | ctypes.c_float | None) -> None:
-        logits, tau = self._tensors
-        given = [other if isinstance(other, ctypes.c_float) else _pointer(other) for other in others]
-        walk = [_pointer(logits), *map(ctypes.c_int64, (*logits.stride()[:2], *logits.shape[1:])), _pointer(tau)]
-
-        def run(begin: int, end: int) -> None:
-            self._function(ctypes.c_int64(begin), ctypes.c_int64(end), *walk, *given)
-
-        shared(run, n, least=max(1, _LEAST_LOGITS // max(1, size)))
-
-
-def _pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    """Of contiguous memory (that of the logits apart, which come with their strides)."""
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+def _walk(logits: Tensor, tau: Tensor) -> tuple[Tensor | int, ...]:
+    """What every kernel is told of logits [E, N, K] and τ [E]."""
+    return logits, *logits.stride()[:2], *logits.shape[1:], tau.contiguous()

@@ -1,0 +1,48 @@
+"""Calls of the compiled kernels: the arguments as C takes them, the work shared by the threads."""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+from torch import Tensor
+
+from mdml_kernels.native.library import native
+from mdml_kernels.native.threads import shared
+
+
+def call(name: str, n: int, size: int, worthwhile: int, *arguments: Any) -> None:
+    """Run a kernel on range(n), in parts side by side.
+
+    Args:
+        name: of the function.
+        n: how many things it does.
+        size: what each of them takes.
+        worthwhile: less than this is not worth a thread of its own.
+        arguments: what follows the bounds of a part: tensors by their memory, None as null, whole numbers, or what
+            ctypes made already. A tensor is contiguous, or its strides are among the arguments.
+    """
+    library = native().library
+    assert library is not None
+    function, given = getattr(library, name), [_in_c(argument) for argument in arguments]
+
+    def run(begin: int, end: int) -> None:
+        function(ctypes.c_int64(begin), ctypes.c_int64(end), *given)
+
+    shared(run, n, least=max(1, worthwhile // max(1, size)))
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Of a tensor's memory; None for null."""
+    return None if tensor is None else tensor.data_ptr()
+
+
+def whole(values: Tensor | None) -> Tensor | None:
+    """Values in contiguous memory; None stays."""
+    return None if values is None else values.contiguous()
+
+
+def _in_c(argument: Any) -> Any:
+    if argument is None or isinstance(argument, Tensor):
+        return ctypes.c_void_p(address(argument))
+    return ctypes.c_int64(argument) if isinstance(argument, int) else argument
