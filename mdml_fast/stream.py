@@ -5,13 +5,12 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import tempfile
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -30,6 +29,7 @@ from mdml_fast.drift import DriftMonitor
 from mdml_fast.errors import InputError
 from mdml_fast.explanation import KIND, why_names
 from mdml_fast.inputs import resolve_device
+from mdml_fast.threads import Item, in_order, workers
 
 # Rows that one thread scores at once, and rows that a run that is cut off may lose.
 BATCH_ROWS, PART_ROWS = 4096, 65_536
@@ -39,8 +39,6 @@ WRITTEN = ("score", "p_value", "is_anomaly", "drift_evidence")
 
 Progress = Callable[[int, int | None], None]
 """Told the rows done, and how many there are in all, where known."""
-
-Item = TypeVar("Item")
 
 
 @dataclass(frozen=True)
@@ -209,17 +207,10 @@ def _n_workers(detector: MDMLDetector) -> int:
 
 def _in_order(jobs: Iterable[Callable[[], Item]], n_workers: int) -> Iterator[Item]:
     """The results of jobs, in order; the next ones run in other threads meanwhile."""
-    n_threads = torch.get_num_threads()
-    pool = ThreadPoolExecutor(n_workers, initializer=torch.set_num_threads, initargs=(1,))
-    ahead: deque[Future[Item]] = deque()
+    n_threads, pool = torch.get_num_threads(), workers(n_workers)
     try:
-        for job in jobs:
-            ahead.append(pool.submit(job))
-            # As many wait as run, so that no thread is idle while this one reads or writes.
-            if len(ahead) > 2 * n_workers:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+        # As many wait as run, so that no thread is idle while this one reads or writes.
+        yield from in_order(pool, jobs, 2 * n_workers)
     finally:
         pool.shutdown(cancel_futures=True)
         torch.set_num_threads(n_threads)

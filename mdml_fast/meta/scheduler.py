@@ -7,12 +7,10 @@ little memory dictates, is not; then they differ in the last digits.
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
-from collections import deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -21,6 +19,7 @@ from torch import Tensor
 from mdml_fast.episodes import EpisodeBatch
 from mdml_fast.meta import chunks
 from mdml_fast.meta.engine import GROUP, GradientSums, MeanGradients, MetaEngine, MetaGradients
+from mdml_fast.threads import in_order, workers
 
 log = logging.getLogger("mdml_fast")
 
@@ -68,7 +67,7 @@ class MetaScheduler:
         self.threads = (threads or torch.get_num_threads()) if on_cpu else 1
         # A pool even for one thread where torch has more: bits are those of a product on a single thread.
         alone = not on_cpu or self.threads == torch.get_num_threads() == 1
-        self._pool = None if alone else _workers(self.threads)
+        self._pool = None if alone else workers(self.threads)
 
     def meta_gradients(
         self, support: Tensor, query: Tensor, is_ood: Tensor, direction: Tensor | None = None
@@ -97,8 +96,8 @@ class MetaScheduler:
             return
         cuts = self._cuts(source, done * episodes_per_step, episodes_per_step, n_steps)
         ranges = ((step * episodes_per_step + start, count) for step in range(done, n_steps) for start, count in cuts)
-        with ThreadPoolExecutor(1, initializer=torch.set_num_threads, initargs=(1,)) as sampling:
-            batches = _ahead(sampling, source, ranges, self.threads + 1)
+        with workers(1) as sampling:
+            batches = in_order(sampling, (partial(source.batch, *cut) for cut in ranges), self.threads + 1)
             for _ in range(done, n_steps):
                 yield self._mean(next(batches) for _ in cuts)
 
@@ -111,15 +110,8 @@ class MetaScheduler:
     def _in_order(self, batches: Iterable[EpisodeBatch]) -> Iterator[GradientSums]:
         """Computed side by side, given back in the order of the batches; one more in flight than there are threads."""
         if self._pool is None:
-            yield from map(self._compute, batches)
-            return
-        pending: deque[Future[GradientSums]] = deque()
-        for batch in batches:
-            pending.append(self._pool.submit(self._compute, batch))
-            if len(pending) > self.threads:
-                yield pending.popleft().result()
-        while pending:
-            yield pending.popleft().result()
+            return map(self._compute, batches)
+        return in_order(self._pool, (partial(self._compute, batch) for batch in batches), self.threads)
 
     def _compute(self, batch: EpisodeBatch) -> GradientSums:
         direction = batch.direction if self.engine.n_directions else None
@@ -190,32 +182,3 @@ class _Given:
     def batch(self, first: int, n_episodes: int) -> EpisodeBatch:
         """See `EpisodeSource`."""
         return EpisodeBatch(*(tensor[first : first + n_episodes] for tensor in self._episodes))
-
-
-@contextlib.contextmanager
-def single_thread() -> Iterator[None]:
-    """Torch computes on this thread alone: between chunks there is too little for it to be worth waking others."""
-    n_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(n_threads)
-
-
-def _workers(n: int) -> ThreadPoolExecutor:
-    """Threads on each of which torch computes alone: the setting is a thread's own."""
-    return ThreadPoolExecutor(n, "mdml-fast", initializer=torch.set_num_threads, initargs=(1,))
-
-
-def _ahead(
-    pool: ThreadPoolExecutor, source: EpisodeSource, ranges: Iterator[tuple[int, int]], depth: int
-) -> Iterator[EpisodeBatch]:
-    """The source's batches in order, up to `depth` of them sampled ahead in the pool."""
-    pending: deque[Future[EpisodeBatch]] = deque()
-    for first, count in ranges:
-        pending.append(pool.submit(source.batch, first, count))
-        if len(pending) > depth:
-            yield pending.popleft().result()
-    while pending:
-        yield pending.popleft().result()

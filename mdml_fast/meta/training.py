@@ -12,7 +12,8 @@ from mdml_fast.episodes import EpisodeSampler
 from mdml_fast.meta.checkpoint import Checkpoint
 from mdml_fast.meta.engine import MetaEngine
 from mdml_fast.meta.history import History
-from mdml_fast.meta.scheduler import MetaScheduler, single_thread
+from mdml_fast.meta.scheduler import MetaScheduler
+from mdml_fast.threads import single_thread
 
 log = logging.getLogger("mdml_fast")
 
@@ -57,7 +58,7 @@ def train(
     already = len(history.losses)
     steps = MetaScheduler(engine).stream(sampler, n_steps=n_steps, episodes_per_step=episodes_per_step, done=already)
     start = time.perf_counter()
-    with single_thread():
+    with single_thread():  # between chunks
         for step, out in enumerate(steps, start=already):
             for name, param in params.items():
                 param.grad = out.grads[name]
