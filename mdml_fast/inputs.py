@@ -51,13 +51,7 @@ def named_labels(y: Any, normal: Sequence[Any] | str | None, n_rows: int) -> tup
     Raises:
         InputError: there are not as many labels as rows, or too few of them are normal.
     """
-    if y is None:
-        labels: Names = np.full(n_rows, "normal", dtype=object)
-        normal = ["normal"]
-    else:
-        labels = class_names(y, "y")
-    if len(labels) != n_rows:
-        raise InputError(f"y has {len(labels)} labels for {n_rows} rows")
+    labels, normal = _labels(y, normal, "normal", n_rows)
     if normal is None:
         normal = _conventional_normal(set(labels))
     elif isinstance(normal, str):
@@ -84,13 +78,7 @@ def further_labels(
     """
     if not n_rows:
         raise InputError("there are no rows to learn from")
-    if y is None:
-        normal = [unnamed_normal(earlier)]
-        labels: Names = np.full(n_rows, normal[0], dtype=object)
-    else:
-        labels = class_names(y, "y")
-    if len(labels) != n_rows:
-        raise InputError(f"y has {len(labels)} labels for {n_rows} rows")
+    labels, normal = _labels(y, normal, unnamed_normal(earlier), n_rows)
     if isinstance(normal, str):
         normal = _every_class(normal, labels)
     names = class_names(list(normal or []), "normal").tolist()
@@ -98,6 +86,18 @@ def further_labels(
         if name in anomaly_classes:
             raise InputError(f"class {name!r} was learned as an anomaly class, it can't become normal; fit anew")
     return labels, list(dict.fromkeys([*earlier, *names]))
+
+
+def _labels(
+    y: Any, normal: Sequence[Any] | str | None, unnamed: str, n_rows: int
+) -> tuple[Names, Sequence[Any] | str | None]:
+    """The class of each of N rows [N], and the normal ones; without y all rows are of one, the `unnamed` class."""
+    if y is None:
+        return np.full(n_rows, unnamed, dtype=object), [unnamed]
+    labels = class_names(y, "y")
+    if len(labels) != n_rows:
+        raise InputError(f"y has {len(labels)} labels for {n_rows} rows")
+    return labels, normal
 
 
 def unnamed_normal(classes: Sequence[str]) -> str:
