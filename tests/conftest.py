@@ -1,6 +1,5 @@
 """What tests of several folders share: real tables, a small one, and the command as a user starts it."""
 
-import json
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from mdml_kernels.native import library
-from support import COMMAND, DATA, Run
+from support import COMMAND, DATA, OPEN_SETS, Run, protocol
 
 from mdml_fast import MDMLDetector
 from mdml_fast.data import label_table, read_table
@@ -36,12 +35,10 @@ def mdml_fast(tmp_path: Path) -> Run:
     return run
 
 
-@pytest.fixture(params=["letter", "nsl_kdd", "shuttle", "tennessee_eastman"])
+@pytest.fixture(params=OPEN_SETS)
 def open_set(request: pytest.FixtureRequest) -> tuple[Path, list[str]]:
     """A real table, and the options that name its classes and columns."""
-    if not (DATA / "protocol.json").exists():
-        pytest.skip(f"no open data sets in {DATA}; name their folder in MDML_DATA")
-    spec = json.loads((DATA / "protocol.json").read_text())[request.param]
+    spec = protocol(request.param)
     options = ["--label", spec["label"]]
     for name in spec["normal"]:
         options += ["--normal", name]

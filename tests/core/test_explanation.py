@@ -1,6 +1,5 @@
 """Why rows are flagged: what contributions add up to, what they name, and whether taking them away helps."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +8,9 @@ import pyarrow.compute as pc
 import pytest
 import torch
 from sklearn.metrics import roc_auc_score
-from support import DATA
+from support import OPEN_SETS, open_table
 
 from mdml_fast import MDMLDetector
-from mdml_fast.data import label_table, read_table
 from mdml_fast.data.encoding import FeatureEncoder
 from mdml_fast.known import KnownRows
 from mdml_fast.meta.default import DefaultConfig
@@ -196,12 +194,9 @@ def replaced(rows: pa.Table, normals: pa.Table, columns: np.ndarray) -> pa.Table
     return pa.table(changed)
 
 
-@pytest.mark.parametrize("name", ["letter", "nsl_kdd", "shuttle", "tennessee_eastman"])
+@pytest.mark.parametrize("name", OPEN_SETS)
 def test_replacing_the_named_columns_lowers_the_score_most(name: str) -> None:
-    if not (DATA / "protocol.json").exists():
-        pytest.skip(f"no open data sets in {DATA}; name their folder in MDML_DATA")
-    spec = json.loads((DATA / "protocol.json").read_text())[name]
-    data = label_table(read_table(DATA / spec["file"]), spec["label"], spec["normal"], spec["ignore"])
+    data = open_table(name)
     rng = np.random.default_rng(0)
     classes = sorted(name for name, rows in data.anomaly_classes().items() if rows >= 20)
     normals = rng.permutation(np.flatnonzero(data.is_normal))

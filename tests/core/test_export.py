@@ -8,11 +8,10 @@ import pyarrow as pa
 import pytest
 import torch
 from scipy.special import ndtri
-from support import DATA
+from support import OPEN_SETS, open_table
 
 from mdml_fast import InputError, MDMLDetector
 from mdml_fast.alarms import Alarms
-from mdml_fast.data import label_table, read_table
 from mdml_fast.export import ExportFormat, export
 from mdml_fast.meta.default import DefaultConfig
 from mdml_fast.meta.ensemble import EnsembleConfig
@@ -132,12 +131,9 @@ def test_the_mlflow_model_scores_as_we_do(fitted: MDMLDetector, tmp_path: Path) 
     assert not list((tmp_path / "model").rglob("*.pkl"))
 
 
-@pytest.mark.parametrize("name", ["letter", "nsl_kdd", "shuttle", "tennessee_eastman"])
+@pytest.mark.parametrize("name", OPEN_SETS)
 def test_onnx_scores_open_sets_as_we_do(name: str) -> None:
-    if not (DATA / "protocol.json").exists():
-        pytest.skip(f"no open data sets in {DATA}; name their folder in MDML_DATA")
-    spec = json.loads((DATA / "protocol.json").read_text())[name]
-    data = label_table(read_table(DATA / spec["file"]), spec["label"], spec["normal"], spec["ignore"])
+    data = open_table(name)
     rng = np.random.default_rng(0)
     normals, others = rng.permutation(np.flatnonzero(data.is_normal)), rng.permutation(np.flatnonzero(~data.is_normal))
     train, test = (
