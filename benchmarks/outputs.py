@@ -68,7 +68,7 @@ def onnx(detector: MDMLDetector, rows: LabelledTable, folder: Path, rounds: int)
     from mdml_fast.export import ExportFormat, export
     from mdml_fast.export.onnx_model import onnx_inputs
 
-    export(detector, folder / "model.onnx", ExportFormat.ONNX)
+    export(detector, ExportFormat.ONNX, folder / "model.onnx")
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = options.inter_op_num_threads = 1
     session = onnxruntime.InferenceSession(folder / "model.onnx", options, providers=["CPUExecutionProvider"])
