@@ -20,11 +20,12 @@ struct Pairs {
     return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)_mm512_loadu_si512(b));
   }
 
-  static inline Floats load(const Stored* from, int64_t n) { return (Floats)(extended(from, n) << 16); }
+  static inline Floats load(const Stored* from, int64_t n) { return (Floats)((Ints)_mm512_cvtepu16_epi32(some(from, n)) << 16); }
 
   static inline void store(Stored* to, Floats value, int64_t n) {
     const __m256bh rounded = _mm512_cvtneps_pbh((__m512)value);
-    memcpy(to, &rounded, n >= W ? 2 * W : 2 * n);
+    if (n >= W) return _mm256_storeu_si256(reinterpret_cast<__m256i*>(to), (__m256i)rounded);
+    memcpy(to, &rounded, 2 * n);
   }
 
   static const Stored* stored(const float* rows, int64_t n, Buffer<Entry>& buffer) {
@@ -34,14 +35,17 @@ struct Pairs {
   }
 
   // Rows [n, width] two by two: [depth(n), padded(width)].
-  static const Entry* stacked(const Stored* rows, int64_t n, int64_t width, Buffer<Entry>& buffer) {
-    return paired(n, width, buffer, [=](int64_t i, int64_t j) { return extended(rows + i * width + j, width - j); });
-  }
-
-  static const Entry* stacked(const float* rows, int64_t n, int64_t width, Buffer<Entry>& buffer) {
-    return paired(n, width, buffer, [=](int64_t i, int64_t j) {
-      return (Ints)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)load_some(rows + i * width + j, width - j, 0.0f)));
-    });
+  template <class Value>
+  static const Entry* stacked(const Value* rows, int64_t n, int64_t width, Buffer<Entry>& buffer) {
+    const int64_t stride = padded(width);
+    Entry* to = buffer.take(depth(n) * stride);
+    for (int64_t i = 0; i < n; i += 2)
+      for (int64_t j = 0; j < width; j += W) {
+        const Value* first = rows + i * width + j;
+        const Halves pairs = zipped(first, i + 1 < n ? first + width : nullptr, std::min<int64_t>(W, width - j));
+        memcpy(to + i / 2 * stride + j, &pairs, sizeof pairs);
+      }
+    return to;
   }
 
   // Rows [n, width] turned: [depth(width), padded(n)].
@@ -54,26 +58,29 @@ struct Pairs {
   }
 
  private:
-  static inline Ints extended(const Stored* from, int64_t n) {
-    __m256i bits = {};
-    if (n >= W)
-      bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
-    else
-      memcpy(&bits, from, 2 * n);
-    return (Ints)_mm512_cvtepu16_epi32(bits);
+  using Halves = uint16_t __attribute__((vector_size(4 * W)));
+
+  // n values of two rows (null: zeros), by turns.
+  static inline Halves zipped(const float* first, const float* second, int64_t n) {
+    const Floats a = load_some(first, n, 0.0f), b = second ? load_some(second, n, 0.0f) : Floats{};
+    return by_turns((Halves)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a));
   }
 
-  template <class Row>
-  static const Entry* paired(int64_t n, int64_t width, Buffer<Entry>& buffer, const Row& row) {
-    const int64_t stride = padded(width);
-    Entry* to = buffer.take(depth(n) * stride);
-    for (int64_t i = 0; i < n; i += 2)
-      for (int64_t j = 0; j < width; j += W) {
-        const Ints second = i + 1 < n ? row(i + 1, j) : Ints{};
-        const Ints pairs = row(i, j) | second << 16;
-        memcpy(to + i / 2 * stride + j, &pairs, 4 * W);
-      }
-    return to;
+  static inline Halves zipped(const Stored* first, const Stored* second, int64_t n) {
+    const __m256i a = some(first, n), b = second ? some(second, n) : __m256i{};
+    return by_turns((Halves)_mm512_inserti64x4(_mm512_castsi256_si512(a), b, 1));
+  }
+
+  static inline Halves by_turns(Halves rows) {
+    return __builtin_shufflevector(rows, rows, 0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23, 8, 24, 9, 25, 10,
+                                   26, 11, 27, 12, 28, 13, 29, 14, 30, 15, 31);
+  }
+
+  static inline __m256i some(const Stored* from, int64_t n) {
+    if (n >= W) return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+    __m256i bits = {};
+    memcpy(&bits, from, 2 * n);
+    return bits;
   }
 };
 

@@ -10,8 +10,8 @@ namespace mdml {
 
 extern "C" {
 
-// A layer of all episodes: as it is given (strides between episodes, 0 shares), as the inner loop leaves it, and the
-// gradients by it [E / group, ...]. The head has nothing of its own.
+// A layer of all episodes: as it is given (strides between episodes, 0 shares), as the inner loop leaves it (null: not
+// wanted), and the gradients by it [E / group, ...]. The head has nothing of its own.
 struct EpisodeLayer {
   int64_t n_in, n_out, rectify;
   const float *weight, *bias;
@@ -40,10 +40,11 @@ struct Workspace {
   using Entry = typename Kind::Entry;
   using Stored = typename Kind::Stored;
 
-  std::vector<Buffer<Stored>> outputs;       // of the encoder's layers [n, O]
-  std::vector<Buffer<Entry>> turned_given;   // weights that all episodes share, turned once
+  std::vector<Buffer<Stored>> outputs;                     // of the encoder's layers [n, O]
+  std::vector<Buffer<Entry>> turned_given, stacked_given;  // weights that all episodes share
+  std::vector<Buffer<float>> own;  // weight and bias of each layer, where they are not wanted
   Buffer<Stored> grad[2];
-  Buffer<Entry> inputs, by_logits, turned, stacked;
+  Buffer<Entry> inputs, stacked_inputs, by_logits, turned, stacked;
   Buffer<float> logits, slope, log_sum;
   Buffer<int64_t> first;
 };
@@ -56,10 +57,12 @@ class Episode {
 
   Episode(const EpisodeProgram& program, Workspace<Kind>& space) : of(program), head(program.n_layers - 1), space(space) {
     const int64_t n = std::max(of.n_support, of.n_query);
-    space.outputs.resize(head), space.turned_given.resize(of.n_layers);
-    turned_given.assign(of.n_layers, nullptr);
+    space.outputs.resize(head), space.turned_given.resize(of.n_layers), space.stacked_given.resize(of.n_layers);
+    turned_given.assign(of.n_layers, nullptr), stacked_given.assign(of.n_layers, nullptr);
+    space.own.resize(head);
     int64_t widest = 0;
     for (int64_t l = 0; l < head; ++l) {
+      space.own[l].take((of.layers[l].n_in + 1) * of.layers[l].n_out);
       outputs.push_back(space.outputs[l].take(n * of.layers[l].n_out));
       widest = std::max(widest, of.layers[l].n_out);
     }
@@ -70,15 +73,15 @@ class Episode {
 
   void adapt(int64_t e) {
     const int64_t n = of.n_support, d = of.layers[0].n_in;
-    const Stored* rows = Kind::stored(of.support + e * n * d, n * d, space.inputs);
+    take(of.support + e * n * d, n, d);
     for (int64_t step = 0; step < of.n_steps; ++step) {
       const bool own = step > 0;
-      forward(e, own, rows, n);
+      forward(e, own, n);
       one_class_gradient(logits_of(e, n), of.mass, logits);
       pull(e, head, own, n, logit_gradients(n), grad);
       for (int64_t l = head - 1; l >= 0; --l) {
         if (l) pull(e, l, own, n, grad, grad_below);
-        layer_step<Kind>(size(l, n), grad, below(l, rows), -of.lr, at(e, l, own), own_layer(e, l));
+        layer_step<Kind>(size(l, n), grad, stacked_below(l, n), -of.lr, at(e, l, own), own_layer(e, l));
         std::swap(grad, grad_below);
       }
     }
@@ -86,16 +89,16 @@ class Episode {
 
   void outer(int64_t e) {
     const int64_t n = of.n_query, d = of.layers[0].n_in, group = e / of.group;
-    const Stored* rows = Kind::stored(of.query + e * n * d, n * d, space.inputs);
+    take(of.query + e * n * d, n, d);
     const bool own = of.n_steps > 0, begins = e % of.group == 0;
-    forward(e, own, rows, n);
+    forward(e, own, n);
     margin_gradient(e, n);
     const Stored* by_logits = logit_gradients(n);
     pull(e, head, own, n, by_logits, grad);
-    collect(group, head, n, by_logits, rows, begins);
+    collect(group, head, n, by_logits, begins);
     for (int64_t l = head - 1; l >= 0; --l) {
       if (l) pull(e, l, own, n, grad, grad_below);
-      collect(group, l, n, grad, rows, begins);
+      collect(group, l, n, grad, begins);
       std::swap(grad, grad_below);
     }
   }
@@ -105,7 +108,9 @@ class Episode {
   const int64_t head;
   Workspace<Kind>& space;
   std::vector<Stored*> outputs;
-  std::vector<const Entry*> turned_given;
+  std::vector<const Entry*> turned_given, stacked_given;
+  const Stored* rows = nullptr;  // what goes in, and stacked
+  const Entry* stacked_rows = nullptr;
   Stored *grad, *grad_below;
   float* logits;  // they become their own gradient
   Kept kept;
@@ -121,6 +126,10 @@ class Episode {
 
   Layer<float> own_layer(int64_t e, int64_t l) const {
     const EpisodeLayer& layer = of.layers[l];
+    if (!layer.own_weight) {
+      float* mine = space.own[l].get();
+      return {mine, layer.bias ? mine + layer.n_out * layer.n_in : nullptr};
+    }
     return {layer.own_weight + e * layer.n_out * layer.n_in, layer.own_bias ? layer.own_bias + e * layer.n_out : nullptr};
   }
 
@@ -133,21 +142,48 @@ class Episode {
     return {layer.weight + e * layer.weight_stride, layer.bias ? layer.bias + e * layer.bias_stride : nullptr};
   }
 
-  const Stored* below(int64_t l, const Stored* rows) const { return l ? outputs[l - 1] : rows; }
+  void take(const float* from, int64_t n, int64_t d) {
+    rows = Kind::stored(from, n * d, space.inputs);
+    stacked_rows = Kind::stacked(rows, n, d, space.stacked_inputs);
+  }
 
-  void forward(int64_t e, bool own, const Stored* rows, int64_t n) {
+  const Stored* below(int64_t l) const { return l ? outputs[l - 1] : rows; }
+
+  const Entry* stacked_below(int64_t l, int64_t n) {
+    return l ? Kind::stacked(outputs[l - 1], n, of.layers[l].n_in, space.stacked) : stacked_rows;
+  }
+
+  // Whether all episodes have the same weight here.
+  bool shared(int64_t l, bool own) const { return !of.layers[l].weight_stride && !(own && l < head); }
+
+  const Entry* turned(int64_t e, int64_t l, bool own) {
+    const EpisodeLayer& layer = of.layers[l];
+    const bool once = shared(l, own);
+    if (once && turned_given[l]) return turned_given[l];
+    auto& buffer = once ? space.turned_given[l] : space.turned;
+    const Entry* weight = Kind::turned(at(e, l, own).weight, layer.n_out, layer.n_in, buffer);
+    if (once) turned_given[l] = weight;
+    return weight;
+  }
+
+  const Entry* stacked(int64_t e, int64_t l, bool own) {
+    const EpisodeLayer& layer = of.layers[l];
+    const bool once = shared(l, own);
+    if (once && stacked_given[l]) return stacked_given[l];
+    auto& buffer = once ? space.stacked_given[l] : space.stacked;
+    const Entry* weight = Kind::stacked(at(e, l, own).weight, layer.n_out, layer.n_in, buffer);
+    if (once) stacked_given[l] = weight;
+    return weight;
+  }
+
+  void forward(int64_t e, bool own, int64_t n) {
     for (int64_t l = 0; l <= head; ++l) {
       const EpisodeLayer& layer = of.layers[l];
-      const Layer<const float> with = at(e, l, own);
-      const bool shared = !layer.weight_stride && !(own && l < head);
-      if (shared && !turned_given[l])
-        turned_given[l] = Kind::turned(with.weight, layer.n_out, layer.n_in, space.turned_given[l]);
-      const Entry* weight =
-          shared ? turned_given[l] : Kind::turned(with.weight, layer.n_out, layer.n_in, space.turned);
+      const float* bias = at(e, l, own).bias;
       if (l == head)
-        layer_forward<Kind, Singles>(size(l, n), below(l, rows), weight, with.bias, false, logits);
+        layer_forward<Kind, Singles>(size(l, n), below(l), turned(e, l, own), bias, false, logits);
       else
-        layer_forward<Kind, Kind>(size(l, n), below(l, rows), weight, with.bias, layer.rectify, outputs[l]);
+        layer_forward<Kind, Kind>(size(l, n), below(l), turned(e, l, own), bias, layer.rectify, outputs[l]);
     }
   }
 
@@ -169,16 +205,15 @@ class Episode {
   // The gradient to what layer l - 1 gave before its activation, from that to what l gives.
   void pull(int64_t e, int64_t l, bool own, int64_t n, const Stored* from, Stored* to) {
     const EpisodeLayer& layer = of.layers[l];
-    const auto* weight = Kind::stacked(at(e, l, own).weight, layer.n_out, layer.n_in, space.stacked);
-    layer_pull<Kind>(size(l, n), from, weight, of.layers[l - 1].rectify ? outputs[l - 1] : nullptr, to);
+    layer_pull<Kind>(size(l, n), from, stacked(e, l, own), of.layers[l - 1].rectify ? outputs[l - 1] : nullptr, to);
   }
 
-  void collect(int64_t group, int64_t l, int64_t n, const Stored* from, const Stored* rows, bool begins) {
+  void collect(int64_t group, int64_t l, int64_t n, const Stored* from, bool begins) {
     const EpisodeLayer& layer = of.layers[l];
     const Layer<float> sums = {layer.by_weight + group * layer.n_out * layer.n_in,
                                layer.by_bias ? layer.by_bias + group * layer.n_out : nullptr};
     const Layer<const float> last = begins ? Layer<const float>{} : Layer<const float>{sums.weight, sums.bias};
-    layer_step<Kind>(size(l, n), from, below(l, rows), 1.0f, last, sums);
+    layer_step<Kind>(size(l, n), from, stacked_below(l, n), 1.0f, last, sums);
   }
 };
 

@@ -26,7 +26,7 @@ class MlpLayer(NamedTuple):
     weight: [O, I], shared by the episodes, or [C, O, I].
     bias: [1, O] or [C, 1, O], or None.
     rectify: whether a ReLU follows.
-    own: weight [C, O, I] and bias [C, 1, O] that the inner loop writes; None for the head.
+    own: weight [C, O, I] and bias [C, 1, O] for `adapt` to write; None for the head.
     """
 
     weight: Tensor
@@ -112,7 +112,8 @@ def meta_gradients(
     loss = support.new_empty(n_episodes)
     by_background = None if background is None else torch.empty_like(loss)
     by_layer = [_empty_gradients(layer, n_groups) for layer in layers]
-    program = _program(layers, inner, support, tau, background, by_layer)
+    passing = [layer._replace(own=None) for layer in layers]  # adapted weights stay in the processor's cache
+    program = _program(passing, inner, support, tau, background, by_layer)
     program.query, program.is_ood, program.n_query = query.data_ptr(), is_ood.data_ptr(), query.shape[1]
     program.loss, program.by_background = loss.data_ptr(), address(by_background)
     program.margin, program.group = margin, group

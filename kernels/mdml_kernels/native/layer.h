@@ -18,7 +18,7 @@ static inline void layer_forward(const Size& size, const typename Kind::Stored* 
   using Entry = typename Kind::Entry;
   const Operands<Kind> of = {reinterpret_cast<const Entry*>(rows), turned, Kind::depth(size.n_in), 1,
                              padded(size.n_out), Kind::depth(size.n_in)};
-  product(of, size.n, size.n_out, [=](int64_t i, int64_t j, Floats sums, int64_t left) {
+  product(of, size.n, size.n_out, [=](int64_t i, int64_t j, Floats sums, int64_t left) INLINE {
     if (bias) sums += load_some(bias + j, left, 0.0f);
     if (rectify) sums = sums < 0.0f ? all(0.0f) : sums;
     Out::store(out + i * size.n_out + j, sums, left);
@@ -33,7 +33,7 @@ static inline void layer_pull(const Size& size, const typename Kind::Stored* gra
   using Entry = typename Kind::Entry;
   const Operands<Kind> of = {reinterpret_cast<const Entry*>(grad), stacked, Kind::depth(size.n_out), 1,
                              padded(size.n_in), Kind::depth(size.n_out)};
-  product(of, size.n, size.n_in, [=](int64_t i, int64_t j, Floats sums, int64_t left) {
+  product(of, size.n, size.n_in, [=](int64_t i, int64_t j, Floats sums, int64_t left) INLINE {
     if (below) sums = Kind::load(below + i * size.n_in + j, left) <= 0.0f ? all(0.0f) : sums;
     Kind::store(out + i * size.n_in + j, sums, left);
   });
@@ -45,15 +45,14 @@ struct Layer {
   Value *weight, *bias;
 };
 
-// next = last (null: 0) + factor * (grad^T rows, sum of grad); last may be next.
+// next = last (null: 0) + factor * (grad^T rows, sum of grad); last may be next. The rows come stacked.
 template <class Kind>
-static inline void layer_step(const Size& size, const typename Kind::Stored* grad, const typename Kind::Stored* rows,
+static inline void layer_step(const Size& size, const typename Kind::Stored* grad, const typename Kind::Entry* stacked,
                               float factor, Layer<const float> last, Layer<float> next) {
-  static thread_local Buffer<typename Kind::Entry> grads, inputs;
+  static thread_local Buffer<typename Kind::Entry> grads;
   const auto* a = Kind::stacked(grad, size.n, size.n_out, grads);
-  const auto* b = Kind::stacked(rows, size.n, size.n_in, inputs);
-  const Operands<Kind> of = {a, b, 1, padded(size.n_out), padded(size.n_in), Kind::depth(size.n)};
-  product(of, size.n_out, size.n_in, [=](int64_t i, int64_t j, Floats sums, int64_t left) {
+  const Operands<Kind> of = {a, stacked, 1, padded(size.n_out), padded(size.n_in), Kind::depth(size.n)};
+  product(of, size.n_out, size.n_in, [=](int64_t i, int64_t j, Floats sums, int64_t left) INLINE {
     sums *= factor;
     if (last.weight) sums += load_some(last.weight + i * size.n_in + j, left, 0.0f);
     store_some(next.weight + i * size.n_in + j, sums, left);

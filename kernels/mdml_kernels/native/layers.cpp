@@ -38,7 +38,8 @@ void mdml_layer_step(int64_t begin, int64_t end, int64_t n, int64_t n_in, int64_
     const Layer<const float> last = {weight ? weight + e * weight_stride : nullptr,
                                      bias ? bias + e * bias_stride : nullptr};
     const Layer<float> next = {new_weight + e * n_out * n_in, new_bias ? new_bias + e * n_out : nullptr};
-    layer_step<Singles>({n, n_in, n_out}, grad + e * n * n_out, rows + e * n * n_in, factor, last, next);
+    const float* stacked = Singles::stacked(rows + e * n * n_in, n, n_in, buffer);
+    layer_step<Singles>({n, n_in, n_out}, grad + e * n * n_out, stacked, factor, last, next);
   }
 }
 

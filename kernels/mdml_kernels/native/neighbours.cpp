@@ -81,7 +81,7 @@ void mdml_neighbour_distances(int64_t begin, int64_t end, int64_t n, int64_t d, 
     for (int64_t i = begin; i < end; i += TILE_ROWS) {
       const int64_t height = std::min<int64_t>(TILE_ROWS, end - i);
       const Operands<Singles> of = {rows + i * d, columns, d, 1, padded(width), d};
-      product(of, height, width, [&tile, square](int64_t r, int64_t j, Floats sums, int64_t left) {
+      product(of, height, width, [&tile, square](int64_t r, int64_t j, Floats sums, int64_t left) INLINE {
         store_some(tile + r * CHUNK + j, load_some(square + j, left, 0.0f) - 2.0f * sums, left);
       });
       for (int64_t r = 0; r < height; ++r)

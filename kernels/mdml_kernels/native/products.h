@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdlib>
 #include <memory>
 
 #include "transpose.h"
@@ -14,19 +15,27 @@ constexpr int TILE_ROWS = 6, TILE_VECTORS = 4;  // 24 of 32 registers
 constexpr int TILE_ROWS = 6, TILE_VECTORS = 1;  // a vector is two registers here, or four
 #endif
 
+#define INLINE __attribute__((always_inline))
+
 static inline int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
 
-// Memory that is taken again and again, never shrinks and is not cleared.
+// Memory that is taken again and again, never shrinks and is not cleared. Vectors begin where cache lines do.
 template <class T>
 class Buffer {
  public:
   T* take(int64_t n) {
-    if (n > size) values.reset(new T[n]), size = n;
+    if (n > size) values.reset(static_cast<T*>(std::aligned_alloc(4 * W, (n * sizeof(T) / (4 * W) + 1) * 4 * W))), size = n;
     return values.get();
   }
 
+  T* get() const { return values.get(); }
+
  private:
-  std::unique_ptr<T[]> values;
+  struct Free {
+    void operator()(T* memory) const { std::free(memory); }
+  };
+
+  std::unique_ptr<T[], Free> values;
   int64_t size = 0;
 };
 
@@ -37,21 +46,30 @@ struct Operands {
   int64_t a_row, a_depth, b_stride, depth;
 };
 
+// f(0), f(1), … f(N - 1), unrolled however large f is, so that what it indexes can stay in registers.
+template <int N, class F>
+static inline __attribute__((always_inline)) void each(const F& f) {
+  if constexpr (N > 0) {
+    each<N - 1>(f);
+    f(N - 1);
+  }
+}
+
 template <class Kind, int R, int V, class Finish>
 static inline __attribute__((always_inline)) void tile(const Operands<Kind>& of, int64_t i, int64_t j, int64_t n,
                                                        const Finish& finish) {
-  Floats sums[R][V] = {};
+  Floats sums[R * V];
   const auto* a = of.a + i * of.a_row;
   const auto* b = of.b + j;
+  each<R * V>([&](int t) INLINE { sums[t] = Floats{}; });
   for (int64_t k = 0; k < of.depth; ++k, a += of.a_depth, b += of.b_stride)
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v) sums[r][v] = Kind::fma(sums[r][v], a[r * of.a_row], b + v * W);
+    each<R * V>([&](int t) INLINE { sums[t] = Kind::fma(sums[t], a[t / V * of.a_row], b + t % V * W); });
   if (n - j >= V * W) {  // a known length leaves no branches in what follows
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v) finish(i + r, j + v * W, sums[r][v], W);
+    each<R * V>([&](int t) INLINE { finish(i + t / V, j + t % V * W, sums[t], int64_t{W}); });
   } else {
-    for (int r = 0; r < R; ++r)
-      for (int v = 0; v < V; ++v) finish(i + r, j + v * W, sums[r][v], n - j - v * W);
+    Floats kept[R * V];  // a copy: if a loop indexed the sums themselves, they would be in memory all along
+    each<R * V>([&](int t) INLINE { kept[t] = sums[t]; });
+    for (int t = 0; t < R * V; ++t) finish(i + t / V, j + t % V * W, kept[t], n - j - t % V * W);
   }
 }
 
