@@ -15,22 +15,25 @@ constexpr int TILE_ROWS = 6, TILE_VECTORS = 4;  // 24 of 32 registers
 constexpr int TILE_ROWS = 6, TILE_VECTORS = 1;  // a vector is two registers here, or four
 #endif
 
-#define INLINE __attribute__((always_inline))
-
 static inline int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
 
-// Memory that is taken again and again, never shrinks and is not cleared. Vectors begin where cache lines do.
+// Memory that is taken again and again, never shrinks and is not cleared. It begins where a cache line does.
 template <class T>
 class Buffer {
  public:
   T* take(int64_t n) {
-    if (n > size) values.reset(static_cast<T*>(std::aligned_alloc(4 * W, (n * sizeof(T) / (4 * W) + 1) * 4 * W))), size = n;
+    if (n > size) {
+      const size_t lines = (n * sizeof(T) + LINE - 1) / LINE;
+      values.reset(static_cast<T*>(std::aligned_alloc(LINE, lines * LINE))), size = n;
+    }
     return values.get();
   }
 
   T* get() const { return values.get(); }
 
  private:
+  static constexpr size_t LINE = 64;
+
   struct Free {
     void operator()(T* memory) const { std::free(memory); }
   };
@@ -48,7 +51,7 @@ struct Operands {
 
 // f(0), f(1), … f(N - 1), unrolled however large f is, so that what it indexes can stay in registers.
 template <int N, class F>
-static inline __attribute__((always_inline)) void each(const F& f) {
+static inline INLINE void each(const F& f) {
   if constexpr (N > 0) {
     each<N - 1>(f);
     f(N - 1);
@@ -56,7 +59,7 @@ static inline __attribute__((always_inline)) void each(const F& f) {
 }
 
 template <class Kind, int R, int V, class Finish>
-static inline __attribute__((always_inline)) void tile(const Operands<Kind>& of, int64_t i, int64_t j, int64_t n,
+static inline INLINE void tile(const Operands<Kind>& of, int64_t i, int64_t j, int64_t n,
                                                        const Finish& finish) {
   Floats sums[R * V];
   const auto* a = of.a + i * of.a_row;

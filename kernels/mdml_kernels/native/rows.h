@@ -36,7 +36,7 @@ struct Turned {
   }
 };
 
-static inline Floats not_positive(Floats x) { return x > 0.0f ? all(0.0f) : x; }
+static inline Floats not_positive(Floats x) { return lesser(all(0.0f), x); }
 
 // The largest so far, the next largest, and where the first of the former was seen.
 struct Leaders {
@@ -44,7 +44,7 @@ struct Leaders {
   Ints at = {};
 
   void meet(Floats x, Ints index) {
-    const Floats loser = x < top ? x : top;
+    const Floats loser = lesser(x, top);
     second = larger(loser, second);
     const Ints wins = x > top;
     at = wins ? index : at;
@@ -67,31 +67,48 @@ static inline Statistics short_statistics(const Rows& rows, Floats tau) {
   return {lead.top, lead.second, without_one(total), lead.at};
 }
 
-// Lanes past the end of a row hold -inf: no entry is less, and they take no share of any sum.
-static inline Floats scaled(const float* row, int64_t k, int64_t n, Floats tau) {
-  return n - k >= W ? load(row + k) * tau : load_some(row + k, n - k, -INFINITE) * tau;
+// f(k, how many) for the vectors of a row of n; a known length leaves no branches in f.
+template <class F>
+static inline void sweep(int64_t n, const F& f) {
+  int64_t k = 0;
+  for (; k + W <= n; k += W) f(k, int64_t{W});
+  if (k < n) f(k, n - k);
 }
 
+// Lanes past the end of a row hold -inf: no entry is less, and they take no share of any sum.
+static inline Floats scaled(const float* from, int64_t n, Floats tau) { return load_some(from, n, -INFINITE) * tau; }
+
+// Each row's vectors are reduced to one; sixteen of those, turned, to a lane for each row.
 static inline Statistics long_statistics(const Rows& rows, Floats tau) {
-  Statistics found = {};
-  const int64_t n = rows.n_classes;
+  Floats tops[W] = {}, seconds[W] = {}, totals[W] = {};
+  Ints places[W] = {};
   for (int64_t i = 0; i < rows.n; ++i) {
-    const float* row = rows.at(i);
     Leaders lead;
     Ints vector = {};
-    for (int64_t k = 0; k < n; k += W, vector += 1) lead.meet(scaled(row, k, n, tau), vector);
-    const Floats top = reduce(lead.top, larger);
-    const Ints index = lead.top == top ? lead.at * W + LANES : Ints{} + INT32_MAX;
-    const Ints first = reduce(index, smaller);
-    const Floats second = reduce(index == first ? lead.second : larger(lead.top, lead.second), larger);
-    Floats total = {};
-    for (int64_t k = 0; k < n; k += W) total += exp_of(not_positive(scaled(row, k, n, tau) - second));
-    const Ints here = LANES == static_cast<int32_t>(i);
-    found.top = here ? top : found.top;
-    found.second = here ? second : found.second;
-    found.others = here ? without_one(reduce(total, sum<Floats>)) : found.others;
-    found.first = here ? (first < static_cast<int32_t>(n) ? first : Ints{}) : found.first;
+    sweep(rows.n_classes, [&](int64_t k, int64_t n) INLINE {
+      lead.meet(scaled(rows.at(i) + k, n, tau), vector);
+      vector += 1;
+    });
+    tops[i] = lead.top, seconds[i] = lead.second, places[i] = lead.at;
   }
+  turn(tops), turn(seconds), turn(places);
+  Statistics found = {tops[0], all(LOWEST), {}, Ints{} + INT32_MAX};
+  for (int l = 1; l < W; ++l) found.top = larger(tops[l], found.top);
+  for (int l = 0; l < W; ++l) {
+    places[l] = tops[l] == found.top ? places[l] * W + l : Ints{} + INT32_MAX;
+    found.first = smaller(places[l], found.first);
+  }
+  for (int l = 0; l < W; ++l) found.second = larger(places[l] == found.first ? seconds[l] : tops[l], found.second);
+  for (int64_t i = 0; i < rows.n; ++i) {
+    const float second = found.second[i];
+    sweep(rows.n_classes, [&](int64_t k, int64_t n) INLINE {
+      totals[i] += exp_of(not_positive(scaled(rows.at(i) + k, n, tau) - second));
+    });
+  }
+  turn(totals);
+  for (int l = 0; l < W; ++l) found.others += totals[l];
+  found.others = without_one(found.others);
+  found.first = found.first < static_cast<int32_t>(rows.n_classes) ? found.first : Ints{};
   return found;
 }
 
@@ -109,8 +126,10 @@ static inline void gradients(const Rows& rows, Floats tau, Floats shift, Floats 
   const int64_t n = rows.n_classes;
   for (int64_t i = 0; i < rows.n; ++i) {
     float* out = grad + i * n;
-    for (int64_t k = 0; k < n; k += W)
-      store_some(out + k, at_rest[i] * exp_of(scaled(rows.at(i), k, n, tau) - shift[i]), n - k);
+    const float rest = at_rest[i], from = shift[i];
+    sweep(n, [&](int64_t k, int64_t left) INLINE {
+      store_some(out + k, rest * exp_of(scaled(rows.at(i) + k, left, tau) - from), left);
+    });
     if (first[i] >= 0) out[first[i]] = at_first[i];
   }
 }

@@ -5,6 +5,12 @@
 #include <cstring>
 #include <limits>
 
+#ifdef __AVX512F__
+#include <immintrin.h>
+#endif
+
+#define INLINE __attribute__((always_inline))
+
 namespace mdml {
 
 constexpr int W = 16;  // floats in a vector
@@ -34,7 +40,15 @@ static inline void store_some(float* to, Floats value, int64_t n) {
   memcpy(to, &value, 4 * n);
 }
 
+// The second where one is a NaN.
+#ifdef __AVX512F__
+static inline Floats larger(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
+static inline Floats lesser(Floats a, Floats b) { return (Floats)_mm512_min_ps((__m512)a, (__m512)b); }
+#else
 static inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
+static inline Floats lesser(Floats a, Floats b) { return a < b ? a : b; }
+#endif
+
 static inline Ints smaller(Ints a, Ints b) { return a < b ? a : b; }
 
 template <class V>
@@ -51,23 +65,32 @@ static inline V reduce(V v, F f) {
   return f(v, __builtin_shufflevector(v, v, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0));
 }
 
-// e^x for x up to 0 (and what rounding adds), 0 below -88; a NaN stays one. Cephes' polynomial, within 2 ulp.
+// value * 2^n for a whole n that e^NOTHING gives, and for larger ones up to 0; for that one 0.
+#ifdef __AVX512F__
+constexpr float NOTHING = -105.0f;
+static inline Floats times_power(Floats value, Floats n) { return (Floats)_mm512_scalef_ps((__m512)value, (__m512)n); }
+#else
+constexpr float NOTHING = -88.0f;  // where the exponent's bits become 0
+static inline Floats times_power(Floats value, Floats n) {
+  return value * (Floats)((__builtin_convertvector(n, Ints) + 127) << 23);
+}
+#endif
+
+// e^x for x up to 0 (and what rounding adds), 0 up to NOTHING; a NaN stays one. Within 2 ulp.
 static inline Floats exp_of(Floats x) {
-  // At -88 the exponent's bits are 0, and so is the power of two. Adding 1.5 * 2^23 rounds to an integer.
-  constexpr float low = -88.0f, to_integer = 12582912.0f;
-  const Floats y = x < low ? all(low) : x;
-  Floats n = y * 1.44269504088896341f + to_integer;
-  const Ints power = ((Ints)n << 23) + 0x3f800000;
-  n -= to_integer;
+  constexpr float to_integer = 12582912.0f;  // adding 1.5 * 2^23 rounds
+  const Floats y = larger(all(NOTHING), x);
+  const Floats n = (y * 1.44269504088896341f + to_integer) - to_integer;
   Floats f = y - n * 0.693359375f;
   f += n * 2.12194440e-4f;
-  Floats p = f * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * f + 8.3334519073e-3f;
-  p = p * f + 4.1665795894e-2f;
-  p = p * f + 1.6666665459e-1f;
-  p = p * f + 5.0000001201e-1f;
-  p = p * (f * f) + f + 1.0f;
-  return p * (Floats)power;
+  // Minimax on half of log 2 to either side, to 3e-9 of e^f.
+  Floats p = f * 1.38146e-3f + 8.36871e-3f;
+  p = p * f + 4.166839e-2f;
+  p = p * f + 1.6666521e-1f;
+  p = p * f + 4.9999993e-1f;
+  p = p * f + 1.0f;
+  p = p * f + 1.0f;
+  return times_power(p, n);
 }
 
 // log x for normal x > 0; a NaN or an infinity gives NaN. Cephes' polynomial, within 2 ulp.

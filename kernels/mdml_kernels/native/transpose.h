@@ -7,20 +7,21 @@
 
 namespace mdml {
 
-template <int D, int... L>
-static inline void exchange(Ints& a, Ints& b, std::integer_sequence<int, L...>) {
-  const Ints low = __builtin_shufflevector(a, b, (L & D ? W + L - D : L)...);
+template <int D, class Vector, int... L>
+static inline void exchange(Vector& a, Vector& b, std::integer_sequence<int, L...>) {
+  const Vector low = __builtin_shufflevector(a, b, (L & D ? W + L - D : L)...);
   b = __builtin_shufflevector(a, b, (L & D ? W + L : L + D)...);
   a = low;
 }
 
-template <int D>
-static inline void exchange_all(Ints (&rows)[W]) {
+template <int D, class Vector>
+static inline void exchange_all(Vector (&rows)[W]) {
   for (int i = 0; i < W; ++i)
     if (!(i & D)) exchange<D>(rows[i], rows[i + D], std::make_integer_sequence<int, W>());
 }
 
-static inline void turn(Ints (&block)[W]) {
+template <class Vector>
+static inline void turn(Vector (&block)[W]) {
   exchange_all<8>(block), exchange_all<4>(block), exchange_all<2>(block), exchange_all<1>(block);
 }
 
