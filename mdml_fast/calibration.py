@@ -197,3 +197,17 @@ def split_by_group(groups: Names, share: float, seed: int, at_least: int = 1) ->
     splitter = GroupShuffleSplit(1, test_size=n_held_out, random_state=seed)
     rest, held_out = next(splitter.split(codes, groups=codes))
     return rest, held_out
+
+
+def left_out_by(codes: npt.NDArray[np.int64], share: float, seed: int) -> Positions:
+    """Which of two learners leaves each normal [N] out: 0 or 1, about that share of the rows each; 2 where neither.
+
+    Rows of one group [N] go together. Of two groups or more each learner leaves out one at least, if the share is a
+    half.
+    """
+    _, groups, sizes = np.unique(codes, return_inverse=True, return_counts=True)
+    order = np.random.default_rng(seed).permutation(len(sizes))
+    middles = np.empty(len(sizes))
+    middles[order] = np.cumsum(sizes[order]) - sizes[order] / 2
+    place = np.where(middles <= share * len(codes), 0, np.where(middles > (1 - share) * len(codes), 1, 2))
+    return place[groups].astype(np.intp)

@@ -105,8 +105,8 @@ class MDMLDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
             X: N rows: a pyarrow, pandas or polars table, or an array [N, d].
             y: class of each row [N]; None means that all are normal. Without anomalies it learns from normals alone.
             normal: the names of the normal classes; overrides the constructor's.
-            groups: group of each row [N]: training and calibration normals share none, and a normal is not compared
-                with its own group. They are remembered for `p_value`.
+            groups: group of each row [N]: what scores a normal to calibrate on has learned nothing from its group, and
+                a normal is not compared with its own group. They are remembered for `p_value`.
             progress: told after each outer step.
             checkpoint: a file for the state of the run, which stays when the run is cut off.
             resume: go on from that file, where there is one.
@@ -125,7 +125,14 @@ class MDMLDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
         normals, anomalies = np.flatnonzero(is_normal), np.flatnonzero(~is_normal)
         all_groups = _groups(groups, table.num_rows)
         group_names = None if all_groups is None else all_groups[normals]
-        train, calibration = calibration_split(len(normals), self.false_alarm_rate, group_names, seed)
+        algorithm_class = model_class(config)
+        if group_names is not None and len(set(group_names)) < 2:
+            raise InputError(
+                f"all normal rows are of one group, {group_names[0]!r}; a split needs two: leave the group out"
+            )
+        train, calibration = np.arange(len(normals)), np.empty(0, dtype=np.intp)
+        if not algorithm_class.calibrates_itself:
+            train, calibration = calibration_split(len(normals), self.false_alarm_rate, group_names, seed)
 
         used = np.concatenate([normals[train], anomalies])
         self.encoder_ = FeatureEncoder.fit(table, is_normal, used)
@@ -139,7 +146,7 @@ class MDMLDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
             labels[anomalies],
             None if group_names is None else group_names[train],
         )
-        self.model_: Model = model_class(config).fit(
+        self.model_: Model = algorithm_class.fit(
             training,
             config,
             seed=seed,
@@ -149,8 +156,11 @@ class MDMLDetector(OutlierMixin, BaseEstimator):  # type: ignore[misc]  # scikit
             checkpoint=checkpoint,
             resume=resume,
         )
+        if held_out := self.model_.held_out:
+            calibration, scores = train[held_out.positions], held_out.scores
+        else:
+            scores = self.model_.score(rows[normals[calibration]])
         held_out_groups = None if group_names is None else group_names[calibration]
-        scores = self.model_.calibration_scores(rows[normals[calibration]], held_out_groups)
         self.calibration_ = ConformalCalibration(scores, held_out_groups)
         self.normal_classes_ = list(normal_classes)
         self.anomaly_classes_ = np.unique(labels[anomalies].astype(str)).tolist()

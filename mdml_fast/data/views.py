@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Self
 
 import numpy as np
@@ -84,6 +84,28 @@ class Views:
         level = torch.lerp(levels.gather(1, upper - 1), levels.gather(1, upper), share)
         beyond = (columns - knots[:, -1:]).relu().log1p() - (knots[:, :1] - columns).relu().log1p()
         return level.T, beyond.T
+
+
+class FoldViews:
+    """The views that each fold of the normals gives, one fold after the other.
+
+    Args:
+        folds: of each fold.
+    """
+
+    def __init__(self, folds: Sequence[Views]) -> None:
+        self.folds = list(folds)
+
+    def transform(self, rows: Tensor) -> Tensor:
+        """Rows [N, d] in each view of each fold [F * 4, N, d]."""
+        return torch.cat([views.transform(rows) for views in self.folds])
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors by fold and name."""
+        return {
+            f"{fold}.{name}": value for fold, views in enumerate(self.folds) for name, value in views.tensors.items()
+        }
 
 
 def _clip(rows: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The ensemble of directions: for each view and half of the seen families an encoder of its own, trained together."""
+"""The ensemble of directions: for each view of each fold of the normals an encoder of its own, trained together."""
 
 from __future__ import annotations
 
@@ -24,9 +24,6 @@ from mdml_fast.meta.training import Progress, train
 class EnsembleConfig:
     """How the directions are trained."""
 
-    # Each view has this many halves of the seen families, complementary in pairs: for every labelled row there is a
-    # direction that never saw its family, which is what the weights are learned from. 16 directions gained nothing.
-    directions_per_view: int = 2
     hidden: int = 64
     # Prototypes and normal queries of an episode. Twice as many gain 0.0005 AUROC and take three times as long.
     n_prototypes: int = 256
@@ -51,39 +48,27 @@ class EnsembleConfig:
 
 
 class Ensemble:
-    """D trained encoders.
+    """D trained encoders, each of one view.
 
     Args:
-        views: which view each direction sees, int64 [D].
         weights: of the encoders, by parameter name, each [D, …].
     """
 
-    def __init__(self, views: Tensor, weights: dict[str, Tensor]) -> None:
-        self.views, self.weights = views, weights
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        self.weights = weights
         hidden, n_features = self.weights["inner.weight"].shape[1:]
         self._encoder = ResidualEncoder(n_features, hidden)
 
     def embed(self, rows: Tensor) -> Tensor:
-        """Embeddings [D, N, d] of rows in each view [V, N, d]."""
+        """Embeddings [D, N, d] of rows in each direction's view [D, N, d]."""
         encode: Callable[[dict[str, Tensor], Tensor], Tensor] = vmap(
             lambda weights, x: functional_call(self._encoder, weights, (x,))
         )
-        return encode(self.weights, rows[self.views])
-
-    def view_means(self, values: Tensor, counted: Tensor) -> Tensor:
-        """The mean of values [D, N] over the directions of each view [V, N], of those that are counted, bool [D, N].
-
-        Where none of a view's directions is, all are.
-        """
-        n_views = int(self.views.max()) + 1
-        own = self.views == torch.arange(n_views, device=values.device).unsqueeze(1)
-        chosen = own.unsqueeze(-1) & counted
-        chosen = torch.where(chosen.any(1, keepdim=True), chosen, own.unsqueeze(-1)).to(values.dtype)
-        return (chosen * values).sum(1) / chosen.sum(1)
+        return encode(self.weights, rows)
 
 
 def train_ensemble(
-    normals: Tensor,
+    normals: Sequence[Tensor],
     anomalies: Tensor,
     labels: Names,
     config: EnsembleConfig,
@@ -93,10 +78,13 @@ def train_ensemble(
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> tuple[Ensemble, list[frozenset[str]], list[float]]:
-    """Train one encoder for each view and half of the seen families, all in one batched computation.
+    """Train one encoder for each view of each of two folds, all in one batched computation.
+
+    Fold by fold a view's directions learn from complementary halves of the seen families, too, so that there is one
+    that never saw a row's family, which is what the weights are learned from.
 
     Args:
-        normals: in each view, float [V, n, d].
+        normals: V matrices [n, d]: in each view of the first fold that fold's normals, then the second fold's.
         anomalies: labelled anomalies in each view, float [V, M, d]; M may be 0, then synthetic ones stand in.
         labels: their classes [M].
         config: the constants.
@@ -110,14 +98,14 @@ def train_ensemble(
     """
     rng = np.random.default_rng(seed)
     names = np.unique(labels.astype(str)).tolist() if config.labelled else []
-    halves = _halves(len(normals), names, config.directions_per_view, rng)
+    halves = _halves(len(normals), names, rng)
     sampler = _sampler(normals, anomalies, labels, halves, config, rng, seed)
-    engine = _engine(normals.shape[-1], len(halves), config, seed, dtype, normals.device)
+    engine = _engine(anomalies.shape[-1], len(halves), config, seed, dtype, anomalies.device)
     _start_at_the_data(engine, sampler, config)
     rates = {"encoder.log_scale": config.scale_rate, "loss.background": config.scale_rate}
     # Adam's weight decay w adds w·p to the gradient of p: that of w/2·p².
     decay = {
-        "encoder.log_scale": 2 * config.shrinkage / normals.shape[-1],
+        "encoder.log_scale": 2 * config.shrinkage / anomalies.shape[-1],
         "encoder.outer.weight": 2 * config.shrinkage,
     }
     optimizer = torch.optim.Adam(
@@ -140,59 +128,49 @@ def train_ensemble(
         for name, param in engine.parameters().items()
         if name.startswith("encoder.")
     }
-    views = torch.tensor([view for view, _ in halves], device=normals.device)
-    return Ensemble(views, weights), [frozenset(names) for _, names in halves], losses
+    return Ensemble(weights), [frozenset(half) for half in halves], losses
 
 
-Half = tuple[int, list[str]]
-"""A direction: its view, and the seen families that it is trained on; none where there are fewer than two halves."""
-
-
-def _halves(n_views: int, names: Sequence[str], per_view: int, rng: np.random.Generator) -> list[Half]:
-    halves: list[Half] = []
-    for view in range(n_views):
-        for _ in range(0, per_view, 2):
-            order = rng.permutation(names).tolist()
-            halves += [(view, order[: len(order) // 2]), (view, order[len(order) // 2 :])]
-    return halves
+def _halves(n_views: int, names: Sequence[str], rng: np.random.Generator) -> list[list[str]]:
+    """The seen families of each direction: of each kind of view a half for the first fold, the other for the second."""
+    orders = [rng.permutation(names).tolist() for _ in range(n_views // 2)]
+    cut = len(names) // 2
+    return [order[:cut] for order in orders] + [order[cut:] for order in orders]
 
 
 def _sampler(
-    normals: Tensor,
+    normals: Sequence[Tensor],
     anomalies: Tensor,
     labels: Names,
-    halves: Sequence[Half],
+    halves: Sequence[Sequence[str]],
     config: EnsembleConfig,
     rng: np.random.Generator,
     seed: int,
 ) -> EpisodeSampler:
     """Episodes over one matrix: view by view the normals, then the synthetic, then the labelled anomalies."""
-    n_views, n_normals = normals.shape[:2]
-    synthetic = [
-        torch.as_tensor(synthetic_rows(view.cpu().numpy(), config.n_synthetic, rng), device=normals.device)
-        for view in normals
-    ]
-    rows = torch.cat([normals, torch.stack(synthetic), anomalies], dim=1)
-    n_rows = rows.shape[1]
     names = np.unique(labels.astype(str)).tolist()
-    within = [np.arange(n_normals, n_normals + config.n_synthetic)]
-    within += [np.flatnonzero(labels == name) + n_normals + config.n_synthetic for name in names]
-    id_names = tuple(f"view {view}" for view in range(n_views))
-    ood_names = tuple(f"{view}: {name}" for view in id_names for name in ("synthetic", *names))
-    starts = [view * n_rows for view in range(n_views)]
-
-    def direction(view: int, family_names: Sequence[str]) -> Direction:
-        first = view * len(within)
-        families = [first + 1 + names.index(name) for name in family_names]
+    matrices, id_rows, ood_rows, directions = [], [], [], []
+    first = 0
+    for view, (own, labelled, half) in enumerate(zip(normals, anomalies, halves, strict=True)):
+        synthetic = synthetic_rows(own.cpu().numpy(), config.n_synthetic, rng)
+        matrices += [own, torch.as_tensor(synthetic, device=own.device), labelled]
+        n_before = first + len(own)
+        id_rows.append(np.arange(first, n_before))
+        ood_rows.append(np.arange(n_before, n_before + len(synthetic)))
+        ood_rows += [np.flatnonzero(labels == name) + n_before + len(synthetic) for name in names]
+        first = n_before + len(synthetic) + len(labelled)
         # Families are drawn evenly: two labelled rows to a synthetic one.
-        synthetic = [first] * max(len(families), 1) if config.synthetic or not families else []
-        return Direction((view,), (*families, *families, *synthetic))
-
+        place = view * (1 + len(names))
+        families = [place + 1 + names.index(name) for name in half]
+        made_up = [place] * max(len(families), 1) if config.synthetic or not families else []
+        directions.append(Direction((view,), (*families, *families, *made_up)))
+    id_names = tuple(f"view {view}" for view in range(len(normals)))
+    ood_names = tuple(f"{view}: {name}" for view in id_names for name in ("synthetic", *names))
     return EpisodeSampler(
-        rows.flatten(0, 1),
-        Families(id_names, tuple(start + np.arange(n_normals) for start in starts)),
-        Families(ood_names, tuple(start + positions for start in starts for positions in within)),
-        [direction(*half) for half in halves],
+        torch.cat(matrices),
+        Families(id_names, tuple(id_rows)),
+        Families(ood_names, tuple(ood_rows)),
+        directions,
         n_support=config.n_prototypes,
         n_query_id=config.n_queries,
         n_query_ood=config.n_anomalies,

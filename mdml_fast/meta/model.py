@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -29,20 +30,24 @@ class TrainingRows(NamedTuple):
     groups: Names | None = None
 
 
+class HeldOut(NamedTuple):
+    """Training normals scored as if nothing had been learned from them: positions [n], and the scores [n]."""
+
+    positions: npt.NDArray[np.intp]
+    scores: Floats
+
+
 class Model(Protocol):
     """A trained model: scores encoded rows, higher for more normal ones."""
 
     config: Any
     losses: list[float]
+    # Whether it scores its own training normals, as new ones would be scored; if not, some must be kept from it.
+    calibrates_itself: bool
+    held_out: HeldOut | None
 
     def score(self, rows: Rows) -> Floats:
         """The score of each row [N, d] -> [N]."""
-
-    def calibration_scores(self, normals: Rows, groups: Names | None) -> Floats:
-        """Scores [n] of normals [n, d] that nothing was learned from, as new normals would be scored.
-
-        The model may keep the rows to compare others with.
-        """
 
     def adapt(self, normals: Rows) -> None:
         """Take normals [n, d] of a new family as normal too; what was learned before stays as it is."""

@@ -13,7 +13,6 @@ from mdml_kernels import SoftmaxMarginLoss
 from torch import Tensor, nn
 
 from mdml_fast.data.encoding import Floats, Rows
-from mdml_fast.data.labelled import Names
 from mdml_fast.episodes import (
     EpisodeSampler,
     Families,
@@ -77,6 +76,9 @@ class PaperConfig:
 class PaperModel:
     """Encoder, linear head and temperature, with the encoder adapted to all training normals."""
 
+    calibrates_itself = False
+    held_out = None
+
     def __init__(self, config: PaperConfig, engine: MetaEngine, adapted: Parameters, losses: list[float]) -> None:
         self.config, self.losses = config, losses
         self._engine = engine
@@ -137,10 +139,6 @@ class PaperModel:
                 logits = self._engine.logits(self._adapted, part.expand(n_families, -1, -1))
                 scores.append(loss.log_odds(logits).amax(0).double().cpu().numpy())
         return np.concatenate(scores)
-
-    def calibration_scores(self, normals: Rows, groups: Names | None) -> Floats:  # noqa: ARG002 - a row's score is its own
-        """Scores [n] of normals [n, d] that nothing was learned from."""
-        return self.score(normals)
 
     def adapt(self, normals: Rows) -> None:
         """Take normals [n, d] of a new family as normal too: the inner loop on them, from the meta-parameters."""

@@ -5,11 +5,12 @@ They are kept as plain arrays and walked here, so that a model holds no pickled 
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Mapping
 from typing import Self
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from sklearn.ensemble import ExtraTreesClassifier
 from sklearn.tree import BaseDecisionTree
@@ -22,11 +23,11 @@ BLOCK_VALUES = 2**21
 
 
 class TreeHead:
-    """Extra trees, whose probability of "anomaly" counts where it passes a gate.
+    """Extra trees, and the probability of "anomaly" that they give.
 
     Args:
         tensors: all trees' nodes in one table [n]: `feature`, `threshold`, `left`, `right` (positions of the children;
-            a leaf is its own child) and `anomaly`, the probability at a leaf; `roots` [trees]; scalars `depth`, `gate`.
+            a leaf is its own child) and `anomaly`, the probability at a leaf; `roots` [trees]; a scalar `depth`.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -34,39 +35,46 @@ class TreeHead:
 
     @classmethod
     def fit(
-        cls, normals: Rows, anomalies: Rows, n_trees: int, quantile: float, seed: int, device: torch.device
-    ) -> Self:
-        """Balanced extra trees on bootstrap samples (Geurts, Ernst, Wehenkel, "Extremely randomized trees", 2006).
+        cls,
+        normals: Rows,
+        left_out: npt.NDArray[np.intp],
+        anomalies: Rows,
+        n_trees: int,
+        seed: int,
+        device: torch.device,
+    ) -> tuple[Self, Tensor]:
+        """Balanced extra trees, half of them for each learner.
+
+        After Geurts, Ernst, Wehenkel, "Extremely randomized trees", 2006.
 
         Args:
             normals: float32 [n, d].
-            anomalies: float32 [M, d].
-            n_trees: how many.
-            quantile: the gate is this quantile of the normals' out-of-bag probabilities.
+            left_out: the learner that leaves each out, 0 or 1, or 2 [n].
+            anomalies: float32 [M, d]; both learn from all of them.
+            n_trees: how many, both together.
             seed: of the trees.
             device: where the trees shall be walked.
-        """
-        forest = ExtraTreesClassifier(
-            n_trees,
-            class_weight="balanced",
-            bootstrap=True,
-            oob_score=True,
-            random_state=seed,
-            n_jobs=torch.get_num_threads(),
-        )
-        is_anomaly = np.arange(len(normals) + len(anomalies)) >= len(normals)
-        with warnings.catch_warnings():
-            # With few trees a row may be in every bag; its probability is then unknown, and taken as 0 below.
-            warnings.simplefilter("ignore")
-            forest.fit(np.concatenate([normals, anomalies]), is_anomaly)
-        out_of_bag = np.nan_to_num(forest.oob_decision_function_[: len(normals), 1])
-        gate = torch.tensor(np.quantile(out_of_bag, quantile), dtype=torch.float32)
-        tensors = _tables(forest.estimators_) | {"gate": gate}
-        return cls({name: tensor.to(device) for name, tensor in tensors.items()})
 
-    def excess(self, rows: Tensor) -> Tensor:
-        """How far the probability of rows [N, d] passes the gate [N]: 0 up to it, 1 where the trees are certain."""
-        return excess(self.probability(rows), self.tensors["gate"])
+        Returns:
+            The head, and for each normal [n] the probability that the trees give that left it out; 0 without any.
+        """
+        trees: list[BaseDecisionTree] = []
+        probability = np.zeros(len(normals))
+        for learner in (0, 1):
+            own = left_out != learner
+            forest = ExtraTreesClassifier(
+                math.ceil(n_trees / 2),
+                class_weight="balanced",
+                random_state=seed + learner,
+                n_jobs=torch.get_num_threads(),
+            )
+            is_anomaly = np.arange(own.sum() + len(anomalies)) >= own.sum()
+            forest.fit(np.concatenate([normals[own], anomalies]), is_anomaly)
+            trees += forest.estimators_
+            # Threads would add up the trees in an order of their own.
+            probability[~own] = forest.set_params(n_jobs=1).predict_proba(normals[~own])[:, 1]
+        tensors = {name: tensor.to(device) for name, tensor in _tables(trees).items()}
+        return cls(tensors), torch.as_tensor(probability, dtype=torch.float32, device=device)
 
     def probability(self, rows: Tensor) -> Tensor:
         """The probability of "anomaly" [N] of rows [N, d]."""
