@@ -12,7 +12,7 @@ from sklearn.utils import Tags, check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from mdml_fast.alarms import AlarmsMixin
-from mdml_fast.calibration import ConformalCalibration, calibration_split
+from mdml_fast.calibration import ConformalCalibration
 from mdml_fast.data import FeatureEncoder, as_table
 from mdml_fast.data.encoding import Floats, Rows
 from mdml_fast.errors import InputError
@@ -26,8 +26,9 @@ from mdml_fast.inputs import (
     resolve_dtype,
     unnamed_normal,
 )
-from mdml_fast.kept import ANOMALY, CALIBRATION, TRAINING, KeptRows
+from mdml_fast.kept import ANOMALY, KeptRows
 from mdml_fast.known import KnownRows
+from mdml_fast.meta.left_out import BOTH
 from mdml_fast.meta.model import Model
 from mdml_fast.meta.training import Progress
 from mdml_fast.presets import Config, model_class, preset_config
@@ -109,8 +110,8 @@ class MDMLDetector(AlarmsMixin, OutlierMixin, BaseEstimator):  # type: ignore[mi
             X: N rows: a pyarrow, pandas or polars table, or an array [N, d].
             y: class of each row [N]; None means that all are normal. Without anomalies it learns from normals alone.
             normal: the names of the normal classes; overrides the constructor's.
-            groups: group of each row [N]: training and calibration normals share none, and a normal is not compared
-                with its own group. They are remembered for `p_value`.
+            groups: group of each row [N]: what judges a normal to calibrate on has learned nothing from its group, and
+                a normal is not compared with its own group. They are remembered for `p_value`.
             progress: told after each outer step.
             checkpoint: a file for the state of the run, which stays when the run is cut off.
             resume: go on from that file, where there is one.
@@ -126,19 +127,15 @@ class MDMLDetector(AlarmsMixin, OutlierMixin, BaseEstimator):  # type: ignore[mi
         is_normal = np.isin(labels.astype(str), normal_classes)
         normals = np.flatnonzero(is_normal)
         group_names = named_groups(groups, table.num_rows)
-        train, calibration = calibration_split(
-            len(normals), self.false_alarm_rate, None if group_names is None else group_names[normals], seed
-        )
-        self.encoder_ = FeatureEncoder.fit(
-            table, is_normal, np.concatenate([normals[train], np.flatnonzero(~is_normal)])
-        )
+        parts = np.full(len(labels), ANOMALY, dtype=np.int8)
+        normal_groups = None if group_names is None else group_names[normals]
+        parts[normals] = model_class(config).divide(config, len(normals), self.false_alarm_rate, normal_groups, seed)
+        self.encoder_ = FeatureEncoder.fit(table, is_normal, np.flatnonzero(parts != BOTH))
         self.feature_names_in_ = np.array(table.column_names, dtype=object)
         self.n_features_in_ = table.num_columns
         self.normal_classes_ = list(normal_classes)
 
         rows = self.encoder_.transform(table)
-        parts = np.full(len(rows), ANOMALY, dtype=np.int8)
-        parts[normals[train]], parts[normals[calibration]] = TRAINING, CALIBRATION
         kept = KeptRows.draw(rows, labels, parts, group_names, self.contamination, seed)
         self._learn(kept, config, seed, checkpoint=checkpoint, resume=resume, **how)
         return self
@@ -193,7 +190,8 @@ class MDMLDetector(AlarmsMixin, OutlierMixin, BaseEstimator):  # type: ignore[mi
 
     def _learn(self, rows: KeptRows, config: Config, seed: int, previous: Model | None = None, **how: Any) -> None:
         """Train the model on the rows, from the previous one if there is one, and calibrate it."""
-        model: Model = model_class(config).fit(rows.training(), config, seed=seed, previous=previous, **how)
+        training = rows.training()
+        model: Model = model_class(config).fit(training, config, seed=seed, previous=previous, **how)
         labels, anomalies = rows.labels.astype(str), rows.parts == ANOMALY
         normals = np.isin(labels, self.normal_classes_)
         known_normals = KnownRows.sample(rows.rows[normals], rows.labels[normals], seed)
@@ -201,8 +199,10 @@ class MDMLDetector(AlarmsMixin, OutlierMixin, BaseEstimator):  # type: ignore[mi
             family = self.known_normals_.rows[self.known_normals_.names == name]
             model.adapt(family)
             known_normals = known_normals.with_family(family, name)
-        held_out, groups = rows.calibration()
-        self.calibration_ = ConformalCalibration(model.calibration_scores(held_out, groups), groups)
+        assert model.held_out is not None
+        positions, scores = model.held_out
+        groups = None if training.groups is None else training.groups[positions]
+        self.calibration_ = ConformalCalibration(scores, groups)
         self.model_, self.kept_ = model, rows.bounded()
         self.known_normals_: KnownRows = known_normals
         self.known_anomalies_ = KnownRows.sample(rows.rows[anomalies], rows.labels[anomalies], seed)

@@ -14,13 +14,15 @@ from torch import Tensor
 from mdml_fast.calibration import CALIBRATION_ROWS, Positions
 from mdml_fast.data.encoding import Floats, Rows
 from mdml_fast.data.labelled import Names
+from mdml_fast.meta.left_out import BOTH, FIRST, NEITHER, SECOND, LeftOut
 from mdml_fast.meta.model import TrainingRows
 from mdml_fast.meta.neighbours import innermost
 
-# What a row is for.
-TRAINING, CALIBRATION, ANOMALY = range(3)
+# What a row is, if it is no normal; of a normal it says which learner leaves it out.
+ANOMALY = 4
 Parts = npt.NDArray[np.int8]
-# So many rows stay: training normals, as many as encoders and views learn from, and anomalies of each class.
+# So many rows stay: normals that no learner leaves out, as many as encoders and views learn from, and anomalies of each
+# class.
 TRAINING_ROWS, FAMILY_ROWS = 20_000, 1_000
 
 
@@ -34,10 +36,10 @@ class KeptRows:
     Attributes:
         rows: float32 [n, d].
         labels: the class of each [n].
-        parts: TRAINING, CALIBRATION or ANOMALY [n].
+        parts: ANOMALY, or of a normal the learner that leaves it out [n].
         keys: in [0, 1) [n].
         groups: the group of each [n], or None.
-        n_seen: how many training and calibration normals there ever were.
+        n_seen: how many normals there ever were that the first learner leaves out, the second, neither, or both.
     """
 
     rows: Rows
@@ -45,7 +47,7 @@ class KeptRows:
     parts: Parts
     keys: Floats
     groups: Names | None
-    n_seen: tuple[int, int]
+    n_seen: tuple[int, ...]
 
     @classmethod
     def draw(
@@ -62,7 +64,7 @@ class KeptRows:
             parts,
             np.random.default_rng([seed, 2]).random(len(parts)),
             None if groups is None else groups[stays],
-            (int((parts == TRAINING).sum()), int((parts == CALIBRATION).sum())),
+            tuple(np.bincount(parts, minlength=ANOMALY)[:ANOMALY].tolist()),
         )
 
     def with_rows(self, other: KeptRows) -> KeptRows:
@@ -76,39 +78,44 @@ class KeptRows:
             np.concatenate([self.parts, other.parts]),
             np.concatenate([self.keys, other.keys]),
             groups,
-            (self.n_seen[0] + other.n_seen[0], self.n_seen[1] + other.n_seen[1]),
+            tuple(map(sum, zip(self.n_seen, other.n_seen, strict=True))),
         )
 
     def bounded(self) -> KeptRows:
         """A bounded number of them, in their order."""
         names = self.labels.astype(str)
-        stay = [self._smallest(self.parts == TRAINING, TRAINING_ROWS)]
-        stay += [self._smallest(self.parts == CALIBRATION, CALIBRATION_ROWS)]
+        bounds = {FIRST: CALIBRATION_ROWS, SECOND: CALIBRATION_ROWS, NEITHER: TRAINING_ROWS, BOTH: CALIBRATION_ROWS}
+        stay = [self._smallest(self.parts == part, bound) for part, bound in bounds.items()]
         anomalies = self.parts == ANOMALY
         stay += [self._smallest(anomalies & (names == name), FAMILY_ROWS) for name in np.unique(names[anomalies])]
         return self._take(np.sort(np.concatenate(stay)))
 
     def recalibrated(self, rows: Rows, label: str, groups: Names | None) -> KeptRows:
-        """With these normals [n, d] of a class to calibrate on, of groups [n] or none, in place of the earlier ones."""
-        others = replace(self._take(np.flatnonzero(self.parts != CALIBRATION)), n_seen=(self.n_seen[0], 0))
+        """With these normals [n, d] of a class to calibrate on, of groups [n] or none, in place of the earlier ones.
+
+        What one learner left out before, both learn from.
+        """
+        others = self._take(np.flatnonzero(self.parts != BOTH))
+        normals = np.where(others.parts == ANOMALY, ANOMALY, NEITHER).astype(np.int8)
+        others = replace(others, parts=normals, n_seen=(0, 0, sum(self.n_seen) - self.n_seen[BOTH], 0))
         labels = np.full(len(rows), label, dtype=object)
-        parts = np.full(len(rows), CALIBRATION, dtype=np.int8)
+        parts = np.full(len(rows), BOTH, dtype=np.int8)
         # Rows of no named group are one of their own.
         names = labels if groups is None else groups
         return others.with_rows(KeptRows.draw(rows, labels, parts, names, 0.0, len(rows))).bounded()
 
     def training(self) -> TrainingRows:
         """What a model learns from."""
-        normals, anomalies = self.parts == TRAINING, self.parts == ANOMALY
-        groups = None if self.groups is None else self.groups[normals]
+        anomalies = self.parts == ANOMALY
+        groups = None if self.groups is None else self.groups[~anomalies]
         return TrainingRows(
-            self.rows[normals], self.labels[normals], self.rows[anomalies], self.labels[anomalies], groups
+            self.rows[~anomalies],
+            self.labels[~anomalies],
+            self.parts[~anomalies],
+            self.rows[anomalies],
+            self.labels[anomalies],
+            groups,
         )
-
-    def calibration(self) -> tuple[Rows, Names | None]:
-        """The calibration normals and their groups."""
-        chosen = self.parts == CALIBRATION
-        return self.rows[chosen], None if self.groups is None else self.groups[chosen]
 
     def with_further(
         self,
@@ -122,23 +129,23 @@ class KeptRows:
         """With further rows [n, d], of classes [n] and groups [n] or none; see `draw` for the rest."""
         parts = np.full(len(rows), ANOMALY, dtype=np.int8)
         own = None if groups is None else groups[is_normal]
-        held_out = self._divide(own, int(is_normal.sum()), np.random.default_rng([seed, 1]))
-        parts[is_normal] = np.where(held_out, CALIBRATION, TRAINING)
+        parts[is_normal] = self._divide(own, int(is_normal.sum()), np.random.default_rng([seed, 1]))
         return self.with_rows(KeptRows.draw(rows, labels, parts, groups, contamination, seed)).bounded()
 
-    def _divide(self, groups: Names | None, n_normals: int, rng: np.random.Generator) -> npt.NDArray[np.bool_]:
-        """Whether each of so many further normals is for calibration: as large a share of them as of the earlier ones.
+    def _divide(self, groups: Names | None, n_normals: int, rng: np.random.Generator) -> LeftOut:
+        """Which learner leaves each of so many further normals out: each as large a share of them as of the earlier.
 
-        Normals of a group that is known join it; with groups, a new one is for calibration as often as a known one is.
+        Normals of a group that is known join it; with groups, a new one is left out as often as a known one is.
         """
         if groups is None or self.groups is None:
-            return rng.random(n_normals) < self.n_seen[1] / sum(self.n_seen)
-        held_out, trained_on = (set(self.groups[self.parts == part].tolist()) for part in (CALIBRATION, TRAINING))
-        share = len(held_out) / (len(held_out) + len(trained_on))
+            return rng.choice(ANOMALY, n_normals, p=np.array(self.n_seen) / sum(self.n_seen)).astype(np.int8)
+        is_normal = self.parts != ANOMALY
+        known = dict(zip(self.groups[is_normal].tolist(), self.parts[is_normal].tolist(), strict=True))
+        drawn = dict(known)
         for name in np.unique(groups.astype(str)):
-            if name not in trained_on and rng.random() < share:
-                held_out.add(name)
-        return np.array([name in held_out for name in groups], dtype=np.bool_)
+            if name not in known:
+                drawn[name] = rng.choice(list(known.values()))
+        return np.array([drawn[name] for name in groups], dtype=np.int8)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """The numbers, by name; names are positions in the lists of `to_json`."""
@@ -164,14 +171,13 @@ class KeptRows:
             for name in ("labels", "groups")
             if name in tensors
         }
-        trained_on, held_out = document["n_seen"]
         return cls(
             tensors["rows"].numpy(),
             named["labels"],
             tensors["parts"].numpy(),
             tensors["keys"].numpy(),
             named.get("groups"),
-            (trained_on, held_out),
+            tuple(document["n_seen"]),
         )
 
     def _named(self) -> dict[str, Names]:

@@ -16,7 +16,7 @@ from mdml_fast.export.graph import BOOL, DOUBLE, FLOAT, STRING, Graph
 from mdml_fast.meta.default import DefaultModel
 from mdml_fast.meta.neighbours import SPARE
 from mdml_fast.meta.paper import PaperModel
-from mdml_fast.meta.scoring import SCORES, NormalFamily, Scorer
+from mdml_fast.meta.scoring import NormalFamily, Scorer
 from mdml_fast.meta.tails import Tails
 from mdml_fast.meta.trees import TreeHead
 
@@ -105,7 +105,8 @@ def _encode(graph: Graph, encoder: FeatureEncoder) -> str:
 def _default_score(graph: Graph, model: DefaultModel, rows: str) -> str:
     """The score, float64 [N]; each step is that of the library, and rounded to float32 where that is."""
     parts = model.scorer
-    views = _views(graph, parts.families[0].neighbourhood.views, rows)
+    learners = parts.families[0].neighbourhood.views.learners
+    views = graph.op("Concat", *(_views(graph, own, rows) for own in learners), axis=0)
     embedded = _embed(graph, parts.families[0], views)
     probability = _probability(graph, parts.head, rows) if parts.head else None
     anomaly = [_family(graph, parts, family, rows, views, embedded) for family in parts.families]
@@ -152,9 +153,8 @@ def _views(graph: Graph, views: Views, rows: str) -> str:
 
 def _embed(graph: Graph, family: NormalFamily, views: str) -> str:
     """`Ensemble.embed`: float32 [D, N, d]."""
-    ensemble = family.neighbourhood.ensemble
-    w = {name: weight.double().numpy() for name, weight in ensemble.weights.items()}
-    x = graph.cast(graph.op("Gather", views, ensemble.views.numpy(), axis=0), DOUBLE)
+    w = {name: weight.double().numpy() for name, weight in family.neighbourhood.ensemble.weights.items()}
+    x = graph.cast(views, DOUBLE)
     hidden = graph.op("Add", graph.op("MatMul", x, w["inner.weight"].swapaxes(1, 2)), w["inner.bias"][:, None])
     correction = graph.op("MatMul", graph.op("Relu", hidden), w["outer.weight"].swapaxes(1, 2))
     scaled = graph.op("Mul", x, np.exp(w["log_scale"])[:, None])
@@ -167,14 +167,14 @@ def _family(graph: Graph, scorer: Scorer, family: NormalFamily, rows: str, views
     normals = neighbourhood.normals.numpy()[None]
     anchor = _neighbours(graph, graph.op("Unsqueeze", rows, [0]), normals, config.anchor_neighbours)
     directions = _neighbours(graph, embedded, neighbourhood.embedded.numpy(), config.neighbours)
-    whitened = graph.op("Gather", views, np.int64(VIEWS.index("whitened")), axis=0)
-    difference = graph.cast(graph.op("Sub", whitened, neighbourhood.centre.numpy()), DOUBLE)
-    squared = graph.op("ReduceSum", graph.op("Mul", difference, difference), [1], keepdims=0)
-    mahalanobis = graph.op("Unsqueeze", graph.cast(graph.op("Sqrt", squared), FLOAT), [0])
-    distances = graph.op("Concat", anchor, mahalanobis, directions, axis=0)
-    # The mean over the directions of each view, then `fuse`.
-    own = np.eye(len(SCORES), dtype=np.float32)[:, scorer.places.numpy()]
-    scores = graph.op("MatMul", own / own.sum(axis=1, keepdims=True), _tail_scores(graph, family.tails, distances))
+    centres = neighbourhood.centres.numpy()[:, None]
+    whitened = graph.op("Gather", views, np.arange(len(centres)) * len(VIEWS) + VIEWS.index("whitened"), axis=0)
+    difference = graph.cast(graph.op("Sub", whitened, centres), DOUBLE)
+    squared = graph.op("ReduceSum", graph.op("Mul", difference, difference), [2], keepdims=1)
+    mahalanobis = graph.op("Transpose", graph.cast(graph.op("Sqrt", squared), FLOAT), perm=[0, 2, 1])
+    by_learner = graph.op("Reshape", directions, np.array([len(centres), len(VIEWS), -1]))
+    means = graph.op("ReduceMean", graph.op("Concat", mahalanobis, by_learner, axis=1), [0], keepdims=0)
+    scores = _tail_scores(graph, family.tails, graph.op("Concat", anchor, means, axis=0))
     powers = graph.op("Pow", scores, np.float32(scorer.fusion.power))
     return str(graph.op("Pow", graph.op("MatMul", scorer.weights.numpy(), powers), np.float32(1 / scorer.fusion.power)))
 

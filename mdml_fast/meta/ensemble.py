@@ -1,4 +1,4 @@
-"""The ensemble of directions: for each view and half of the seen families an encoder of its own, trained together."""
+"""The ensemble of directions: for each view of each learner an encoder of its own, all trained together."""
 
 from __future__ import annotations
 
@@ -25,9 +25,6 @@ from mdml_fast.meta.training import Progress, train
 class EnsembleConfig:
     """How the directions are trained."""
 
-    # Each view has this many halves of the seen families, complementary in pairs: for every labelled row there is a
-    # direction that never saw its family, which is what the weights are learned from. 16 directions gained nothing.
-    directions_per_view: int = 2
     hidden: int = 64
     # Prototypes and normal queries of an episode. Twice as many gain 0.0005 AUROC and take three times as long.
     n_prototypes: int = 256
@@ -54,22 +51,20 @@ class EnsembleConfig:
 
 
 class Ensemble:
-    """D trained encoders.
+    """D trained encoders, each of one view.
 
     Args:
-        views: which view each direction sees, int64 [D].
         weights: of the encoders, by parameter name, each [D, …].
         trained_on: the seen families that each direction was trained on [D].
     """
 
-    def __init__(self, views: Tensor, weights: dict[str, Tensor], trained_on: Sequence[Sequence[str]]) -> None:
-        self.views, self.weights, self.trained_on = views, weights, trained_on
-        self._n_views = int(views.max()) + 1
+    def __init__(self, weights: dict[str, Tensor], trained_on: Sequence[Sequence[str]]) -> None:
+        self.weights, self.trained_on = weights, trained_on
 
     def embed(self, rows: Tensor) -> Tensor:
-        """Embeddings [D, N, d] of rows in each view [V, N, d], computed in float64 and rounded once."""
+        """Embeddings [D, N, d] of rows in each direction's view [D, N, d], computed in float64 and rounded once."""
         weights = {name: weight.double() for name, weight in self.weights.items()}
-        x = rows[self.views].double()
+        x = rows.double()
         # `ResidualEncoder`, written out: a module lends its parameters to one thread at a time only.
         hidden = torch.baddbmm(weights["inner.bias"].unsqueeze(1), x, weights["inner.weight"].mT).relu()
         z = torch.addcmul(hidden @ weights["outer.weight"].mT, x, weights["log_scale"].exp().unsqueeze(1))
@@ -83,31 +78,20 @@ class Ensemble:
         features through propagating activation differences", 2017).
 
         Args:
-            rows: x in each view [V, N, d].
-            steps: s in each view [V, N, d].
+            rows: x in each direction's view [D, N, d].
+            steps: s in it [D, N, d].
         """
         scale = self.weights["log_scale"].exp().unsqueeze(1)
         inner, outer = self.weights["inner.weight"], self.weights["outer.weight"]
-        rows, steps = rows[self.views], steps[self.views]
         at_row = torch.baddbmm(self.weights["inner.bias"].unsqueeze(1), rows, inner.mT)
         change = steps @ inner.mT
         slope = torch.where(change.abs() > 1e-6, (at_row.relu() - (at_row - change).relu()) / change, 0.5)
         difference = torch.addcmul((slope * change) @ outer.mT, steps, scale)
         return torch.addcmul((slope * (difference @ outer)) @ inner, difference, scale)
 
-    def view_means(self, values: Tensor, counted: Tensor) -> Tensor:
-        """The mean of values [D, N] over the directions of each view [V, N], of those that are counted, bool [D, N].
-
-        Where none of a view's directions is, all are.
-        """
-        own = self.views == torch.arange(self._n_views, device=values.device).unsqueeze(1)
-        chosen = own.unsqueeze(-1) & counted
-        chosen = torch.where(chosen.any(1, keepdim=True), chosen, own.unsqueeze(-1)).to(values.dtype)
-        return (chosen * values).sum(1) / chosen.sum(1)
-
 
 def train_ensemble(
-    normals: Tensor,
+    normals: Sequence[Tensor],
     anomalies: Tensor,
     labels: Names,
     config: EnsembleConfig,
@@ -118,11 +102,15 @@ def train_ensemble(
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> tuple[Ensemble, History]:
-    """Train one encoder for each view and half of the seen families, all in one batched computation.
+    """Train one encoder for each view of each of two learners, all in one batched computation.
+
+    Of each kind of view the learners take complementary halves of the seen families: for every labelled row there is
+    a direction that never saw its family, which is what the weights are learned from.
 
     Args:
-        normals: in each view, float [V, n, d].
-        anomalies: labelled anomalies in each view, float [V, M, d]; M may be 0, then synthetic ones stand in.
+        normals: of each direction in its own view [D], float [n, d]: the first learner's, then the second's.
+        anomalies: labelled anomalies in each direction's view, float [D, M, d]; M may be 0, then synthetic ones stand
+            in.
         labels: their classes [M].
         config: the constants.
         seed: of the halves, the episodes, the synthetic anomalies and the initial weights.
@@ -136,9 +124,9 @@ def train_ensemble(
     """
     rng = np.random.default_rng(seed)
     names = np.unique(labels.astype(str)).tolist() if config.labelled else []
-    halves = _halves(len(normals), names, config.directions_per_view, rng, previous)
+    halves = _halves(len(normals), names, rng, previous)
     sampler = _sampler(normals, anomalies, labels, halves, config, rng, seed)
-    engine = _engine(normals.shape[-1], len(halves), config, seed, dtype, normals.device)
+    engine = _engine(anomalies.shape[-1], len(halves), config, seed, dtype, anomalies.device)
     if previous:
         for name, weight in previous.weights.items():
             engine.parameters()[f"encoder.{name}"].data.copy_(weight)
@@ -146,7 +134,7 @@ def train_ensemble(
     rates = {"encoder.log_scale": config.scale_rate, "loss.background": config.scale_rate}
     # Adam's weight decay w adds w·p to the gradient of p: that of w/2·p².
     decay = {
-        "encoder.log_scale": 2 * config.shrinkage / normals.shape[-1],
+        "encoder.log_scale": 2 * config.shrinkage / anomalies.shape[-1],
         "encoder.outer.weight": 2 * config.shrinkage,
     }
     optimizer = torch.optim.Adam(
@@ -169,67 +157,59 @@ def train_ensemble(
         for name, param in engine.parameters().items()
         if name.startswith("encoder.")
     }
-    views = torch.tensor([view for view, _ in halves], device=normals.device)
-    return Ensemble(views, weights, [own for _, own in halves]), history
-
-
-Half = tuple[int, list[str]]
-"""A direction: its view, and the seen families that it is trained on; none where there are fewer than two halves."""
+    return Ensemble(weights, halves), history
 
 
 def _halves(
-    n_views: int, names: Sequence[str], per_view: int, rng: np.random.Generator, previous: Ensemble | None
-) -> list[Half]:
-    if previous:
-        halves = [(view, list(own)) for view, own in zip(previous.views.tolist(), previous.trained_on, strict=True)]
-        known = {name for _, own in halves for name in own}
-        for pair in zip(halves[::2], halves[1::2], strict=True):
-            for name in rng.permutation([name for name in names if name not in known]).tolist():
-                min(pair, key=lambda half: len(half[1]))[1].append(name)
-        return halves
-    halves = []
-    for view in range(n_views):
-        for _ in range(0, per_view, 2):
-            order = rng.permutation(names).tolist()
-            halves += [(view, order[: len(order) // 2]), (view, order[len(order) // 2 :])]
+    n_directions: int, names: Sequence[str], rng: np.random.Generator, previous: Ensemble | None
+) -> list[list[str]]:
+    """The seen families that each direction is trained on; none where there are fewer than two halves."""
+    n_views = n_directions // 2
+    if previous is None:
+        orders = [rng.permutation(names).tolist() for _ in range(n_views)]
+        cut = len(names) // 2
+        return [order[:cut] for order in orders] + [order[cut:] for order in orders]
+    halves = [list(own) for own in previous.trained_on]
+    known = {name for own in halves for name in own}
+    for pair in zip(halves[:n_views], halves[n_views:], strict=True):
+        for name in rng.permutation([name for name in names if name not in known]).tolist():
+            min(pair, key=len).append(name)
     return halves
 
 
 def _sampler(
-    normals: Tensor,
+    normals: Sequence[Tensor],
     anomalies: Tensor,
     labels: Names,
-    halves: Sequence[Half],
+    halves: Sequence[Sequence[str]],
     config: EnsembleConfig,
     rng: np.random.Generator,
     seed: int,
 ) -> EpisodeSampler:
-    """Episodes over one matrix: view by view the normals, then the synthetic, then the labelled anomalies."""
-    n_views, n_normals = normals.shape[:2]
-    synthetic = [
-        torch.as_tensor(synthetic_rows(view.cpu().numpy(), config.n_synthetic, rng), device=normals.device)
-        for view in normals
-    ]
-    rows = torch.cat([normals, torch.stack(synthetic), anomalies], dim=1)
-    n_rows = rows.shape[1]
+    """Episodes over one matrix: direction by direction the normals, the synthetic, then the labelled anomalies."""
     names = np.unique(labels.astype(str)).tolist()
-    within = [np.arange(n_normals, n_normals + config.n_synthetic)]
-    within += [np.flatnonzero(labels == name) + n_normals + config.n_synthetic for name in names]
-    ood_names = ("synthetic", *names) * n_views
-    starts = [view * n_rows for view in range(n_views)]
-
-    def direction(view: int, family_names: Sequence[str]) -> Direction:
-        first = view * len(within)
-        families = [first + 1 + names.index(name) for name in family_names]
+    within = [np.arange(config.n_synthetic)]
+    within += [np.flatnonzero(labels == name) + config.n_synthetic for name in names]
+    rows: list[Tensor] = []
+    id_rows, ood_rows, directions = [], [], []
+    start = 0
+    for place, (own, labelled, half) in enumerate(zip(normals, anomalies, halves, strict=True)):
+        synthetic = torch.as_tensor(synthetic_rows(own.cpu().numpy(), config.n_synthetic, rng), device=own.device)
+        rows += [own, synthetic, labelled]
+        id_rows.append(start + np.arange(len(own)))
+        ood_rows += [start + len(own) + positions for positions in within]
+        start += len(own) + len(synthetic) + len(labelled)
         # Families are drawn evenly: two labelled rows to a synthetic one.
-        synthetic = [first] * max(len(families), 1) if config.synthetic or not families else []
-        return Direction((view,), (*families, *families, *synthetic))
-
+        first = place * len(within)
+        families = [first + 1 + names.index(name) for name in half]
+        made_up = [first] * max(len(families), 1) if config.synthetic or not families else []
+        directions.append(Direction((place,), (*families, *families, *made_up)))
+    n_learners = len(normals) // len(VIEWS)
     return EpisodeSampler(
-        rows.flatten(0, 1),
-        Families(VIEWS[:n_views], tuple(start + np.arange(n_normals) for start in starts)),
-        Families(ood_names, tuple(start + positions for start in starts for positions in within)),
-        [direction(*half) for half in halves],
+        torch.cat(rows),
+        Families(VIEWS * n_learners, tuple(id_rows)),
+        Families(("synthetic", *names) * len(normals), tuple(ood_rows)),
+        directions,
         n_support=config.n_prototypes,
         n_query_id=config.n_queries,
         n_query_ood=config.n_anomalies,

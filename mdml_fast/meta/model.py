@@ -12,22 +12,44 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mdml_fast.calibration import Positions
 from mdml_fast.data.encoding import Floats, Rows
 from mdml_fast.data.labelled import Names
 from mdml_fast.meta.history import History
+from mdml_fast.meta.left_out import LeftOut
 
 
 class TrainingRows(NamedTuple):
     """Encoded training rows: normals [N, d] with classes [N], anomalies [M, d] with classes [M]; M may be 0.
 
-    `groups` [N]: normals of one group resemble each other more than those of two; or None.
+    `left_out` [N]: by which learner. `groups` [N]: normals of one group resemble each other more than those of two; or
+    None.
     """
 
     normals: Rows
     normal_labels: Names
+    left_out: LeftOut
     anomalies: Rows
     anomaly_labels: Names
     groups: Names | None = None
+
+    def without(self, positions: Positions) -> TrainingRows:
+        """These rows less the normals at some positions."""
+        stays = np.ones(len(self.normals), dtype=np.bool_)
+        stays[positions] = False
+        return self._replace(
+            normals=self.normals[stays],
+            normal_labels=self.normal_labels[stays],
+            left_out=self.left_out[stays],
+            groups=None if self.groups is None else self.groups[stays],
+        )
+
+
+class HeldOut(NamedTuple):
+    """Normals scored as new ones would be: their positions in the training rows [n], and the scores [n]."""
+
+    positions: Positions
+    scores: Floats
 
 
 class Model(Protocol):
@@ -35,18 +57,22 @@ class Model(Protocol):
 
     config: Any
     history: History
+    # What to calibrate on; None in a model that was loaded.
+    held_out: HeldOut | None
+
+    @classmethod
+    def divide(cls, config: Any, n_normals: int, rate: float, groups: Names | None, seed: int) -> LeftOut:
+        """Which learner leaves each normal out [N], for false alarms at that rate; groups [N] stay whole.
+
+        Raises:
+            InputError: all normals are of one group.
+        """
 
     def score(self, rows: Rows) -> Floats:
         """The score of each row [N, d] -> [N]."""
 
     def explain(self, rows: Rows, nearest: Rows) -> tuple[Floats, Floats]:
         """The score of each row [N], and what each feature adds to it compared with a normal for each, both [N, d]."""
-
-    def calibration_scores(self, normals: Rows, groups: Names | None) -> Floats:
-        """Scores [n] of normals [n, d] that nothing was learned from, as new normals would be scored.
-
-        The model may keep the rows to compare others with.
-        """
 
     def adapt(self, normals: Rows) -> None:
         """Take normals [n, d] of a new family as normal too; what was learned before stays as it is."""
@@ -60,7 +86,7 @@ class Model(Protocol):
 
 def fingerprint(rows: TrainingRows, config: Any, seed: int, dtype: torch.dtype | None) -> str:
     """What decides the weights' bits: the data, the settings and torch's version."""
-    labels = [rows.normal_labels.tolist(), rows.anomaly_labels.tolist()]
+    labels = [rows.normal_labels.tolist(), rows.left_out.tolist(), rows.anomaly_labels.tolist()]
     settings = [asdict(config), seed, str(dtype), torch.__version__, *labels]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for matrix in (rows.normals, rows.anomalies):

@@ -12,6 +12,7 @@ import torch
 from mdml_kernels import SoftmaxMarginLoss, softmax_log_odds
 from torch import Tensor, nn
 
+from mdml_fast.calibration import calibration_split
 from mdml_fast.data.encoding import Floats, Rows
 from mdml_fast.data.labelled import Names
 from mdml_fast.episodes import (
@@ -25,7 +26,8 @@ from mdml_fast.episodes import (
 from mdml_fast.meta.checkpoint import Checkpoint
 from mdml_fast.meta.engine import MetaEngine
 from mdml_fast.meta.history import History
-from mdml_fast.meta.model import TrainingRows, fingerprint
+from mdml_fast.meta.left_out import BOTH, NEITHER, LeftOut
+from mdml_fast.meta.model import HeldOut, TrainingRows, fingerprint
 from mdml_fast.meta.settings import ADAPTED, Parameters
 from mdml_fast.meta.training import Progress, train
 
@@ -86,14 +88,28 @@ class PaperConfig:
 class PaperModel:
     """Encoder, linear head and temperature, with the encoder adapted to all training normals."""
 
-    def __init__(self, config: PaperConfig, engine: MetaEngine, adapted: Parameters, history: History) -> None:
-        self.config, self.history = config, history
+    def __init__(
+        self,
+        config: PaperConfig,
+        engine: MetaEngine,
+        adapted: Parameters,
+        history: History,
+        held_out: HeldOut | None = None,
+    ) -> None:
+        self.config, self.history, self.held_out = config, history, held_out
         self._engine = engine
         self._adapted = adapted
         loss = engine.modules["loss"]
         assert isinstance(loss, SoftmaxMarginLoss)
         # Of the softmax, as it was learned.
         self.temperature = float(torch.as_tensor(loss.temperature).detach())
+
+    @classmethod
+    def divide(cls, config: PaperConfig, n_normals: int, rate: float, groups: Names | None, seed: int) -> LeftOut:  # noqa: ARG003
+        """See `Model`: some are left out of everything."""
+        left_out = np.full(n_normals, NEITHER, dtype=np.int8)
+        left_out[calibration_split(n_normals, rate, groups, seed)[1]] = BOTH
+        return left_out
 
     @classmethod
     def fit(
@@ -124,6 +140,8 @@ class PaperModel:
             checkpoint: a file for the state of the run; it stays when the run is cut off.
             resume: go on from that file.
         """
+        given, judged = rows, np.flatnonzero(rows.left_out != NEITHER)
+        rows = rows.without(judged)
         engine = _engine(config, rows.normals.shape[1], seed, dtype, device)
         if previous:
             earlier = previous._engine.parameters()
@@ -142,7 +160,9 @@ class PaperModel:
         normals = torch.as_tensor(rows.normals[chosen], device=device)
         if previous:
             history = previous.history.followed_by(history)
-        return cls(config, engine, engine.adapt(normals.unsqueeze(0)), history)
+        model = cls(config, engine, engine.adapt(normals.unsqueeze(0)), history)
+        model.held_out = HeldOut(judged, model.score(given.normals[judged]))
+        return model
 
     def score(self, rows: Rows) -> Floats:
         """log(S / (1 - S)) of each row [N, d] -> [N]; higher is more normal."""
@@ -171,10 +191,6 @@ class PaperModel:
             (slopes,) = torch.autograd.grad(self.traceable_scores(points.flatten(0, 1)).sum(), points)
             contributions.append(((row - normal) * slopes.mean(0)).double().cpu().numpy())
         return self.score(rows), np.concatenate(contributions)
-
-    def calibration_scores(self, normals: Rows, groups: Names | None) -> Floats:  # noqa: ARG002 - a row's score is its own
-        """Scores [n] of normals [n, d] that nothing was learned from."""
-        return self.score(normals)
 
     @property
     def _device(self) -> torch.device:

@@ -12,8 +12,8 @@ from mdml_fast.meta.neighbourhood import Neighbourhood
 TINY = 1e-12
 
 
-def distance_shares(neighbourhood: Neighbourhood, rows: Tensor, normals: Tensor, centre: Tensor) -> Tensor:
-    """The share of each feature in each of the distances of `Neighbourhood.distances` [2 + D, N, d].
+def distance_shares(neighbourhood: Neighbourhood, rows: Tensor, normals: Tensor, centres: Tensor) -> Tensor:
+    """The share of each feature in each distance of `Neighbourhood.by_learner` [1 + 5 L, N, d]: the anchor's first.
 
     A squared distance between a row and a normal is exactly a sum over the features. Its parts are divided by it, so
     that they sum to 1; those of the Mahalanobis distance, which is from the centre, fall short of 1 by the normal's own
@@ -23,21 +23,26 @@ def distance_shares(neighbourhood: Neighbourhood, rows: Tensor, normals: Tensor,
         neighbourhood: whose views and encoders count.
         rows: float [N, d].
         normals: what each is compared with, float [N, d].
-        centre: what each Mahalanobis distance is from, in the whitened view [N, d].
+        centres: what each Mahalanobis distance is from, in each learner's whitened view [L, N, d].
     """
-    views, ensemble = neighbourhood.views, neighbourhood.ensemble
+    views = neighbourhood.views
     seen, others = views.transform(rows), views.transform(normals)
-    steps, whitened = seen - others, VIEWS.index("whitened")
+    steps, weights = seen - others, neighbourhood.ensemble.pull_back(seen, seen - others)
+    from_centre = views.whitened(seen) - centres
+    around_centre = from_centre + views.whitened(others) - centres
+    shares = [_normalised((rows - normals).square())]
+    for place, own in enumerate(views.learners):
+        mine = slice(place * len(VIEWS), (place + 1) * len(VIEWS))
+        # |v|² - |u|² is the product of v - u with v + u.
+        mahalanobis = own.by_feature("whitened", steps[mine], around_centre[place])
+        squared = from_centre[place].square().sum(-1, keepdim=True)
+        shares.append(mahalanobis / squared.clamp(min=TINY))
+        shares += [
+            _normalised(own.by_feature(view, steps[mine], weight))
+            for view, weight in zip(VIEWS, weights[mine], strict=True)
+        ]
+    return torch.stack(shares)
 
-    anchor = (rows - normals).square()
-    # |v|² - |u|² is the product of v - u with v + u.
-    from_centre = seen[whitened] - centre
-    mahalanobis = views.by_feature("whitened", steps, from_centre + others[whitened] - centre)
-    weights = ensemble.pull_back(seen, steps)
-    directions = [
-        views.by_feature(VIEWS[view], steps, own) for view, own in zip(ensemble.views.tolist(), weights, strict=True)
-    ]
-    parts = torch.stack([anchor, mahalanobis, *directions])
-    squared = parts.sum(-1, keepdim=True)
-    squared[1] = from_centre.square().sum(-1, keepdim=True)
-    return parts / squared.clamp(min=TINY)
+
+def _normalised(parts: Tensor) -> Tensor:
+    return parts / parts.sum(-1, keepdim=True).clamp(min=TINY)

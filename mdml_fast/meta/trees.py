@@ -5,7 +5,7 @@ They are kept as plain arrays and walked here, so that a model holds no pickled 
 
 from __future__ import annotations
 
-import warnings
+import math
 from collections.abc import Mapping
 from typing import Self
 
@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from mdml_fast.data.encoding import Floats, Rows
+from mdml_fast.meta.left_out import BOTH, FIRST, SECOND, LeftOut
 
 # Nodes visited at once: rows times trees.
 BLOCK_VALUES = 2**16
@@ -29,11 +30,11 @@ MIN_GAIN = 1e-6
 
 
 class TreeHead:
-    """Extra trees, whose probability of "anomaly" counts where it passes a gate.
+    """Extra trees, and the probability of "anomaly" that they give.
 
     Args:
         tensors: all trees' nodes in one table [n]: `feature`, `threshold`, `left`, `right` (positions of the children;
-            a leaf is its own child) and `anomaly`, the probability at a leaf; `roots` [trees]; scalars `depth`, `gate`.
+            a leaf is its own child) and `anomaly`, the probability at a leaf; `roots` [trees]; a scalar `depth`.
     """
 
     def __init__(self, tensors: Mapping[str, Tensor]) -> None:
@@ -44,39 +45,50 @@ class TreeHead:
 
     @classmethod
     def fit(
-        cls, normals: Rows, anomalies: Rows, n_trees: int, quantile: float, seed: int, device: torch.device
-    ) -> Self:
-        """Balanced extra trees on bootstrap samples (Geurts, Ernst, Wehenkel, "Extremely randomized trees", 2006).
+        cls,
+        normals: Rows,
+        left_out: LeftOut,
+        anomalies: Rows,
+        n_trees: int,
+        seed: int,
+        device: torch.device,
+    ) -> tuple[Self, Tensor]:
+        """Balanced extra trees, half of them for each learner.
+
+        After Geurts, Ernst, Wehenkel, "Extremely randomized trees", 2006.
 
         Args:
             normals: float32 [n, d].
-            anomalies: float32 [M, d].
-            n_trees: how many.
-            quantile: the gate is this quantile of the normals' out-of-bag probabilities.
+            left_out: which learner leaves each out [n].
+            anomalies: float32 [M, d]; both learn from all of them.
+            n_trees: how many, both together.
             seed: of the trees.
             device: where the trees shall be walked.
-        """
-        forest = ExtraTreesClassifier(
-            n_trees,
-            class_weight="balanced",
-            bootstrap=True,
-            oob_score=True,
-            random_state=seed,
-            n_jobs=torch.get_num_threads(),
-        )
-        is_anomaly = np.arange(len(normals) + len(anomalies)) >= len(normals)
-        with warnings.catch_warnings():
-            # With few trees a row may be in every bag; its probability is then unknown, and taken as 0 below.
-            warnings.simplefilter("ignore")
-            forest.fit(np.concatenate([normals, anomalies]), is_anomaly)
-        out_of_bag = np.nan_to_num(forest.oob_decision_function_[: len(normals), 1])
-        gate = torch.tensor(np.quantile(out_of_bag, quantile), dtype=torch.float32)
-        tensors = _tables(forest.estimators_) | {"gate": gate}
-        return cls({name: tensor.to(device) for name, tensor in tensors.items()})
 
-    def excess(self, rows: Tensor) -> Tensor:
-        """How far the probability of rows [N, d] passes the gate [N]: 0 up to it, 1 where the trees are certain."""
-        return excess(self.probability(rows), self.tensors["gate"])
+        Returns:
+            The head, and for each normal [n] the mean probability of the trees that left it out; 0 without any.
+        """
+        trees: list[BaseDecisionTree] = []
+        total, n_judges = np.zeros(len(normals)), np.zeros(len(normals))
+        for learner in (FIRST, SECOND):
+            judged = (left_out == learner) | (left_out == BOTH)
+            own = normals[~judged]
+            forest = ExtraTreesClassifier(
+                math.ceil(n_trees / 2),
+                class_weight="balanced",
+                random_state=seed + learner,
+                n_jobs=torch.get_num_threads(),
+            )
+            is_anomaly = np.arange(len(own) + len(anomalies)) >= len(own)
+            forest.fit(np.concatenate([own, anomalies]), is_anomaly)
+            trees += forest.estimators_
+            # Threads would add up the trees in an order of their own.
+            if judged.any():
+                total[judged] += forest.set_params(n_jobs=1).predict_proba(normals[judged])[:, 1]
+                n_judges[judged] += 1
+        probability = total / n_judges.clip(min=1)
+        tensors = {name: tensor.to(device) for name, tensor in _tables(trees).items()}
+        return cls(tensors), torch.as_tensor(probability, dtype=torch.float32, device=device)
 
     def probability(self, rows: Tensor) -> Tensor:
         """The probability of "anomaly" [N] of rows [N, d]."""

@@ -199,6 +199,20 @@ def test_recalibration_takes_todays_normals() -> None:
     assert set(detector.calibration_.groups) == {"a", "b"}
 
 
+def test_with_groups_all_of_them_calibrate_and_new_groups_are_flagged_at_the_rate() -> None:
+    rng, rates = np.random.default_rng(0), []
+    for seed in range(8):
+        groups = np.repeat(np.arange(20), 30)
+        rows = rng.normal(size=(600, 4)) + rng.normal(size=(20, 4))[groups]
+        detector = MDMLDetector(FAST, random_state=seed).fit(rows, groups=groups)
+        assert set(detector.calibration_.groups) == set(map(str, range(20)))
+        assert len(detector.calibration_.scores) == 600
+        new = rng.normal(size=(600, 4)) + rng.normal(size=(20, 4))[groups]
+        rates.append((detector.p_value(new) <= 0.1).mean())
+    # Without the groups the same rows give 0.16.
+    assert 0.05 < np.mean(rates) < 0.13
+
+
 def test_grouped_calibration_survives_saving(tmp_path) -> None:
     groups = [f"g{i % 6}" for i in range(120)]
     detector = MDMLDetector(FAST, random_state=0).fit(normals(120), groups=groups)

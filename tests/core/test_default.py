@@ -6,6 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn.ensemble import ExtraTreesClassifier
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
@@ -15,11 +17,12 @@ from mdml_fast.data.views import VIEWS, Views
 from mdml_fast.meta.default import DefaultConfig, DefaultModel
 from mdml_fast.meta.encoders import ResidualEncoder
 from mdml_fast.meta.ensemble import Ensemble, EnsembleConfig
-from mdml_fast.meta.fusion import FusionConfig, learn_weights, prior_weights
-from mdml_fast.meta.neighbourhood import NeighbourhoodConfig
+from mdml_fast.meta.fusion import FusionConfig, fuse, learn_weights, prior_weights
+from mdml_fast.meta.left_out import BOTH, FIRST, NEITHER, SECOND, left_out_in_turn
+from mdml_fast.meta.model import TrainingRows
 from mdml_fast.meta.neighbours import neighbour_distances
 from mdml_fast.meta.tails import Tails
-from mdml_fast.meta.trees import TreeHead, _rounded_down
+from mdml_fast.meta.trees import TreeHead, _rounded_down, excess
 
 CPU = torch.device("cpu")
 FAST = DefaultConfig(
@@ -134,13 +137,24 @@ def test_trees_walk_as_scikit_learn_does() -> None:
     rows, labels = data()
     rows = rows.astype(np.float32)
     is_anomaly = labels != "ok"
-    head = TreeHead.fit(rows[~is_anomaly], rows[is_anomaly], 30, 0.98, 5, CPU)
-    forest = ExtraTreesClassifier(30, class_weight="balanced", bootstrap=True, random_state=5).fit(rows, is_anomaly)
+    left_out = (np.arange(300) % 4).astype(np.int8)
+    head, held_out = TreeHead.fit(rows[~is_anomaly], left_out, rows[is_anomaly], 30, 5, CPU)
     new = np.random.default_rng(1).normal(scale=3, size=(400, 6)).astype(np.float32)
-    np.testing.assert_allclose(head.probability(torch.as_tensor(new)), forest.predict_proba(new)[:, 1], atol=1e-6)
-    excess = head.excess(torch.as_tensor(rows))
-    assert (excess[~is_anomaly] > 0).float().mean() < 0.05
-    assert (excess[is_anomaly] > 0.3).all()
+    expected, others = [], np.zeros((2, 300))
+    for learner in (FIRST, SECOND):
+        judged = (left_out == learner) | (left_out == BOTH)
+        kept = np.r_[~judged, np.ones(40, dtype=bool)]
+        forest = ExtraTreesClassifier(15, class_weight="balanced", random_state=5 + learner).fit(
+            rows[kept], is_anomaly[kept]
+        )
+        expected.append(forest.predict_proba(new)[:, 1])
+        others[learner] = forest.predict_proba(rows[:300])[:, 1]
+    judged = np.choose(left_out, [others[FIRST], others[SECOND], np.zeros(300), others.mean(0)])
+    np.testing.assert_allclose(held_out, judged, atol=1e-6)
+    np.testing.assert_allclose(head.probability(torch.as_tensor(new)), np.mean(expected, axis=0), atol=1e-6)
+    beyond = excess(head.probability(torch.as_tensor(rows)), held_out.quantile(0.98))
+    assert (beyond[~is_anomaly] > 0).float().mean() < 0.05
+    assert (beyond[is_anomaly] > 0.3).all()
 
 
 def test_thresholds_in_float32_compare_as_in_float64() -> None:
@@ -169,20 +183,78 @@ def test_training_lowers_the_loss_of_every_direction_together(fitted: MDMLDetect
     assert len(losses) == 10
     assert losses[-1] < losses[0]
     encoders = {name: value for name, value in fitted.model_.to_tensors().items() if name.startswith("encoders.")}
-    assert encoders["encoders.views"].tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
     for direction in range(8):
         assert encoders["encoders.outer.weight"][direction].abs().max() > 0
 
 
-def test_labelled_rows_are_scored_by_directions_that_never_saw_their_family() -> None:
-    from mdml_fast.meta.ensemble import Ensemble
+def test_distances_are_averaged_over_the_learners_that_learned_nothing_from_a_row(fitted: MDMLDetector) -> None:
+    neighbourhood = fitted.model_._families[0].neighbourhood
+    rows = torch.as_tensor(data(1)[0][:4], dtype=torch.float32)
+    anchor, by_learner = neighbourhood.by_learner(rows)
+    counted = torch.zeros(2, len(VIEWS), 4, dtype=torch.bool)
+    counted[0, :, 0] = True
+    counted[1, :, 1] = True
+    counted[0, 0, 2] = counted[1, 1:, 2] = True
+    means = neighbourhood.distances(rows, counted=counted.flatten(0, 1))
+    torch.testing.assert_close(means[:1], anchor)
+    torch.testing.assert_close(means[1:, 0], by_learner[0, :, 0])
+    torch.testing.assert_close(means[1:, 1], by_learner[1, :, 1])
+    # The centre's distance is a learner's that judges the row in any view.
+    torch.testing.assert_close(means[1, 2], by_learner[:, 0, 2].mean())
+    torch.testing.assert_close(means[2, 2], by_learner[0, 1, 2])
+    torch.testing.assert_close(means[3:, 2], by_learner[1, 2:, 2])
+    # Where none does, both do.
+    torch.testing.assert_close(means[1:, 3], by_learner[:, :, 3].mean(0))
+    torch.testing.assert_close(neighbourhood.distances(rows)[1:], by_learner.mean(0))
 
-    weights = {"log_scale": torch.zeros(4, 2), "inner.weight": torch.zeros(4, 3, 2)}
-    ensemble = Ensemble(torch.tensor([0, 0, 1, 1]), weights, [[]] * 4)
-    values = torch.tensor([[1.0, 1.0], [3.0, 3.0], [5.0, 5.0], [7.0, 7.0]])
-    counted = torch.tensor([[True, False], [False, False], [True, True], [True, False]])
-    # Where none of a view's directions counts, all do.
-    assert ensemble.view_means(values, counted).tolist() == [[1.0, 2.0], [6.0, 5.0]]
+
+def test_a_normal_is_judged_by_the_learner_that_left_it_out() -> None:
+    rows, labels = data()
+    normals, anomalies = rows[:300].astype(np.float32), rows[300:].astype(np.float32)
+    left_out = left_out_in_turn(300, None, 0.25, 0)
+
+    def fit(normals: np.ndarray) -> DefaultModel:
+        training = TrainingRows(normals, labels[:300], left_out, anomalies, labels[300:])
+        return DefaultModel.fit(training, FAST, seed=0, device=CPU)
+
+    model = fit(normals)
+    assert model.held_out is not None
+    assert sorted(model.held_out.positions.tolist()) == np.flatnonzero(left_out != NEITHER).tolist()
+    place = int(model.held_out.positions[0])
+    altered = normals.copy()
+    altered[place] = 30
+    changed = fit(altered)
+    before, after = model.to_tensors(), changed.to_tensors()
+    # The learner that left the altered row out has the views and encoders that it had.
+    judge = int(left_out[place])
+    same = [torch.equal(before[f"views.{learner}.knots"], after[f"views.{learner}.knots"]) for learner in (0, 1)]
+    assert same == [judge == 0, judge == 1]
+    own = slice(4 * judge, 4 * judge + 4)
+    assert torch.equal(before["encoders.outer.weight"][own], after["encoders.outer.weight"][own])
+    assert not torch.equal(before["encoders.outer.weight"], after["encoders.outer.weight"])
+
+    known = changed._families[0]
+    assert changed.held_out is not None
+    counted = torch.zeros(8, 1, dtype=torch.bool)
+    counted[own] = True
+    row = torch.as_tensor(altered[place : place + 1])
+    itself = (known.neighbourhood.normals == row).all(1)
+    distances = known.neighbourhood.distances(row, known.neighbourhood.families[itself], counted)
+    fused = fuse(changed._weights, known.tails.score(distances), FAST.fusion)
+    assert float(fused) <= -changed.held_out.scores[0] <= float(fused + changed._head_gain)
+
+
+@given(st.lists(st.integers(0, 30), min_size=2, max_size=60).filter(lambda codes: len(set(codes)) > 1))
+def test_groups_are_left_out_whole_and_each_learner_leaves_some_out(codes: list[int]) -> None:
+    largest = max(map(codes.count, codes))
+    for share in (0.5, 0.25):
+        left_out = left_out_in_turn(len(codes), np.array(codes, dtype=object), share, 0)
+        pairs = set(zip(codes, left_out.tolist(), strict=True))
+        assert len(pairs) == len(set(codes))
+        for learner in (FIRST, SECOND):
+            assert abs((left_out == learner).sum() - share * len(codes)) <= largest / 2
+            assert share < 0.5 or learner in left_out
+        assert share < 0.5 or NEITHER not in left_out
 
 
 @pytest.mark.parametrize(
@@ -230,17 +302,6 @@ def test_scores_do_not_depend_on_what_else_is_scored(fitted: MDMLDetector) -> No
     np.testing.assert_allclose(fitted.score_samples(rows[:7]), fitted.score_samples(rows)[:7], rtol=1e-4, atol=1e-4)
 
 
-def test_calibration_normals_become_references_and_are_scored_without_themselves() -> None:
-    config = DefaultConfig(ensemble=FAST.ensemble, neighbourhood=NeighbourhoodConfig(), n_trees=5)
-    rows, labels = data()
-    model: DefaultModel = MDMLDetector(config, random_state=0).fit(rows, labels, normal=["ok"]).model_
-    far = np.full((1, 6), 30.0, dtype=np.float32)
-    before = model.score(far)
-    own = model.calibration_scores(far, None)
-    np.testing.assert_allclose(own, before, rtol=1e-5)
-    assert model.score(far) > before
-
-
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     class CutOffError(Exception):
         pass
@@ -276,9 +337,9 @@ def test_embeddings_are_the_encoders_own_in_whatever_thread() -> None:
     weights = {
         name: torch.stack([encoder.state_dict()[name] for encoder in encoders]) for name in encoders[0].state_dict()
     }
-    ensemble = Ensemble(torch.tensor([0, 1, 0]), weights, [[], [], []])
-    rows = torch.randn(2, 400, 5, generator=generator)
-    expected = torch.stack([encoder(rows[view]) for encoder, view in zip(encoders, (0, 1, 0), strict=True)])
+    ensemble = Ensemble(weights, [[], [], []])
+    rows = torch.randn(3, 400, 5, generator=generator)
+    expected = torch.stack([encoder(own) for encoder, own in zip(encoders, rows, strict=True)])
     with ThreadPoolExecutor(4) as pool:
         for embedded in pool.map(ensemble.embed, [rows] * 40):
             torch.testing.assert_close(embedded, expected.detach(), rtol=1e-5, atol=1e-6)

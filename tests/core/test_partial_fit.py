@@ -9,9 +9,11 @@ from sklearn.metrics import roc_auc_score
 
 from mdml_fast import InputError, MDMLDetector
 from mdml_fast import kept as kept_module
-from mdml_fast.kept import ANOMALY, CALIBRATION, TRAINING, KeptRows
+from mdml_fast.kept import ANOMALY, KeptRows
+from mdml_fast.meta import left_out
 from mdml_fast.meta.default import DefaultConfig
 from mdml_fast.meta.ensemble import EnsembleConfig
+from mdml_fast.meta.left_out import FIRST, NEITHER, SECOND
 from mdml_fast.meta.paper import PaperConfig
 
 FAST = DefaultConfig(
@@ -148,17 +150,19 @@ def test_what_is_kept_and_learned_from_is_bounded(monkeypatch: pytest.MonkeyPatc
     for seed in range(3):
         detector.partial_fit(*rows_of(("ok", 300), ("up", 30), ("down", 30), seed=seed + 1))
         kept = detector.kept_
-        assert [int((kept.parts == part).sum()) for part in (TRAINING, CALIBRATION, ANOMALY)] == [100, 50, 20]
-        assert len(detector.calibration_.scores) == 50
-        assert len(detector.model_.to_tensors()["normals0.rows"]) == 150
-    assert sum(detector.kept_.n_seen) == 400 + 3 * 300
+        assert [int((kept.parts == part).sum()) for part in (NEITHER, FIRST, SECOND, ANOMALY)] == [100, 50, 50, 20]
+    last, _ = rows_of(("ok", 1), seed=5)
+    detector.partial_fit(last, ["ok"])
+    assert len(detector.calibration_.scores) <= 101
+    assert len(detector.model_.to_tensors()["normals0.rows"]) == 201
+    assert sum(detector.kept_.n_seen) == 400 + 3 * 300 + 1
 
 
 def test_kept_rows_are_a_uniform_sample_of_all_that_came() -> None:
     kept: KeptRows | None = None
     for batch in range(10):
         rows = np.full((5_000, 1), batch, dtype=np.float32)
-        parts = np.full(len(rows), TRAINING, dtype=np.int8)
+        parts = np.full(len(rows), NEITHER, dtype=np.int8)
         part = KeptRows.draw(rows, np.full(len(rows), "ok", dtype=object), parts, None, 0.0, batch)
         kept = part if kept is None else kept.with_rows(part).bounded()
     assert kept is not None
@@ -173,14 +177,14 @@ def test_what_a_row_is_for_does_not_decide_whether_it_stays() -> None:
     first = KeptRows.draw(
         np.zeros((1000, 1), dtype=np.float32),
         np.full(1000, "ok", dtype=object),
-        np.repeat(np.array([TRAINING, CALIBRATION], dtype=np.int8), [800, 200]),
+        np.repeat(np.array([NEITHER, left_out.BOTH], dtype=np.int8), [800, 200]),
         None,
         0.0,
         1,
     )
     rows = np.ones((4000, 1), dtype=np.float32)
     both = first.with_further(rows, np.full(4000, "ok", dtype=object), np.ones(4000, dtype=np.bool_), None, 0.0, 1)
-    for part, share in ((TRAINING, 0.8), (CALIBRATION, 0.2)):
+    for part, share in ((NEITHER, 0.8), (left_out.BOTH, 0.2)):
         new = (both.parts == part) & (both.rows[:, 0] == 1)
         assert abs(new.sum() - share * 4000) < 4 * np.sqrt(4000 * 0.16)
         assert abs(both.keys[new].mean() - 0.5) < 4 * np.sqrt(1 / 12 / new.sum())
@@ -203,13 +207,13 @@ def test_normals_of_a_group_stay_on_their_side() -> None:
     rows, labels = rows_of(("ok", 400), ("up", 20))
     groups = np.arange(len(rows)) % 8
     detector = MDMLDetector(FAST, random_state=0).fit(rows, labels, normal=["ok"], groups=groups)
-    sides = {part: set(detector.kept_.groups[detector.kept_.parts == part]) for part in (TRAINING, CALIBRATION)}
+    sides = {part: set(detector.kept_.groups[detector.kept_.parts == part]) for part in (FIRST, SECOND)}
     more, names = rows_of(("ok", 200), seed=1)
     detector.partial_fit(more, names, groups=np.arange(200) % 20)
-    after = {part: set(detector.kept_.groups[detector.kept_.parts == part]) for part in (TRAINING, CALIBRATION)}
-    assert not after[TRAINING] & after[CALIBRATION]
+    after = {part: set(detector.kept_.groups[detector.kept_.parts == part]) for part in (FIRST, SECOND)}
+    assert not after[FIRST] & after[SECOND]
     assert all(sides[part] <= after[part] for part in sides)
-    assert set(detector.calibration_.groups) == after[CALIBRATION]
+    assert set(detector.calibration_.groups) == after[FIRST] | after[SECOND]
     with pytest.raises(InputError, match="groups must be given"):
         detector.partial_fit(more, names)
 
