@@ -162,9 +162,14 @@ def split_by_group(groups: Names, share: float, seed: int, at_least: int = 1) ->
         InputError: there is one group only.
     """
     names, codes = np.unique(groups.astype(str), return_inverse=True)
-    if len(names) < 2:
-        raise InputError(f"all normal rows are of one group, {names[0]!r}; a split needs two: leave the group out")
+    check_groups(names)
     n_held_out = min(max(round(share * len(names)), at_least), len(names) - 1)
     splitter = GroupShuffleSplit(1, test_size=n_held_out, random_state=seed)
     rest, held_out = next(splitter.split(codes, groups=codes))
     return rest, held_out
+
+
+def check_groups(names: npt.NDArray[np.str_]) -> None:
+    """Raise InputError where there is one group only."""
+    if len(names) < 2:
+        raise InputError(f"all normal rows are of one group, {names[0]!r}; a split needs two: leave the group out")

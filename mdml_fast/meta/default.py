@@ -19,7 +19,7 @@ from mdml_fast.meta.checkpoint import Checkpoint
 from mdml_fast.meta.ensemble import Ensemble, EnsembleConfig, train_ensemble
 from mdml_fast.meta.fusion import FusionConfig, fuse, learn_weights, prior_weights
 from mdml_fast.meta.history import History
-from mdml_fast.meta.left_out import BOTH, FIRST, NEITHER, SECOND, LeftOut, left_out_in_turn
+from mdml_fast.meta.left_out import FIRST, NEITHER, SECOND, LeftOut, judged_by, left_out_in_turn
 from mdml_fast.meta.model import HeldOut, TrainingRows, fingerprint, tensors_under
 from mdml_fast.meta.neighbourhood import SCORES, Neighbourhood, NeighbourhoodConfig
 from mdml_fast.meta.scoring import NormalFamily, Scorer
@@ -143,7 +143,7 @@ class DefaultModel:
         anomalies = torch.as_tensor(rows.anomalies[labelled], device=device)
         labels = rows.anomaly_labels[labelled]
 
-        learned = [np.flatnonzero(~_judged_by(learner, left_out[: config.training_normals])) for learner in LEARNERS]
+        learned = [np.flatnonzero(~judged_by(learner, left_out[: config.training_normals])) for learner in LEARNERS]
         known_space = previous._families[0].neighbourhood if previous else None
         if known_space:
             views = known_space.views.to(device)
@@ -165,7 +165,7 @@ class DefaultModel:
         neighbourhood = Neighbourhood(config.neighbourhood, views, ensemble, normals, families, centres)
 
         judged = np.flatnonzero(left_out[: config.tree_normals] != NEITHER)[: config.judged_normals]
-        judges = np.repeat([_judged_by(learner, left_out[judged]) for learner in LEARNERS], len(VIEWS), axis=0)
+        judges = np.repeat([judged_by(learner, left_out[judged]) for learner in LEARNERS], len(VIEWS), axis=0)
         distances = neighbourhood.distances(normals[judged], families[judged], torch.as_tensor(judges, device=device))
         head, probability = None, distances.new_zeros(len(judged))
         if len(anomalies) and config.n_trees:
@@ -288,11 +288,6 @@ class DefaultModel:
             raise KeyError("normals0.rows")
         head = TreeHead(trees) if trees else None
         return cls(config, families, fusion["weights"], head, fusion["head_gain"], History(**learned["history"]))
-
-
-def _judged_by(learner: int, left_out: LeftOut) -> npt.NDArray[np.bool_]:
-    """Whether a learner leaves each normal out [N]."""
-    return np.isin(left_out, (learner, BOTH))
 
 
 def _at_most_of_each(labels: Names, most: int, seed: int) -> npt.NDArray[np.intp]:

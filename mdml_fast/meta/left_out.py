@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from mdml_fast.calibration import check_groups
 from mdml_fast.data.labelled import Names
-from mdml_fast.errors import InputError
 
 # Which of a model's two learners leaves a normal out. A model of one learner leaves out what both do.
 FIRST, SECOND, NEITHER, BOTH = range(4)
@@ -33,7 +33,6 @@ def left_out_in_turn(n_normals: int, groups: Names | None, share: float, seed: i
     return learner[codes].astype(np.int8)
 
 
-def check_groups(names: npt.NDArray[np.str_]) -> None:
-    """Raise InputError where there is one group only."""
-    if len(names) < 2:
-        raise InputError(f"all normal rows are of one group, {names[0]!r}; a split needs two: leave the group out")
+def judged_by(learner: int, left_out: LeftOut) -> npt.NDArray[np.bool_]:
+    """Whether a learner leaves each normal out [N]."""
+    return np.isin(left_out, (learner, BOTH))

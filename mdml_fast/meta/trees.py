@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from mdml_fast.data.encoding import Floats, Rows
-from mdml_fast.meta.left_out import BOTH, FIRST, SECOND, LeftOut
+from mdml_fast.meta.left_out import FIRST, SECOND, LeftOut, judged_by
 
 # Nodes visited at once: rows times trees.
 BLOCK_VALUES = 2**16
@@ -71,7 +71,7 @@ class TreeHead:
         trees: list[BaseDecisionTree] = []
         total, n_judges = np.zeros(len(normals)), np.zeros(len(normals))
         for learner in (FIRST, SECOND):
-            judged = (left_out == learner) | (left_out == BOTH)
+            judged = judged_by(learner, left_out)
             own = normals[~judged]
             forest = ExtraTreesClassifier(
                 math.ceil(n_trees / 2),

@@ -20,7 +20,9 @@ struct Pairs {
     return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)_mm512_loadu_si512(b));
   }
 
-  static inline Floats load(const Stored* from, int64_t n) { return (Floats)((Ints)_mm512_cvtepu16_epi32(some(from, n)) << 16); }
+  static inline Floats load(const Stored* from, int64_t n) {
+    return (Floats)((Ints)_mm512_cvtepu16_epi32(some(from, n)) << 16);
+  }
 
   static inline void store(Stored* to, Floats value, int64_t n) {
     const __m256bh rounded = _mm512_cvtneps_pbh((__m512)value);

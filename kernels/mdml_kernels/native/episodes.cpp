@@ -153,27 +153,25 @@ class Episode {
     return l ? Kind::stacked(outputs[l - 1], n, of.layers[l].n_in, space.stacked) : stacked_rows;
   }
 
-  // Whether all episodes have the same weight here.
-  bool shared(int64_t l, bool own) const { return !of.layers[l].weight_stride && !(own && l < head); }
+  using Lay = const Entry* (*)(const float*, int64_t, int64_t, Buffer<Entry>&);
 
-  const Entry* turned(int64_t e, int64_t l, bool own) {
+  // A weight laid out for products: only once where all episodes have the same.
+  const Entry* laid(Lay lay, int64_t e, int64_t l, bool own, std::vector<const Entry*>& ready,
+                    std::vector<Buffer<Entry>>& given, Buffer<Entry>& mine) {
     const EpisodeLayer& layer = of.layers[l];
-    const bool once = shared(l, own);
-    if (once && turned_given[l]) return turned_given[l];
-    auto& buffer = once ? space.turned_given[l] : space.turned;
-    const Entry* weight = Kind::turned(at(e, l, own).weight, layer.n_out, layer.n_in, buffer);
-    if (once) turned_given[l] = weight;
+    const bool shared = !layer.weight_stride && !(own && l < head);
+    if (shared && ready[l]) return ready[l];
+    const Entry* weight = lay(at(e, l, own).weight, layer.n_out, layer.n_in, shared ? given[l] : mine);
+    if (shared) ready[l] = weight;
     return weight;
   }
 
+  const Entry* turned(int64_t e, int64_t l, bool own) {
+    return laid(Kind::turned, e, l, own, turned_given, space.turned_given, space.turned);
+  }
+
   const Entry* stacked(int64_t e, int64_t l, bool own) {
-    const EpisodeLayer& layer = of.layers[l];
-    const bool once = shared(l, own);
-    if (once && stacked_given[l]) return stacked_given[l];
-    auto& buffer = once ? space.stacked_given[l] : space.stacked;
-    const Entry* weight = Kind::stacked(at(e, l, own).weight, layer.n_out, layer.n_in, buffer);
-    if (once) stacked_given[l] = weight;
-    return weight;
+    return laid(Kind::stacked, e, l, own, stacked_given, space.stacked_given, space.stacked);
   }
 
   void forward(int64_t e, bool own, int64_t n) {

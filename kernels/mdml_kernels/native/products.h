@@ -59,8 +59,7 @@ static inline INLINE void each(const F& f) {
 }
 
 template <class Kind, int R, int V, class Finish>
-static inline INLINE void tile(const Operands<Kind>& of, int64_t i, int64_t j, int64_t n,
-                                                       const Finish& finish) {
+static inline INLINE void tile(const Operands<Kind>& of, int64_t i, int64_t j, int64_t n, const Finish& finish) {
   Floats sums[R * V];
   const auto* a = of.a + i * of.a_row;
   const auto* b = of.b + j;
