@@ -201,6 +201,22 @@ class Plan:
         return self._scratch[which][: chunk.numel()].view(chunk.shape)
 
 
+class Kept:
+    """What a loss keeps of its forward pass, [E, N, K], for its first backward pass to turn into the gradient."""
+
+    def __init__(self) -> None:
+        self._kept: list[tuple[Tensor, Tensor]] = []
+
+    def put(self, logits: Tensor, values: Tensor) -> None:
+        """Keep values made of these logits."""
+        self._kept.append((logits, values))
+
+    def take(self, logits: Tensor) -> Tensor | None:
+        """What was kept of these very logits, once; a transform may ask for others (`jacrev` does)."""
+        of, values = self._kept.pop() if self._kept else (None, None)
+        return values if of is not None and of.is_set_to(logits) else None
+
+
 def per_row(values: Tensor | None) -> Tensor | None:
     """One value per episode [E] as [E, 1, 1], to broadcast against columns [E, N, 1]."""
     return None if values is None else values[:, None, None]

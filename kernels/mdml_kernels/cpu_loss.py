@@ -55,7 +55,7 @@ class CpuMarginLoss:
     unscaled: bool = False
     keeps: bool = False
     n_inputs = 4
-    _kept: list[tuple[Tensor, Tensor]] = field(default_factory=list, init=False, compare=False)
+    _kept: cpu.Kept = field(default_factory=cpu.Kept, init=False, compare=False)
 
     def define(self, *inputs: Any) -> Tensor:
         """See `autograd.RowOp`."""
@@ -78,7 +78,7 @@ class CpuMarginLoss:
             torch.gather(torch.softmax(x, -1, out=p), -1, first_c, out=s_c)
             torch.sum(p.scatter_(-1, first_c, 0.0), -1, keepdim=True, out=rest_c)  # 1 - S would lose what S rounds off
         if softmax is not None:
-            self._kept.append((logits, softmax))
+            self._kept.put(logits, softmax)
         top, s, rest, first = (column.squeeze(-1) for column in (top, s, rest, first))
         if background is None:
             dropped = s.new_zeros(n_episodes, 1)
@@ -97,14 +97,9 @@ class CpuMarginLoss:
         scaled = grad_s * tau[:, None]
         at_rest, at_first = (scaled * (dropped - 1)).unsqueeze(-1), (scaled * rest).unsqueeze(-1)
         recipe = cpu.Recipe(at_rest, at_first, first.unsqueeze(-1), drops_first=False, unscaled=self.unscaled)
-        grad_logits, grad_tau = cpu.pull_back(logits, tau, recipe, needs[1], self._take(logits))
+        grad_logits, grad_tau = cpu.pull_back(logits, tau, recipe, needs[1], self._kept.take(logits))
         grad_background = None if background is None else -(grad_s * dropped).sum(1)
         return needed((grad_logits, grad_tau, grad_background, None), needs)
-
-    def _take(self, logits: Tensor) -> Tensor | None:
-        """The softmax that forward kept of these very logits, once; a transform may ask for others (`jacrev` does)."""
-        of, softmax = self._kept.pop() if self._kept else (None, None)
-        return softmax if of is not None and of.is_set_to(logits) else None
 
     def double_backward(
         self, inputs: Inputs, saved: Inputs, grad: Tensor, tangents: Inputs, needs: Needs

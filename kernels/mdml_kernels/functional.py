@@ -67,7 +67,8 @@ def softmax_margin_loss(
     if chosen == "reference":
         value = reference.softmax_margin_loss(logits, is_ood, margin, temperature, background, confidence, form)
     else:
-        value = odds.margin_loss(logits, is_ood, margin, temperature, background, confidence, form, chosen)
+        ahead = 1 / max(1, logits.shape[:-2].numel()) if reduction == "mean" else 1.0
+        value = odds.margin_loss(logits, is_ood, margin, temperature, background, confidence, form, chosen, ahead)
     return reference.reduce_episodes(value, reduction)
 
 

@@ -34,18 +34,23 @@ def margin_loss(
     confidence: Confidence,
     form: Form,
     backend: str,
+    ahead: float = 1.0,
 ) -> Tensor:
-    """The loss of each episode [...], by way of the odds or by what is faster."""
+    """The loss of each episode [...], by way of the odds or by what is faster.
+
+    ahead: what the losses will be multiplied by, as far as is known: a gradient for that costs least.
+    """
     op: RowOp
     if backend == "cpu" and confidence == "max" and form != "bce" and not torch.compiler.is_compiling():
+        keeps = logits.requires_grad and torch.is_grad_enabled()
         if native.serves(logits):
-            op = NativeMarginLoss(margin, form)
+            op = NativeMarginLoss(margin, form, ahead if keeps else None)
         elif cpu_loss.is_small(logits):
             s = cpu_loss.textbook_confidence(logits, temperature, background)
             return losses.of_confidence(s, is_ood, margin, form)
         else:
             unscaled = not isinstance(temperature, Tensor) and temperature == 1
-            op = cpu_loss.CpuMarginLoss(margin, form, unscaled, keeps=logits.requires_grad and torch.is_grad_enabled())
+            op = cpu_loss.CpuMarginLoss(margin, form, unscaled, keeps)
     elif backend == "triton" and form == "hinge" and not torch.compiler.is_compiling():
         from mdml_kernels.triton_hinge import TritonHingeLoss  # only here: Triton may not be installed
 

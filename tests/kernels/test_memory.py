@@ -36,9 +36,10 @@ def test_peak(form):
 
 
 @pytest.mark.usefixtures("operators")
+@pytest.mark.parametrize("n_classes", [40, 100])  # rows that the compiled kernels turn, and longer ones
 @pytest.mark.parametrize("temperature", [1.0, 0.7, torch.tensor(0.7)])
-def test_a_second_backward_finds_the_buffer_gone_and_gives_the_same(temperature):
-    logits = torch.randn(3, 6, 40, generator=torch.Generator().manual_seed(0), requires_grad=True)
+def test_a_second_backward_finds_the_buffer_gone_and_gives_the_same(temperature, n_classes):
+    logits = torch.randn(3, 6, n_classes, generator=torch.Generator().manual_seed(0), requires_grad=True)
     loss = softmax_margin_loss(logits, torch.arange(6).expand(3, 6) > 3, margin=0.9, temperature=temperature)
     (first,) = torch.autograd.grad(loss, logits, retain_graph=True)
     kept = first.clone()
@@ -46,3 +47,25 @@ def test_a_second_backward_finds_the_buffer_gone_and_gives_the_same(temperature)
     assert kept.abs().max() > 0
     torch.testing.assert_close(second, kept)
     assert torch.equal(first, kept)  # the second wrote nowhere but to a buffer of its own
+
+
+@pytest.mark.usefixtures("operators")
+@pytest.mark.parametrize("reduction", ["mean", "sum", "none"])
+@pytest.mark.parametrize("background", [None, 3.0, "learned"])
+def test_whatever_the_losses_are_multiplied_by(reduction, background):
+    generator = torch.Generator().manual_seed(0)
+    logits, weights = torch.randn(3, 21, 100, generator=generator), torch.tensor([1.0, -2.0, 0.0])
+    logits[1, 3] = 50 * torch.eye(100)[7]  # of the others nothing is left beside it
+    is_ood = torch.arange(21).expand(3, 21) > 15
+
+    def gradients(dtype, backend):
+        leaves = [logits.to(dtype).requires_grad_()]
+        if background == "learned":
+            leaves.append(torch.tensor(3.0, dtype=dtype, requires_grad=True))
+        given = leaves[-1] if background == "learned" else background
+        loss = softmax_margin_loss(leaves[0], is_ood, background=given, reduction=reduction, backend=backend)
+        return torch.autograd.grad((loss * weights.to(dtype)).sum(), leaves)
+
+    for ours, exact in zip(gradients(torch.float32, "cpu"), gradients(torch.float64, "reference"), strict=True):
+        assert exact.abs().max() > 0
+        torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-7)

@@ -44,15 +44,31 @@ static inline Floats odds_of(const EpisodeLogits& of, const Statistics& found, F
   return found.top - (of.background ? log_add(log_sum, all(*of.background)) : log_sum);
 }
 
-// The hinge loss at confidence `max`.
-static inline float hinge(const EpisodeLogits& of, const uint8_t* is_ood, float margin, const Kept& kept) {
+// Slopes by the odds of sixteen rows, as they reach e^(x - shift), the entry m, and the background (0 without one).
+struct Pulled {
+  Floats at_rest, at_first, by_background;
+};
+
+// shift is the log of the sum of e^x of all but m; of all (`mass`).
+static inline Pulled pulled(const EpisodeLogits& of, Floats by_odds, Floats shift, bool mass) {
+  by_odds += shift - shift;  // a row with a NaN or an infinity has one in all its gradients
+  const Floats scaled = by_odds * of.tau;
+  if (mass) return {scaled, scaled, -by_odds};
+  if (!of.background) return {-scaled, scaled, all(0.0f)};
+  const Floats ahead = shift - *of.background;
+  return {-scaled * sigmoid_of(ahead), scaled, -by_odds * sigmoid_of(-ahead)};
+}
+
+// The hinge loss at confidence `max`. Where grad [N, K] is not null, it gets the gradient to long rows, times ahead.
+static inline float hinge(const EpisodeLogits& of, const uint8_t* is_ood, float margin, const Kept& kept, float ahead = 1.0f,
+                          float* grad = nullptr) {
   const int64_t n_ood = std::count_if(is_ood, is_ood + of.n_rows, [](uint8_t is) { return is; });
   const int64_t n_id = of.n_rows - n_ood;
   const float by_ood = n_ood ? 1.0f / n_ood : 0.0f, by_id = n_id ? -1.0f / n_id : 0.0f;
   Floats total = {};
   for (int64_t i = 0; i < of.n_rows; i += W) {
     const Rows rows = of.rows(i);
-    const Statistics found = statistics(rows, all(of.tau));
+    const Statistics found = statistics(rows, all(of.tau), grad ? grad + i * of.n_classes : nullptr);
     const Floats others = log_others(found);
     const Floats odds = odds_of(of, found, others, false);
     store_some(kept.slope + i, odds, rows.n);
@@ -65,27 +81,25 @@ static inline float hinge(const EpisodeLogits& of, const uint8_t* is_ood, float 
   const float gap = (reduce(total, sum<Floats>)[0] + margin) * (n_ood && n_id ? 1.0f : 0.0f);
   const bool met = gap <= 0.0f;  // which a NaN is not
   for (int64_t i = 0; i < of.n_rows; i += W) {
-    const int64_t n = std::min<int64_t>(W, of.n_rows - i);
-    const Floats odds = load_some(kept.slope + i, n, 0.0f);
-    const Floats weight = met ? all(0.0f) : mean_weights(is_ood + i, n, by_id, by_ood);
-    store_some(kept.slope + i, weight * sigmoid_of(odds) * sigmoid_of(-odds), n);
+    const Rows rows = of.rows(i);
+    const Floats odds = load_some(kept.slope + i, rows.n, 0.0f);
+    const Floats weight = met ? all(0.0f) : mean_weights(is_ood + i, rows.n, by_id, by_ood);
+    const Floats slope = weight * sigmoid_of(odds) * sigmoid_of(-odds);
+    store_some(kept.slope + i, slope, rows.n);
+    if (!grad) continue;
+    const Pulled to = pulled(of, slope * ahead, load_some(kept.log_sum + i, rows.n, 0.0f), false);
+    gradients_of_terms(rows, to.at_rest, to.at_first, load_indices(kept.first + i, rows.n), grad + i * of.n_classes);
   }
   return met ? 0.0f : gap;
 }
 
-// Slopes by the odds of sixteen rows pulled back to their logits [n, K]; the result is that by the background, which
-// an episode may not have. shift is the log of the sum of e^x of all but the entries first; of all (`mass`), where
-// those are -1.
+// Slopes by the odds of sixteen rows pulled back to their logits [n, K]; the result is that by the background. Letters
+// as in `pulled`; first is m, or -1 (`mass`).
 static inline Floats pull_odds(const EpisodeLogits& of, int64_t i, Floats by_odds, Floats shift, Ints first, bool mass,
                                float* by_logits) {
-  by_odds += shift - shift;  // a row with a NaN or an infinity has one in all its gradients
-  Floats kept = all(mass ? 1.0f : -1.0f), dropped = all(mass ? 1.0f : 0.0f);
-  if (!mass && of.background) {
-    const Floats ahead = shift - *of.background;
-    kept = -sigmoid_of(ahead), dropped = sigmoid_of(-ahead);
-  }
-  gradients(of.rows(i), all(of.tau), shift, by_odds * of.tau * kept, by_odds * of.tau, first, by_logits);
-  return -(by_odds * dropped);
+  const Pulled to = pulled(of, by_odds, shift, mass);
+  gradients(of.rows(i), all(of.tau), shift, to.at_rest, to.at_first, first, by_logits);
+  return to.by_background;
 }
 
 // The logits of an episode, side by side, become the gradient of their one-class loss: the mean of -log S.

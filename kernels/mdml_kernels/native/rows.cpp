@@ -36,15 +36,24 @@ void mdml_row_statistics(int64_t begin, int64_t end, const float* logits, int64_
   }
 }
 
-// Episodes from `begin` to `end`: the hinge loss [E], its slopes by the odds [E, N], and log_sum and first as above.
+// Episodes from `begin` to `end`: the hinge loss [E], its slopes by the odds [E, N], and log_sum and first as above. Of
+// rows longer than SHORT also the gradient [E, N, K] of ahead times each loss, or null.
 void mdml_hinge(int64_t begin, int64_t end, const float* logits, int64_t episode_stride, int64_t row_stride,
                 int64_t n_rows, int64_t n_classes, const float* tau, const float* background, const uint8_t* is_ood,
-                float margin, float* loss, float* slope, float* log_sum, int64_t* first) {
+                float margin, float* loss, float* slope, float* log_sum, int64_t* first, float ahead, float* grad) {
   const Episodes episodes = {logits, episode_stride, row_stride, n_rows, n_classes, tau, background};
   for (int64_t e = begin; e < end; ++e) {
     const int64_t at = e * n_rows;
-    loss[e] = hinge(episodes.at(e), is_ood + at, margin, {slope + at, log_sum + at, first + at});
+    const Kept kept = {slope + at, log_sum + at, first + at};
+    loss[e] = hinge(episodes.at(e), is_ood + at, margin, kept, ahead, grad ? grad + at * n_classes : nullptr);
   }
+}
+
+// What `mdml_hinge` made of episodes of `size` logits becomes the gradient of by_loss [E] times each loss, where that is
+// not ahead already.
+void mdml_reweigh(int64_t begin, int64_t end, const float* by_loss, float ahead, int64_t size, float* grad) {
+  for (int64_t e = begin; e < end; ++e)
+    if (by_loss[e] != ahead) multiply(grad + e * size, size, by_loss[e] / ahead);
 }
 
 // Blocks of rows: slopes by the odds [E, N], times those by the losses [E] (null: 1), pulled back: to the logits; to

@@ -78,8 +78,9 @@ static inline void sweep(int64_t n, const F& f) {
 // Lanes past the end of a row hold -inf: no entry is less, and they take no share of any sum.
 static inline Floats scaled(const float* from, int64_t n, Floats tau) { return load_some(from, n, -INFINITE) * tau; }
 
-// Each row's vectors are reduced to one; sixteen of those, turned, to a lane for each row.
-static inline Statistics long_statistics(const Rows& rows, Floats tau) {
+// Each row's vectors are reduced to one; sixteen of those, turned, to a lane for each row. Where terms [n, n_classes] is
+// not null, it gets those of the sums, e^(x - second), side by side, and 1 / others in m's place.
+static inline Statistics long_statistics(const Rows& rows, Floats tau, float* terms) {
   Floats tops[W] = {}, seconds[W] = {}, totals[W] = {};
   Ints places[W] = {};
   for (int64_t i = 0; i < rows.n; ++i) {
@@ -101,19 +102,24 @@ static inline Statistics long_statistics(const Rows& rows, Floats tau) {
   for (int l = 0; l < W; ++l) found.second = larger(places[l] == found.first ? seconds[l] : tops[l], found.second);
   for (int64_t i = 0; i < rows.n; ++i) {
     const float second = found.second[i];
+    float* to = terms ? terms + i * rows.n_classes : nullptr;
     sweep(rows.n_classes, [&](int64_t k, int64_t n) INLINE {
-      totals[i] += exp_of(not_positive(scaled(rows.at(i) + k, n, tau) - second));
+      const Floats term = exp_of(not_positive(scaled(rows.at(i) + k, n, tau) - second));
+      totals[i] += term;
+      if (to) store_some(to + k, term, n);
     });
   }
   turn(totals);
   for (int l = 0; l < W; ++l) found.others += totals[l];
   found.others = without_one(found.others);
   found.first = found.first < static_cast<int32_t>(rows.n_classes) ? found.first : Ints{};
+  for (int64_t i = 0; terms && i < rows.n; ++i) terms[i * rows.n_classes + found.first[i]] = 1.0f / found.others[i];
   return found;
 }
 
-static inline Statistics statistics(const Rows& rows, Floats tau) {
-  return rows.n_classes <= SHORT ? short_statistics(rows, tau) : long_statistics(rows, tau);
+// terms: of long rows alone, see there.
+static inline Statistics statistics(const Rows& rows, Floats tau, float* terms = nullptr) {
+  return rows.n_classes <= SHORT ? short_statistics(rows, tau) : long_statistics(rows, tau, terms);
 }
 
 // log of the sum of e^x: of the others than m, and of all. NaN where a row holds a NaN or an infinity.
@@ -131,6 +137,18 @@ static inline void gradients(const Rows& rows, Floats tau, Floats shift, Floats 
       store_some(out + k, rest * exp_of(scaled(rows.at(i) + k, left, tau) - from), left);
     });
     if (first[i] >= 0) out[first[i]] = at_first[i];
+  }
+}
+
+static inline void multiply(float* values, int64_t n, float by) {
+  sweep(n, [&](int64_t k, int64_t left) INLINE { store_some(values + k, by * load_some(values + k, left, 0.0f), left); });
+}
+
+// The same, of `long_statistics`' terms and in their place.
+static inline void gradients_of_terms(const Rows& rows, Floats at_rest, Floats at_first, Ints first, float* terms) {
+  for (int64_t i = 0; i < rows.n; ++i, terms += rows.n_classes) {
+    multiply(terms, rows.n_classes, at_rest[i] * terms[first[i]]);
+    terms[first[i]] = at_first[i];
   }
 }
 

@@ -16,6 +16,8 @@ from mdml_kernels.reference import Confidence
 
 # Rows that the kernels take at once, one to a lane.
 _BLOCK = 16
+# Rows up to this many logits are turned (see rows.h), and nothing is left of them for a gradient.
+SHORT = 64
 # Fewer logits than this are not worth a thread of their own.
 _LEAST_LOGITS = 1 << 17
 
@@ -39,18 +41,37 @@ def statistics(logits: Tensor, tau: Tensor, confidence: Confidence) -> tuple[Ten
 
 
 def hinge(
-    logits: Tensor, tau: Tensor, background: Tensor | None, is_ood: Tensor, margin: float
+    logits: Tensor,
+    tau: Tensor,
+    background: Tensor | None,
+    is_ood: Tensor,
+    margin: float,
+    ahead: float = 1.0,
+    grad: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The hinge loss [E] at confidence `max`; its slopes by the odds [E, N]; log Σ e^x without the first largest; which
     that is. is_ood is bool [E, N].
+
+    grad [E, N, K] is filled with the gradient to rows longer than SHORT of ahead times each loss, while they are in the
+    cache; see `reweigh`.
     """
     n_episodes, n_rows, n_classes = logits.shape
     loss, columns = tau.new_empty(n_episodes), tau.new_empty(2, n_episodes, n_rows)
     first = torch.empty(n_episodes, n_rows, dtype=torch.int64)
     slope, log_sum = columns.unbind()
     others = (whole(background), whole(is_ood), ctypes.c_float(margin), loss, slope, log_sum, first)
-    call("mdml_hinge", n_episodes, n_rows * n_classes, _LEAST_LOGITS, *_walk(logits, tau), *others)
+    work = (n_episodes, n_rows * n_classes, _LEAST_LOGITS)
+    call("mdml_hinge", *work, *_walk(logits, tau), *others, ctypes.c_float(ahead), grad)
     return loss, slope, log_sum, first
+
+
+def reweigh(grad: Tensor, by_loss: Tensor, ahead: float) -> Tensor:
+    """What `hinge` made of the logits becomes the gradient of by_loss [E] times each loss; it is there already if that
+    is what was foreseen.
+    """
+    size = grad[0].numel()
+    call("mdml_reweigh", len(grad), size, _LEAST_LOGITS, by_loss.contiguous(), ctypes.c_float(ahead), size, grad)
+    return grad
 
 
 def gradients(
