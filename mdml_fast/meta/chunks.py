@@ -23,9 +23,9 @@ from mdml_kernels.native import library as native
 from mdml_fast.files import replace_file
 from mdml_fast.meta.engine import MetaEngine
 
-# Tried in this order, as long as more is better by so much.
+# Tried in this order, until one takes so much longer than the best before it.
 CANDIDATES = (2, 4, 8, 16, 32, 64, 128, 256)
-WORTHWHILE = 0.97
+WORSE = 1.03
 # Each candidate is timed so often, and the best time counts: what disturbs only adds.
 REPEATS = 3
 
@@ -97,9 +97,10 @@ def measure(seconds: Callable[[int], float], sizes: Sequence[int]) -> int:
     for size in sizes:
         seconds(size)  # allocates, and warms caches up
         each = min(seconds(size) for _ in range(REPEATS)) / size
-        if each > WORTHWHILE * best_seconds:
+        if each > WORSE * best_seconds:
             break
-        best, best_seconds = size, each
+        if each < best_seconds:
+            best, best_seconds = size, each
     return best
 
 

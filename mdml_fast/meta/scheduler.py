@@ -19,7 +19,7 @@ from torch import Tensor
 from mdml_fast.episodes import EpisodeBatch
 from mdml_fast.meta import chunks
 from mdml_fast.meta.engine import GROUP, GradientSums, MeanGradients, MetaEngine, MetaGradients
-from mdml_fast.threads import in_order, workers
+from mdml_fast.threads import in_order, single_thread, workers
 
 log = logging.getLogger("mdml_fast")
 
@@ -63,11 +63,8 @@ class MetaScheduler:
         self.engine, self.chosen = engine, ""
         self._forced, self._memory, self._cache = chunk, memory, cache or chunks.ChunkCache()
         self._chunks: dict[tuple[chunks.Shape, int], int] = {}
-        on_cpu = engine.device.type == "cpu"
-        self.threads = (threads or torch.get_num_threads()) if on_cpu else 1
-        # A pool even for one thread where torch has more: bits are those of a product on a single thread.
-        alone = not on_cpu or self.threads == torch.get_num_threads() == 1
-        self._pool = None if alone else workers(self.threads)
+        self.threads = (threads or torch.get_num_threads()) if engine.device.type == "cpu" else 1
+        self._others = workers(self.threads - 1) if self.threads > 1 else None
 
     def meta_gradients(
         self, support: Tensor, query: Tensor, is_ood: Tensor, direction: Tensor | None = None
@@ -109,13 +106,14 @@ class MetaScheduler:
 
     def _in_order(self, batches: Iterable[EpisodeBatch]) -> Iterator[GradientSums]:
         """Computed side by side, given back in the order of the batches; one more in flight than there are threads."""
-        if self._pool is None:
+        if self._others is None:
             return map(self._compute, batches)
-        return in_order(self._pool, (partial(self._compute, batch) for batch in batches), self.threads)
+        return in_order(self._others, (partial(self._compute, batch) for batch in batches), self.threads, helping=True)
 
     def _compute(self, batch: EpisodeBatch) -> GradientSums:
         direction = batch.direction if self.engine.n_directions else None
-        return self.engine.gradient_sums(batch.support, batch.query, batch.is_ood, direction)
+        with single_thread():  # whatever torch may use: bits are those of products on a single thread
+            return self.engine.gradient_sums(batch.support, batch.query, batch.is_ood, direction)
 
     def _cuts(self, source: EpisodeSource, first: int, n_episodes: int, n_steps: int) -> list[tuple[int, int]]:
         """How the episodes of a step are cut into chunks, as `chunks.cuts`."""
@@ -165,12 +163,9 @@ class MetaScheduler:
         on_gpu = self.engine.device.type == "cuda"
         clock = time.perf_counter if on_gpu else time.thread_time
 
-        def timed() -> float:
-            start = clock()
-            self._compute(batch).loss.cpu()  # waits for a GPU
-            return clock() - start
-
-        return timed() if self._pool is None else self._pool.submit(timed).result()
+        start = clock()
+        self._compute(batch).loss.cpu()  # waits for a GPU
+        return clock() - start
 
 
 class _Given:

@@ -1,0 +1,61 @@
+"""Work shared by threads: the order of results, who does what, and what torch is told."""
+
+import threading
+import time
+
+import pytest
+import torch
+
+from mdml_fast.threads import in_order, single_thread, workers
+
+
+def slow(i: int) -> tuple[int, int]:
+    """The number, and the thread that was asked."""
+    time.sleep(0.02 if i % 3 == 0 else 0.001)
+    return i, threading.get_ident()
+
+
+@pytest.mark.parametrize("helping", [False, True])
+@pytest.mark.parametrize("ahead", [0, 1, 4, 50])
+def test_results_come_in_order(helping: bool, ahead: int) -> None:
+    with workers(2) as pool:
+        found = list(in_order(pool, (lambda i=i: slow(i) for i in range(20)), ahead, helping=helping))
+    assert [i for i, _ in found] == list(range(20))
+    assert helping or threading.get_ident() not in {thread for _, thread in found}
+
+
+def test_a_helper_does_what_nobody_begins() -> None:
+    begun, release = threading.Event(), threading.Event()
+
+    def block() -> int:
+        begun.set()
+        assert release.wait(10)
+        return -1
+
+    with workers(1) as pool:
+        blocked = pool.submit(block)
+        assert begun.wait(10)
+        assert list(in_order(pool, (lambda i=i: i for i in range(5)), 2, helping=True)) == list(range(5))
+        release.set()
+        assert blocked.result() == -1
+
+
+@pytest.mark.parametrize("helping", [False, True])
+def test_an_error_reaches_whoever_takes_the_results(helping: bool) -> None:
+    def fail() -> None:
+        raise ValueError("of the job")
+
+    with workers(1) as pool, pytest.raises(ValueError, match="of the job"):
+        list(in_order(pool, [fail, fail, fail], 1, helping=helping))
+
+
+def test_torch_has_its_threads_back_after_an_error() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        with pytest.raises(ValueError, match="x"), single_thread():
+            assert torch.get_num_threads() == 1
+            raise ValueError("x")
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
