@@ -60,8 +60,8 @@ static inline Pulled pulled(const EpisodeLogits& of, Floats by_odds, Floats shif
 }
 
 // The hinge loss at confidence `max`. Where grad [N, K] is not null, it gets the gradient to long rows, times ahead.
-static inline float hinge(const EpisodeLogits& of, const uint8_t* is_ood, float margin, const Kept& kept, float ahead = 1.0f,
-                          float* grad = nullptr) {
+static inline float hinge(const EpisodeLogits& of, const uint8_t* is_ood, float margin, const Kept& kept,
+                          float ahead = 1.0f, float* grad = nullptr) {
   const int64_t n_ood = std::count_if(is_ood, is_ood + of.n_rows, [](uint8_t is) { return is; });
   const int64_t n_id = of.n_rows - n_ood;
   const float by_ood = n_ood ? 1.0f / n_ood : 0.0f, by_id = n_id ? -1.0f / n_id : 0.0f;

@@ -49,8 +49,8 @@ void mdml_hinge(int64_t begin, int64_t end, const float* logits, int64_t episode
   }
 }
 
-// What `mdml_hinge` made of episodes of `size` logits becomes the gradient of by_loss [E] times each loss, where that is
-// not ahead already.
+// What `mdml_hinge` made of episodes of `size` logits becomes the gradient of by_loss [E] times each loss; where that
+// is ahead, it is so already.
 void mdml_reweigh(int64_t begin, int64_t end, const float* by_loss, float ahead, int64_t size, float* grad) {
   for (int64_t e = begin; e < end; ++e)
     if (by_loss[e] != ahead) multiply(grad + e * size, size, by_loss[e] / ahead);

@@ -78,8 +78,8 @@ static inline void sweep(int64_t n, const F& f) {
 // Lanes past the end of a row hold -inf: no entry is less, and they take no share of any sum.
 static inline Floats scaled(const float* from, int64_t n, Floats tau) { return load_some(from, n, -INFINITE) * tau; }
 
-// Each row's vectors are reduced to one; sixteen of those, turned, to a lane for each row. Where terms [n, n_classes] is
-// not null, it gets those of the sums, e^(x - second), side by side, and 1 / others in m's place.
+// Each row's vectors are reduced to one; sixteen of those, turned, to a lane for each row. Where it is not null, terms
+// [n, n_classes] gets those of the sums, e^(x - second), side by side, and 1 / others in m's place.
 static inline Statistics long_statistics(const Rows& rows, Floats tau, float* terms) {
   Floats tops[W] = {}, seconds[W] = {}, totals[W] = {};
   Ints places[W] = {};
@@ -141,10 +141,12 @@ static inline void gradients(const Rows& rows, Floats tau, Floats shift, Floats 
 }
 
 static inline void multiply(float* values, int64_t n, float by) {
-  sweep(n, [&](int64_t k, int64_t left) INLINE { store_some(values + k, by * load_some(values + k, left, 0.0f), left); });
+  sweep(n, [&](int64_t k, int64_t left) INLINE {
+    store_some(values + k, by * load_some(values + k, left, 0.0f), left);
+  });
 }
 
-// The same, of `long_statistics`' terms and in their place.
+// `gradients` from the terms of `long_statistics`, in their place.
 static inline void gradients_of_terms(const Rows& rows, Floats at_rest, Floats at_first, Ints first, float* terms) {
   for (int64_t i = 0; i < rows.n; ++i, terms += rows.n_classes) {
     multiply(terms, rows.n_classes, at_rest[i] * terms[first[i]]);

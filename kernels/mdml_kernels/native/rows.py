@@ -69,7 +69,7 @@ def reweigh(grad: Tensor, by_loss: Tensor, ahead: float) -> Tensor:
     """What `hinge` made of the logits becomes the gradient of by_loss [E] times each loss; it is there already if that
     is what was foreseen.
     """
-    size = grad[0].numel()
+    size = grad.shape[1:].numel()
     call("mdml_reweigh", len(grad), size, _LEAST_LOGITS, by_loss.contiguous(), ctypes.c_float(ahead), size, grad)
     return grad
 
