@@ -135,8 +135,9 @@ class DefaultModel:
             checkpoint: a file for the state of the run; it stays when the run is cut off.
             resume: go on from that file.
         """
-        # A random order, so that "the first so many" is a fair sample wherever there is a bound.
-        order = np.random.default_rng(seed).permutation(len(rows.normals))
+        # A random order, so that "the first so many" is a fair sample wherever there is a bound: another than that by
+        # which the learners left some out.
+        order = np.random.default_rng([seed, 3]).permutation(len(rows.normals))
         normals, left_out = torch.as_tensor(rows.normals[order], device=device), rows.left_out[order]
         families = torch.as_tensor(family_codes(rows.groups, len(order))[order], device=device)
         labelled = _at_most_of_each(rows.anomaly_labels, config.family_anomalies, seed)

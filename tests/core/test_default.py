@@ -1,6 +1,7 @@
 """The default algorithm and its parts."""
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -317,6 +318,24 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
     resumed = MDMLDetector(FAST, random_state=0).fit(*data(), normal=["ok"], checkpoint=path, resume=True)
     for name, value in whole.model_.to_tensors().items():
         assert torch.equal(value, resumed.model_.to_tensors()[name]), name
+
+
+def test_of_many_normals_each_learner_takes_a_fair_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    learned_from: list[int] = []
+    fit = Views.fit
+
+    def counted(normals: np.ndarray) -> Views:
+        learned_from.append(len(normals))
+        return fit(normals)
+
+    monkeypatch.setattr(Views, "fit", counted)
+    detector = MDMLDetector(replace(FAST, training_normals=200), random_state=0)
+    detector.fit(*data(n=1000), normal=["ok"])
+    assert len(learned_from) == 2
+    assert all(120 <= n <= 180 for n in learned_from)
+    # Calibration normals of both learners: the first rows are no learner's own.
+    parts = detector.kept_.training().left_out[detector.model_.held_out.positions]
+    assert 0.3 < np.mean(parts == FIRST) < 0.7
 
 
 def test_a_large_family_is_learned_from_in_part() -> None:

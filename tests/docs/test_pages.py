@@ -88,6 +88,17 @@ def test_figures_are_those_that_the_script_makes_and_stand_alone() -> None:
         assert not re.search(r"(?:href|src)=\"(?!#)", text)
 
 
+def test_tables_are_those_of_the_results() -> None:
+    import tables
+
+    shown = []
+    for page in blocks.pages():
+        text = page.read_text()
+        assert tables.with_tables(text) == text, f"{page.name}: python docs/tables.py writes its tables anew"
+        shown += [found["name"] for found in tables.PLACE.finditer(text)]
+    assert sorted(shown) == sorted(tables.TABLES)
+
+
 def test_the_site_builds_strictly(tmp_path: Path) -> None:
     for package in ("mkdocs", "material", "mkdocstrings", "latex2mathml"):
         if importlib.util.find_spec(package) is None:
