@@ -7,7 +7,7 @@ from enum import StrEnum
 
 import numpy as np
 import numpy.typing as npt
-from scipy.stats import beta
+from scipy.stats import beta, norm, t
 from sklearn.model_selection import GroupShuffleSplit
 
 from mdml_fast.data.encoding import Floats
@@ -27,7 +27,8 @@ class Promise(StrEnum):
     """What an alarm promises at a rate α.
 
     - marginal: of new normal rows, a share of α at most is flagged, on average over calibration sets.
-    - certificate: with the stated confidence, this calibration set flags a share of α at most.
+    - certificate: with the stated confidence, this calibration set flags a share of α at most. Where rows of a group
+      resemble each other, it allows for as many rows less as their alarms come in groups.
     - fdr: of the alarms in a batch, a share of α at most is false, on average over batches.
     """
 
@@ -83,7 +84,9 @@ class ConformalCalibration:
             counts: how many rows have each of the p-values [N]; one, where not given.
         """
         if promise is Promise.CERTIFICATE:
-            return certified_rank(len(self.scores), rate, confidence) / (len(self.scores) + 1)
+            n = len(self.scores)
+            effect = 1.0 if self.groups is None else design_effect(np.arange(n) < rate * n, self.groups, confidence)
+            return certified_rank(n, rate, confidence, effect) / (n + 1)
         if promise is Promise.FDR:
             return benjamini_hochberg(p_values, rate, counts)
         return rate
@@ -106,14 +109,34 @@ def _p_values(calibration: Floats, scores: Floats) -> Floats:
     return (ranks.astype(np.float64) + 1.0) / (len(calibration) + 1.0)
 
 
-def certified_rank(n: int, rate: float, confidence: float) -> int:
+def certified_rank(n: int, rate: float, confidence: float, effect: float = 1.0) -> int:
     """The largest r such that fewer than a share `rate` of normals score below the r-th lowest of n, with confidence.
 
     The share of normals below that order statistic is a Beta(r, n + 1 - r) variable, or smaller where scores tie
-    (Wilks, "Determination of sample sizes for setting tolerance limits", 1941). 0 where there is none.
+    (Wilks, "Determination of sample sizes for setting tolerance limits", 1941). 0 where there is none. With a design
+    effect the n rows say as much as n / effect independent ones (Korn, Graubard, "Confidence intervals for proportions
+    with small expected number of positive counts estimated from survey data", 1998).
     """
     ranks = np.arange(1, n + 1)
-    return int(np.sum(beta.cdf(rate, ranks, n + 1 - ranks) >= confidence))
+    return int(np.sum(beta.cdf(rate, ranks / effect, (n + 1 - ranks) / effect) >= confidence))
+
+
+def design_effect(flags: npt.NDArray[np.bool_], groups: Names, confidence: float) -> float:
+    """How many times as much the share of flags [n] varies between draws of groups [n] as between draws of rows; ≥ 1.
+
+    The ratio of the cluster estimate of its variance to the binomial one (Kish, "Survey sampling", 1965), and as much
+    more as that estimate, of few groups, is unsure at this confidence: the squared ratio of Student's quantile to the
+    normal one, as Korn and Graubard have it. 1 where all flags are equal, there is one group, or no confidence to
+    speak of (up to a half).
+    """
+    _, codes = np.unique(groups, return_inverse=True)
+    share, n_groups = flags.mean(), codes.max() + 1
+    binomial = share * (1 - share) * len(flags)
+    if n_groups < 2 or not binomial or confidence <= 0.5:
+        return 1.0
+    totals = np.bincount(codes, flags - share)
+    unsure = (t.ppf(confidence, n_groups - 1) / norm.ppf(confidence)) ** 2
+    return max(1.0, float(unsure * n_groups / (n_groups - 1) * np.square(totals).sum() / binomial))
 
 
 def benjamini_hochberg(p_values: Floats, rate: float, counts: Counts | None = None) -> float:

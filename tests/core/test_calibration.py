@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from scipy.stats import binomtest
+from scipy.stats import binomtest, norm
 
 from mdml_fast import InputError, MDMLDetector
 from mdml_fast.calibration import (
@@ -11,6 +11,7 @@ from mdml_fast.calibration import (
     benjamini_hochberg,
     calibration_split,
     certified_rank,
+    design_effect,
 )
 from mdml_fast.drift import DriftMonitor
 from mdml_fast.meta.default import DefaultConfig
@@ -39,6 +40,31 @@ def test_the_certificate_fails_in_a_share_of_delta() -> None:
         rank = round(level * 301)
         failures += np.sort(scores)[rank - 1] > 0.05
     assert 0.05 < failures / 2000 < 0.12
+
+
+def test_the_certificate_allows_for_groups_whose_rows_resemble_each_other() -> None:
+    rng = np.random.default_rng(0)
+    groups, rate = np.repeat(np.arange(20), 40), 0.1
+    # A score is its group's part and its own, all normal: of new rows in new groups, it is N(0, 1).
+    failures = {"told of groups": 0, "not told": 0}
+    for _ in range(600):
+        scores = 0.6 * rng.normal(size=20)[groups] + 0.8 * rng.normal(size=800)
+        for name, given in (("told of groups", groups), ("not told", None)):
+            calibration = ConformalCalibration(scores, given)
+            level = calibration.alarm_level(np.empty(0), rate, Promise.CERTIFICATE, 0.9)
+            failures[name] += norm.cdf(calibration.score_threshold(level)) > rate
+    assert failures["told of groups"] < 0.15 * 600
+    assert failures["not told"] > 0.25 * 600
+
+
+def test_the_design_effect_is_the_size_of_groups_of_copies_and_one_for_none() -> None:
+    rng = np.random.default_rng(0)
+    flags = rng.random(4000) < 0.2
+    assert design_effect(np.repeat(flags, 5), np.repeat(np.arange(4000), 5), 0.95) == pytest.approx(5, rel=0.01)
+    assert design_effect(flags, rng.permutation(np.arange(4000) % 400), 0.95) == pytest.approx(1, abs=0.2)
+    assert design_effect(flags, np.zeros(4000), 0.95) == 1
+    assert design_effect(np.repeat(flags, 5), np.repeat(np.arange(4000), 5), 0.5) == 1
+    assert design_effect(np.zeros(40, dtype=bool), np.arange(40) % 4, 0.95) == 1
 
 
 def test_certified_rank_is_the_largest_and_may_be_none() -> None:
