@@ -35,7 +35,7 @@ def peers() -> str:
 def parts() -> str:
     """What each part adds to the mean over the tables, with 95 % intervals."""
     summary = _read("ablation-amd-epyc.json")["summary"]
-    lines = [["without it", "unseen AUROC", "seen AUROC", "fewer false alarms at 95 % found"], ["---"] * 4]
+    lines = [["variant", "unseen AUROC", "seen AUROC", "fewer false alarms at 95 % found"], ["---"] * 4]
     for name, gains in summary.items():
         lines.append([name, *(_gain(gains[what]) for what in ("unseen", "seen", "fewer false alarms"))])
     return _markdown(lines)
