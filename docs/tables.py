@@ -8,11 +8,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
-from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-DOCS = Path(__file__).parent
-RESULTS = DOCS.parent / "benchmarks" / "results"
+from blocks import ROOT, pages
+
+RESULTS = ROOT / "benchmarks" / "results"
 PLACE = re.compile(r"(?P<start><!-- (?P<name>[a-z]+) -->\n).*?(?P<end><!-- end -->)", re.DOTALL)
 
 
@@ -27,7 +28,7 @@ def peers() -> str:
             [one[side][metric]["mean"] for one in of]
             for side, metric in (("unseen", "auroc"), ("unseen", "fpr95"), ("seen", "auroc"))
         )
-        values = [*unseen, _mean(unseen), _mean(alarms), _mean(seen)]
+        values = [*unseen, fmean(unseen), fmean(alarms), fmean(seen)]
         lines.append([f"`{method}`", *(_number(value) for value in values)])
     return _markdown(lines)
 
@@ -53,10 +54,6 @@ def _read(name: str) -> Any:
     return json.loads((RESULTS / name).read_text())
 
 
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
-
-
 def _number(value: float) -> str:
     return f"{value:.3f}".removeprefix("0")
 
@@ -70,5 +67,5 @@ def _markdown(lines: list[list[str]]) -> str:
 
 
 if __name__ == "__main__":
-    for page in sorted(DOCS.glob("**/*.md")):
+    for page in pages():
         page.write_text(with_tables(page.read_text()))

@@ -32,7 +32,7 @@ class AlarmsMixin:
 
     def score_samples(self, X: Any) -> Floats:
         """The score of each row [N], higher is more normal."""
-        raise NotImplementedError
+        raise NotImplementedError  # the detector has it: all else here is made of it
 
     def p_value(self, X: Any, groups: Any = None) -> Floats:
         """The conformal p-value [N] of "this row is normal", in (0, 1].

@@ -56,7 +56,7 @@ class NativeMarginLoss:
         """See `autograd.RowOp`."""
         logits, tau, background, _ = inputs
         kept = self._kept.take(logits)
-        if kept is not None and self.ahead and not any(needs[1:]):
+        if kept is not None and self.ahead and not any(needs[1:]) and rows.serves_rows(logits, grad):
             return [rows.reweigh(kept, grad, self.ahead)]
         slope, columns = saved[0], saved[1:]
         return needed((*cpu.backward(logits, tau, background, columns, slope, "max", needs[1], grad), None), needs)
