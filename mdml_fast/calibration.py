@@ -85,8 +85,7 @@ class ConformalCalibration:
         """
         if promise is Promise.CERTIFICATE:
             n = len(self.scores)
-            effect = 1.0 if self.groups is None else design_effect(np.arange(n) < rate * n, self.groups, confidence)
-            return certified_rank(n, rate, confidence, effect) / (n + 1)
+            return certified_rank(n, rate, confidence, self._effect(math.ceil(rate * n), confidence)) / (n + 1)
         if promise is Promise.FDR:
             return benjamini_hochberg(p_values, rate, counts)
         return rate
@@ -100,8 +99,21 @@ class ConformalCalibration:
     def lowest_rate(self, promise: Promise = Promise.MARGINAL, confidence: float = 0.95) -> float:
         """The lowest rate at which an alarm can be raised at all."""
         n = len(self.scores)
-        # The lowest score bounds the share below it by a Beta(1, n) variable.
-        return float(1 - (1 - confidence) ** (1 / n)) if promise is Promise.CERTIFICATE else 1 / (n + 1)
+        if promise is not Promise.CERTIFICATE:
+            return 1 / (n + 1)
+        for flagged in range(1, n + 1):  # rates up to flagged / n have the design effect of so many
+            effect = self._effect(flagged, confidence)
+            # The lowest score bounds the share below it by this variable, as in `certified_rank`.
+            lowest = float(beta.ppf(confidence, 1 / effect, n / effect))
+            if lowest <= flagged / n:
+                return max(lowest, (flagged - 1) / n)
+        return 1.0
+
+    def _effect(self, flagged: int, confidence: float) -> float:
+        """The design effect on alarms that are so many of the lowest scores."""
+        if self.groups is None:
+            return 1.0
+        return design_effect(np.arange(len(self.scores)) < flagged, self.groups, confidence)
 
 
 def _p_values(calibration: Floats, scores: Floats) -> Floats:

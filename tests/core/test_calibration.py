@@ -76,6 +76,19 @@ def test_certified_rank_is_the_largest_and_may_be_none() -> None:
     assert calibration.lowest_rate() == pytest.approx(1 / 59)
 
 
+@pytest.mark.parametrize("n_groups", [3, 12, 60])
+def test_the_lowest_rate_is_where_certificates_of_groups_begin(n_groups: int) -> None:
+    rng = np.random.default_rng(n_groups)
+    groups = np.arange(600) % n_groups
+    calibration = ConformalCalibration(rng.normal(size=n_groups)[groups] + rng.normal(size=600), groups)
+    lowest = calibration.lowest_rate(Promise.CERTIFICATE)
+    assert lowest > 1 - 0.05 ** (1 / 600)
+    assert calibration.alarm_level(np.empty(0), lowest * 1.001, Promise.CERTIFICATE) > 0
+    assert not any(
+        calibration.alarm_level(np.empty(0), rate, Promise.CERTIFICATE) for rate in lowest * np.linspace(0.02, 0.999, 40)
+    )
+
+
 def test_the_fdr_of_a_batch_is_held() -> None:
     rng = np.random.default_rng(0)
     false_shares, found = [], 0
