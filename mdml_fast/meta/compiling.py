@@ -1,9 +1,21 @@
-"""`torch.compile` where it pays, and never at the cost of a run."""
+"""`torch.compile` where it pays, and never at the cost of a run.
+
+Compiling goes on in a process of its own, which leaves what it made in torch's cache on disk, while a run computes as
+it is. From a step on that depends on the work alone, not on the clock, the run takes that over: the same run has the
+same bits each time. (A thread of this process would not do: torch restores the state of its random numbers after
+compiling, and tells all threads meanwhile that they are compiled.)
+"""
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -13,45 +25,106 @@ Compile = bool | Literal["auto"]
 
 log = logging.getLogger("mdml_fast")
 
-# Seconds that compiling saves for each floating point operation of a path, roughly (measured on one core): half of the
-# time where the calls cost more than the arithmetic, a twentieth where there is little but products.
-_SAVED = {"generic": 0.5 / 2e10, "fused": 0.05 / 6e10}
-# Compiling takes half a minute; so much saved has it back twice.
-_WORTHWHILE_SECONDS = 60.0
+# Floating point operations a second of one core where calls cost as much as the arithmetic; of what compiled code
+# saves there (measured: half of the time and more) a run must earn a minute, twice what compiling takes.
+_RATE, _WORTHWHILE_SECONDS = 2e10, 60.0
+# So long compiling may take in the other process before the run would wait for it.
+_BACKGROUND_SECONDS = 30.0
 
 
-def pays(path: str, flops: float) -> bool:
-    """Whether a run of so many floating point operations earns back what compiling takes.
+def first_compiled_step(flops: float, n_steps: int) -> int | None:
+    """The step of a run from which on it is worth being compiled; None where the run is too short.
 
-    By a count, not by the clock: the same run decides alike each time, and its bits are the same.
+    Args:
+        flops: of a step.
+        n_steps: of the whole run.
     """
-    return flops * _SAVED[path] >= _WORTHWHILE_SECONDS
+    if flops * n_steps / _RATE / 2 < _WORTHWHILE_SECONDS:
+        return None
+    return math.ceil(_BACKGROUND_SECONDS * _RATE / flops)
 
 
 class Compiled:
-    """A function that is compiled at its first call, for arguments of those shapes; others it takes as it is.
+    """A function compiled for arguments of one shape, on threads that compute as this one does.
 
-    Where compiling fails it stays as it is, which is logged once.
+    Args:
+        function: of tensors and dicts of them.
+        args: such arguments.
+
+    Raises:
+        Exception: whatever a compiler comes up with.
     """
 
-    _warned = False
+    def __init__(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        self._function = torch.compile(function, dynamic=False, fullgraph=True)
+        self._shapes, self._n_threads = _shapes(args), torch.get_num_threads()
+        self._function(*args)
 
-    def __init__(self, function: Callable[..., Any]) -> None:
-        self._plain = function
-        self._compiled: Callable[..., Any] | None = torch.compile(function, dynamic=False, fullgraph=True)
-        self._shapes: list[torch.Size] | None = None
+    def takes(self, args: tuple[Any, ...]) -> bool:
+        """Whether it was compiled for arguments like these, on a thread like this one."""
+        return _shapes(args) == self._shapes and torch.get_num_threads() == self._n_threads
 
     def __call__(self, *args: Any) -> Any:
         """What the function gives."""
-        shapes = [leaf.shape for leaf in tree_leaves(args)]
-        self._shapes = self._shapes or shapes
-        if self._compiled is None or shapes != self._shapes:
-            return self._plain(*args)
+        return self._function(*args)
+
+
+def _shapes(args: tuple[Any, ...]) -> list[torch.Size]:
+    return [leaf.shape for leaf in tree_leaves(args)]
+
+
+def give_up(reason: object) -> None:
+    """Tell why a run goes on without being compiled."""
+    log.warning("engine: goes on without torch.compile, which failed: %s", str(reason).partition("\n")[0])
+
+
+class Background:
+    """A process that does a job, a compilation: what it makes stays in torch's cache on disk.
+
+    Args:
+        job: what to do, on one thread.
+        folder: an empty one, for as long as it takes.
+    """
+
+    def __init__(self, job: Callable[[], object], folder: Path) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._errors = folder / "errors"
         try:
-            return self._compiled(*args)
-        except Exception as error:  # whatever a compiler comes up with: where it is ours, the plain function raises it
-            self._compiled = None
-            if not Compiled._warned:
-                Compiled._warned = True
-                log.warning("engine: goes on without torch.compile, which failed: %s", str(error).partition("\n")[0])
-            return self._plain(*args)
+            torch.save(job, folder / "job")
+        except Exception as error:  # modules that can't be pickled, of whatever kind
+            give_up(error)
+            return
+        with self._errors.open("wb") as errors:
+            command = [sys.executable, "-m", "mdml_fast.meta.compiling", str(folder / "job")]
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors)
+
+    def succeeded(self) -> bool:
+        """Whether the job was done; waits for its end, and tells why it failed."""
+        if self._process is None:
+            return False
+        if self._process.wait():
+            give_up(self._errors.read_text(errors="replace").strip().rpartition("\n")[2])
+        return self._process.returncode == 0
+
+    def stop(self) -> None:
+        """End it, if it has not ended."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.kill()
+            self._process.wait()
+
+
+@contextlib.contextmanager
+def in_background(job: Callable[[], object]) -> Iterator[Background]:
+    """Do a job for as long as the context lasts."""
+    with tempfile.TemporaryDirectory(prefix="mdml-fast-") as folder:
+        background = Background(job, Path(folder))
+        try:
+            yield background
+        finally:
+            background.stop()
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(1)
+    # This user's own file, written a moment ago for this process alone.
+    torch.load(sys.argv[1], weights_only=False)()

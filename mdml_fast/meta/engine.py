@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import NamedTuple, Self
 
 import torch
 from mdml_kernels import SoftmaxMarginLoss
-from mdml_kernels.native import library
 from torch import Tensor, nn
 
-from mdml_fast.meta import compiling
 from mdml_fast.meta.compiling import Compile
 from mdml_fast.meta.fused import FusedPath
 from mdml_fast.meta.generic import GenericPath
@@ -108,8 +107,9 @@ class MetaEngine:
         dtype: what encoder, head and decoder compute in; parameters, updates and losses keep their own dtype.
         n_directions: D, at least 1; None for parameters that all episodes share.
         path: ``auto``, ``generic`` (any modules) or ``fused`` (an MLP, analytic gradients); `choice` says which it is.
-        compile: have the computation of gradients compiled by torch (on a CPU, with a compiler installed); ``auto``
-            where a run is long enough to earn that back, which the scheduler knows.
+        compile: have torch compile the gradients of the generic path, for batches like the first (on a CPU that needs
+            a C++ compiler); ``auto`` in the background of a run that is long enough to earn it back, which the
+            scheduler knows. The fused path has kernels of its own.
 
     Raises:
         ValueError: a module can't be batched over episodes, the path can't serve, or a number is out of range.
@@ -142,9 +142,7 @@ class MetaEngine:
         first = next(iter(self.parameters().values()), torch.empty(0))
         self.choice = choose_path(self.modules, first.device.type, dtype or first.dtype, first_order, path)
         self._path = (FusedPath if self.choice.path == "fused" else GenericPath)(self.modules, self.settings)
-        self._compile = compile
-        if compile is True:
-            self._path.compile()
+        self.compile: Compile = compile if self.choice.path == "generic" else False
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The meta-parameters by name: `encoder.…`, `head.…`, …; the keys of `MetaGradients.grads`."""
@@ -154,11 +152,6 @@ class MetaEngine:
     def device(self) -> torch.device:
         """Where the parameters are."""
         return next((value.device for value in self.parameters().values()), torch.device("cpu"))
-
-    @property
-    def compiled(self) -> bool:
-        """Whether gradients are computed by compiled code, where compiling does not fail."""
-        return self._compile is True
 
     @property
     def takes_support(self) -> bool:
@@ -209,6 +202,8 @@ class MetaEngine:
             is_ood: which query rows are anomalous, bool [E, q].
             direction: as in `adapt`.
         """
+        if self.compile is True:
+            self.compile_for(support, query, is_ood, direction)
         sums = self.gradient_sums(support, query, is_ood, direction)
         return MeanGradients(self).add(sums).result()
 
@@ -225,16 +220,28 @@ class MetaEngine:
         losses, groups = self._path.gradients(values, support, query, is_ood, direction is not None, group)
         return GradientSums(losses, groups, direction)
 
-    def expect(self, n_episodes: int, n_support: int, n_query: int) -> None:
-        """Prepare for a run of so many episodes of so many rows: compile where that pays."""
-        # Compiled kernels that take the products already are as fast as those get.
-        kernels = self.choice.path == "fused" and library.serves(next(iter(self.parameters().values())))
-        if self._compile == "auto" and not kernels:
-            weights = sum(value.numel() for value in self.parameters().values()) // (self.n_directions or 1)
-            rows = n_support * self.settings.inner_steps + n_query
-            if compiling.pays(self.choice.path, 6.0 * weights * rows * n_episodes):
-                self._path.compile()
-                self._compile = True
+    def compile_for(self, support: Tensor, query: Tensor, is_ood: Tensor, direction: Tensor | None = None) -> None:
+        """Have the generic path's gradients compiled for batches like this one, as those of `meta_gradients`, once.
+
+        Where that fails it goes on as it is, with one warning.
+        """
+        self.compile = False
+        if isinstance(self._path, GenericPath):
+            direction = self._direction(direction, len(support))
+            self._path.compile((self._values(direction), support, query, is_ood), direction is not None)
+
+    def compiling_for(
+        self, support: Tensor, query: Tensor, is_ood: Tensor, direction: Tensor | None = None
+    ) -> Callable[[], object]:
+        """What `compile_for` does, for another process. On the generic path alone."""
+        assert isinstance(self._path, GenericPath)
+        direction = self._direction(direction, len(support))
+        return self._path.compiling((self._values(direction), support, query, is_ood), direction is not None)
+
+    def flops(self, n_support: int, n_query: int) -> float:
+        """Floating point operations of an episode of so many rows, roughly: those of the products with the weights."""
+        weights = sum(value.numel() for value in self.parameters().values()) // (self.n_directions or 1)
+        return 6.0 * weights * (n_support * self.settings.inner_steps + n_query)
 
     def _values(self, direction: Tensor | None) -> Parameters:
         """Parameters and buffers without a graph: shared, or those of each episode's direction [E, …]."""

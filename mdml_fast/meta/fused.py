@@ -9,7 +9,6 @@ import torch
 from mdml_kernels import SoftmaxMarginLoss
 from torch import Tensor, nn
 
-from mdml_fast.meta.compiling import Compiled
 from mdml_fast.meta.fused_heads import read_head
 from mdml_fast.meta.fused_layers import BatchedNetwork, Buffers, read_encoder
 from mdml_fast.meta.fused_program import Program, Recipe
@@ -30,7 +29,6 @@ class FusedPath:
         assert isinstance(loss, SoftmaxMarginLoss)
         self._recipe = Recipe(network, head, loss, settings, [name for name, _ in modules.named_parameters()])
         self.takes_support = self._recipe.takes_support
-        self._compiled = False
         self._kept = threading.local()
 
     def adapt(self, values: Parameters, support: Tensor, stacked: bool) -> Parameters:
@@ -73,13 +71,9 @@ class FusedPath:
             if support.device.type == "cuda":
                 program.run = Replayed(gradients, support, query, is_ood)
             else:
-                program.run = Compiled(gradients) if self._compiled else gradients
+                program.run = gradients
         result: tuple[Tensor, Parameters] = program.run(support, query, is_ood)
         return result
-
-    def compile(self) -> None:
-        """Have `gradients` compiled from now on; where that fails it goes on as it is, with one warning."""
-        self._compiled, self._kept = True, threading.local()
 
     def _program(self, values: Parameters, support: Tensor, n_query: int, stacked: bool) -> Program:
         """This thread's program for batches of this shape, with these values in it."""

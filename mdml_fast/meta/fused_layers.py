@@ -117,17 +117,12 @@ class BatchedLayer:
         )
         self.ones = self.weight.new_ones(n_episodes, 1, n_rows)
         self.rows = self.grad_rows
-        self._compiled_kernels = self._exact and native.serves(self.weight)
+        self._native = self._exact and native.serves(self.weight)
 
     @property
     def _exact(self) -> bool:
         """Whether products are taken with the master weights themselves."""
         return self.weight is self.master_weight
-
-    @property
-    def _native(self) -> bool:
-        """Whether the compiled kernels do it; `torch.compile` wants operations that it can see."""
-        return self._compiled_kernels and not torch.compiler.is_compiling()
 
     def forward(self, rows: Tensor) -> Tensor:
         """What the layer gives [C, n, O] for rows [C, n, I]."""

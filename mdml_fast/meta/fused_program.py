@@ -75,7 +75,7 @@ class Program:
 
     def __init__(self, recipe: Recipe, values: Parameters, support: Tensor, n_query: int, stacked: bool) -> None:
         self.recipe = recipe
-        self.run: Callable[..., Any] | None = None  # `gradients`, or what was made of it: compiled, or a CUDA graph
+        self.run: Callable[..., Any] | None = None  # `gradients`, or a CUDA graph of it
         n_episodes, n_support, _ = support.shape
         self.n_episodes, self.n_centers = n_episodes, n_support if recipe.takes_support else 0
         buffers, dtype = Buffers(support.device), support.dtype
@@ -113,7 +113,7 @@ class Program:
         tau, background = self._tau(support), self._background(support)
         if self.by_triton and self.recipe.settings.inner_steps:
             on_gpu.adapt(self.recipe, self.given, self.own, support, tau, background)
-        elif self._episodes and not torch.compiler.is_compiling():
+        elif self._episodes:
             self._episodes.adapt(support, tau, background)
         else:
             self._adapt(self.recipe.cast(support), tau, background)
@@ -130,7 +130,7 @@ class Program:
                 assert layer.layer.bias
                 grads[layer.layer.bias] = by_bias
 
-        if self._episodes and not torch.compiler.is_compiling():
+        if self._episodes:
             return self._by_episodes(self._episodes, (support, query, is_ood), group)
         self.adapt(support)
         rows = torch.cat([support, query], 1) if self.n_centers else query

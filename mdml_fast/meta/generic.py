@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import copy
+import functools
 import threading
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vmap
 
-from mdml_fast.meta.compiling import Compiled
+from mdml_fast.meta.compiling import Compiled, give_up
 from mdml_fast.meta.settings import ADAPTED, EngineSettings, Parameters
 
 # With fewer logits in an episode the fused loss's calls cost more, under vmap, than its arithmetic saves.
 _FEW_LOGITS = 1 << 14
+
+Batch = tuple[Parameters, Tensor, Tensor, Tensor]
+"""Values, support rows, query rows, and which of these are anomalous."""
 
 
 class GenericPath:
@@ -30,7 +35,7 @@ class GenericPath:
     def __init__(self, modules: nn.ModuleDict, settings: EngineSettings) -> None:
         self._modules, self._settings = modules, settings
         self._local = threading.local()
-        self._compiled = False
+        self._compiled: Compiled | None = None
         self.takes_support = bool(getattr(modules["head"], "takes_support", False))
 
     def adapt(self, values: Parameters, support: Tensor, stacked: bool) -> Parameters:
@@ -51,30 +56,42 @@ class GenericPath:
 
         A group is so many consecutive episodes, the last one perhaps fewer; a group's bits depend on it alone.
         """
-        self._episode()
-        batched = self._local.stacked if stacked else self._local.shared
-        losses, own = batched(values, support, query, is_ood)
+        batch = values, support, query, is_ood
+        if self._compiled is not None and self._compiled.takes(batch):
+            losses, own = self._compiled(*batch)
+        else:
+            self._episode()
+            batched = self._local.stacked if stacked else self._local.shared
+            losses, own = batched(*batch)
         if group == 1:
             return losses, own
         return losses, {
             name: torch.stack([part.sum(0) for part in torch.split(value, group)]) for name, value in own.items()
         }
 
-    def compile(self) -> None:
-        """Have `gradients` compiled from now on; where that fails it goes on as it is, with one warning."""
-        self._compiled, self._local = True, threading.local()
+    def compile(self, batch: Batch, stacked: bool) -> None:
+        """Have the `gradients` of batches like this one compiled; where that fails, tell so and go on without."""
+        try:
+            self._compiled = compiled(self._modules, self._settings, batch, stacked)
+        except Exception as error:  # whatever a compiler comes up with: where it is ours, the plain function raises it
+            give_up(error)
+
+    def compiling(self, batch: Batch, stacked: bool) -> Callable[[], object]:
+        """What `compile` does, for another process."""
+        return functools.partial(compiled, self._modules, self._settings, batch, stacked)
 
     def _episode(self) -> _Episode:
         """This thread's own: functional_call puts values into a module for as long as it runs, where all see them."""
         episode: _Episode | None = getattr(self._local, "episode", None)
         if episode is None:
             episode = self._local.episode = _Episode(copy.deepcopy(self._modules), self._settings)
-            self._local.shared, self._local.stacked = (
-                vmap(episode.gradients, in_dims=(dim, 0, 0, 0)) for dim in (None, 0)
-            )
-            if self._compiled:
-                self._local.shared, self._local.stacked = Compiled(self._local.shared), Compiled(self._local.stacked)
+            self._local.shared, self._local.stacked = episode.batched(False), episode.batched(True)
         return episode
+
+
+def compiled(modules: nn.ModuleDict, settings: EngineSettings, batch: Batch, stacked: bool) -> Compiled:
+    """The gradients of the episodes of batches like this one."""
+    return Compiled(_Episode(copy.deepcopy(modules), settings).batched(stacked), batch)
 
 
 class _Episode:
@@ -94,6 +111,10 @@ class _Episode:
             for method in ("forward", "one_class")
             for module, is_few in ((loss, False), (few, True))
         }
+
+    def batched(self, stacked: bool) -> Callable[..., tuple[Tensor, Parameters]]:
+        """`gradients` of many episodes; the values are shared by them, or each has its own."""
+        return vmap(self.gradients, in_dims=(0 if stacked else None, 0, 0, 0))
 
     def gradients(
         self, values: Parameters, support: Tensor, query: Tensor, is_ood: Tensor

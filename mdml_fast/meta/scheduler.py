@@ -7,9 +7,10 @@ little memory dictates, is not; then they differ in the last digits.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Protocol
 
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from mdml_fast.episodes import EpisodeBatch
 from mdml_fast.meta import chunks
+from mdml_fast.meta.compiling import first_compiled_step, in_background
 from mdml_fast.meta.engine import GROUP, GradientSums, MeanGradients, MetaEngine, MetaGradients
 from mdml_fast.threads import in_order, single_thread, workers
 
@@ -73,7 +75,7 @@ class MetaScheduler:
         n = len(support)
         numbers = torch.arange(n, device=support.device) if direction is None else direction
         given = _Given(EpisodeBatch(support, query, is_ood, numbers))
-        return self._mean(given.batch(*cut) for cut in self._cuts(given, 0, n, n_steps=1))
+        return self._mean(given.batch(*cut) for cut in self._cuts(given, 0, n))
 
     def stream(
         self, source: EpisodeSource, *, n_steps: int, episodes_per_step: int, done: int = 0
@@ -91,11 +93,16 @@ class MetaScheduler:
         """
         if done >= n_steps:
             return
-        cuts = self._cuts(source, done * episodes_per_step, episodes_per_step, n_steps)
+        first = done * episodes_per_step
+        cuts = self._cuts(source, first, episodes_per_step)
         ranges = ((step * episodes_per_step + start, count) for step in range(done, n_steps) for start, count in cuts)
-        with workers(1) as sampling:
+        with (
+            workers(1) as sampling,
+            self._compiling(source.batch(first, cuts[0][1]), n_steps, episodes_per_step) as due,
+        ):
             batches = in_order(sampling, (partial(source.batch, *cut) for cut in ranges), self.threads + 1)
-            for _ in range(done, n_steps):
+            for step in range(done, n_steps):
+                due(step)
                 yield self._mean(next(batches) for _ in cuts)
 
     def _mean(self, batches: Iterable[EpisodeBatch]) -> MetaGradients:
@@ -111,18 +118,51 @@ class MetaScheduler:
         return in_order(self._others, (partial(self._compute, batch) for batch in batches), self.threads, helping=True)
 
     def _compute(self, batch: EpisodeBatch) -> GradientSums:
-        direction = batch.direction if self.engine.n_directions else None
         with single_thread():  # whatever torch may use: bits are those of products on a single thread
-            return self.engine.gradient_sums(batch.support, batch.query, batch.is_ood, direction)
+            return self.engine.gradient_sums(*self._arguments(batch))
 
-    def _cuts(self, source: EpisodeSource, first: int, n_episodes: int, n_steps: int) -> list[tuple[int, int]]:
+    def _arguments(self, batch: EpisodeBatch) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+        """As the engine takes them."""
+        return batch.support, batch.query, batch.is_ood, batch.direction if self.engine.n_directions else None
+
+    @contextlib.contextmanager
+    def _compiling(self, batch: EpisodeBatch, n_steps: int, episodes_per_step: int) -> Iterator[Callable[[int], None]]:
+        """Compile for batches like this one in the background, where the run is long; gives what to call before each step.
+
+        Between steps no chunk is computed, so that none finds torch at compiling.
+        """
+        first_step, background = None, None
+        if self.engine.compile == "auto":
+            flops = self.engine.flops(batch.support.shape[1], batch.query.shape[1])
+            first_step = first_compiled_step(episodes_per_step * flops, n_steps)
+
+        def due(step: int) -> None:
+            if background and first_step is not None and step >= first_step and self.engine.compile == "auto":
+                self.engine.compile = False
+                if background.succeeded():
+                    self._compile(batch)
+
+        with contextlib.ExitStack() as stack:
+            if first_step is not None:
+                background = stack.enter_context(in_background(self.engine.compiling_for(*self._arguments(batch))))
+            yield due
+
+    def _compile(self, batch: EpisodeBatch) -> None:
+        """Have chunks like this one compiled."""
+        with single_thread():
+            self.engine.compile_for(*self._arguments(batch))
+        log.info("engine: compiled for %d episodes at once", len(batch.support))
+
+    def _cuts(self, source: EpisodeSource, first: int, n_episodes: int) -> list[tuple[int, int]]:
         """How the episodes of a step are cut into chunks, as `chunks.cuts`."""
         sample = source.batch(first, 1)
         shape = chunks.Shape(sample.support.shape[1], *sample.query.shape[1:])
-        self.engine.expect(n_steps * n_episodes, shape.n_support, shape.n_query)
         if (shape, n_episodes) not in self._chunks:
             self._chunks[shape, n_episodes] = self._chunk(source, first, n_episodes, shape)
-        return chunks.cuts(n_episodes, self._chunks[shape, n_episodes])
+        cuts = chunks.cuts(n_episodes, self._chunks[shape, n_episodes])
+        if self.engine.compile is True:
+            self._compile(source.batch(first, cuts[0][1]))
+        return cuts
 
     def _chunk(self, source: EpisodeSource, first: int, n_episodes: int, shape: chunks.Shape) -> int:
         """Episodes at once: the best size, less where the threads would not get equal shares."""
@@ -135,8 +175,7 @@ class MetaScheduler:
             size = min(size, -(-share // granule) * granule)
         path = self.engine.choice
         threads = f"{self.threads} thread{'s' * (self.threads > 1)}"
-        compiled = ", compiled" if self.engine.compiled else ""
-        self.chosen = f"{path.path} path ({path.reason}){compiled}, {size} episodes at once ({how}) on {threads}"
+        self.chosen = f"{path.path} path ({path.reason}), {size} episodes at once ({how}) on {threads}"
         log.info("engine: %s", self.chosen)
         return size
 

@@ -1,77 +1,138 @@
-"""torch.compile: where it pays, and what happens where it fails."""
+"""torch.compile: where it pays, in the background, and what happens where it fails."""
 
 import logging
+import time
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 from mdml_fast import MetaEngine
-from mdml_fast.meta.compiling import Compiled, pays
+from mdml_fast.episodes import EpisodeBatch
+from mdml_fast.meta import compiling, scheduler
+from mdml_fast.meta.compiling import Background, Compiled, first_compiled_step
+from mdml_fast.meta.engine import MetaGradients
+from mdml_fast.meta.scheduler import MetaScheduler
+
+FAILED = "engine: goes on without torch.compile, which failed: "
 
 
-def engine(path: str = "generic", **settings: object) -> MetaEngine:
+def engine(**settings: object) -> MetaEngine:
     torch.manual_seed(0)
-    return MetaEngine(nn.Sequential(nn.Linear(4, 6), nn.Tanh()), nn.Linear(6, 3), 1, path=path, **settings)
+    return MetaEngine(nn.Sequential(nn.Linear(4, 6), nn.Tanh()), nn.Linear(6, 3), 1, path="generic", **settings)
 
 
-def episodes() -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
-    support, query = (torch.randn(3, rows, 4, generator=generator) for rows in (8, 10))
-    return support, query, (torch.arange(10) >= 7).expand(3, -1)
+class Episodes:
+    """A source of episodes."""
+
+    def batch(self, first: int, n_episodes: int) -> EpisodeBatch:
+        support, query = (
+            torch.stack(
+                [torch.randn(rows, 4, generator=torch.Generator().manual_seed(first + i)) for i in range(n_episodes)]
+            )
+            for rows in (8, 10)
+        )
+        is_ood = (torch.arange(10) >= 7).expand(n_episodes, -1)
+        return EpisodeBatch(support, query, is_ood, torch.arange(first, first + n_episodes))
+
+
+def batch() -> tuple[Tensor, Tensor, Tensor]:
+    return Episodes().batch(0, 3)[:3]
+
+
+def steps(one: MetaEngine) -> Iterator[MetaGradients]:
+    return MetaScheduler(one, chunk=8, threads=2).stream(Episodes(), n_steps=4, episodes_per_step=18)
+
+
+def assert_close(got: MetaGradients, expected: MetaGradients) -> None:
+    torch.testing.assert_close(got.loss, expected.loss)
+    for name, value in expected.grads.items():
+        torch.testing.assert_close(got.grads[name], value)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("path", ["generic", "fused"])
-def test_compiled_gradients_are_the_same(path: str, caplog: pytest.LogCaptureFixture) -> None:
-    plain, compiled = (engine(path, compile=compiled).meta_gradients(*episodes()) for compiled in (False, True))
-    assert not [record for record in caplog.records if record.name == "mdml_fast"]
-    torch.testing.assert_close(compiled.loss, plain.loss)
-    for name, value in plain.grads.items():
-        torch.testing.assert_close(compiled.grads[name], value)
-
-
-def test_a_compiler_that_fails_costs_one_warning(
+def test_a_long_run_is_compiled_in_the_background_and_gives_the_same(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fails(function: object, **options: object) -> object:
-        def call(*args: object) -> object:
-            raise RuntimeError("no C++ compiler\nand a long story")
+    calls: list[int] = []
+    plain, compiled = Compiled.__call__, engine()
+    monkeypatch.setattr(Compiled, "__call__", lambda self, *args: calls.append(len(args[1])) or plain(self, *args))
+    monkeypatch.setattr(scheduler, "first_compiled_step", lambda flops, n_steps: 2)
+    caplog.set_level(logging.INFO, "mdml_fast")
+    for step, (got, expected) in enumerate(zip(steps(compiled), steps(engine(compile=False)), strict=True)):
+        assert_close(got, expected)
+        assert bool(calls) == (step >= 2)
+    assert calls == [8, 8] * 2  # two whole chunks of each step; the rest is computed as before
+    assert "engine: compiled for 8 episodes at once" in caplog.messages
 
-        return call
+
+@pytest.mark.parametrize("way", ["engine", "scheduler"])
+def test_it_is_compiled_at_once_where_that_is_asked_for(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    functions: list[object] = []
+    monkeypatch.setattr(torch, "compile", lambda function, **_: functions.append(function) or function)
+    one, expected = engine(compile=True), engine(compile=False).meta_gradients(*batch())
+    for _ in range(2):
+        computes = one if way == "engine" else MetaScheduler(one, threads=2)
+        assert_close(computes.meta_gradients(*batch()), expected)
+    assert len(functions) == 1
+
+
+@pytest.mark.parametrize("way", ["engine", "scheduler"])
+def test_a_compiler_that_fails_costs_one_warning(
+    way: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*args: object, **options: object) -> object:
+        raise RuntimeError("no C++ compiler\nand a long story")
 
     monkeypatch.setattr(torch, "compile", fails)
-    monkeypatch.setattr(Compiled, "_warned", False)
     caplog.set_level(logging.WARNING, "mdml_fast")
-    expected = engine().meta_gradients(*episodes())
+    expected = engine().meta_gradients(*batch())
+    one = engine(compile=True)
     for _ in range(2):
-        out = engine(compile=True).meta_gradients(*episodes())
-        assert torch.equal(out.loss, expected.loss)
-    assert [record.getMessage() for record in caplog.records] == [
-        "engine: goes on without torch.compile, which failed: no C++ compiler"
-    ]
+        computes = one if way == "engine" else MetaScheduler(one, threads=2)
+        assert torch.equal(computes.meta_gradients(*batch()).loss, expected.loss)
+    assert caplog.messages == [f"{FAILED}no C++ compiler"]
 
 
-def test_other_shapes_are_not_compiled_again(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
-    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda rows: calls.append(len(rows)) or function(rows))
-    function = Compiled(lambda rows: rows + 1)
-    for n in (4, 3, 4):
-        assert torch.equal(function(torch.zeros(n)), torch.ones(n))
-    assert calls == [4, 4]
+def test_it_takes_the_shapes_that_it_was_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, **_: function)
+    function = Compiled(lambda rows: rows["x"] + 1, ({"x": torch.zeros(4)},))
+    assert function.takes(({"x": torch.ones(4)},))
+    assert not function.takes(({"x": torch.ones(3)},))
+    assert torch.equal(function({"x": torch.zeros(4)}), torch.ones(4))
 
 
-def test_a_short_run_is_not_compiled_and_a_long_one_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[object] = []
-    monkeypatch.setattr(torch, "compile", lambda function, **_: compiled.append(function) or function)
-    assert not pays("generic", 1e12)
-    assert pays("generic", 1e13)
-    assert not pays("fused", 1e13)
-    assert pays("fused", 1e14)
+def test_a_short_run_is_not_compiled_and_a_long_one_soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert first_compiled_step(1e9, 2_000) is None
+    assert first_compiled_step(1e9, 3_000) == 600
+    assert first_compiled_step(1e13, 1) == 1  # no step is left
+    monkeypatch.setattr(scheduler, "in_background", None)
+    assert len(list(steps(engine()))) == 4
+
+
+def test_modules_that_cannot_be_sent_to_another_process_are_not_compiled(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(scheduler, "first_compiled_step", lambda flops, n_steps: 1)
     one = engine()
-    one.expect(1_000, 64, 80)
-    one.meta_gradients(*episodes())
-    assert not compiled
-    one.expect(10**10, 64, 80)
-    one.meta_gradients(*episodes())
-    assert compiled
+    one.modules["encoder"].note = lambda: "of this process alone"
+    for got, expected in zip(steps(one), steps(engine(compile=False)), strict=True):
+        assert torch.equal(got.loss, expected.loss)
+    assert len(caplog.messages) == 1
+    assert caplog.messages[0].startswith(f"{FAILED}Can't")
+
+
+def test_a_process_that_fails_says_why_and_one_that_is_not_waited_for_ends(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level(logging.WARNING, "mdml_fast")
+    assert not Background(partial(int, "three"), tmp_path).succeeded()
+    assert caplog.messages == [f"{FAILED}ValueError: invalid literal for int() with base 10: 'three'"]
+    start = time.monotonic()
+    with compiling.in_background(partial(time.sleep, 600)) as background:
+        assert background._process is not None
+    assert background._process.returncode
+    assert time.monotonic() - start < 60
