@@ -127,7 +127,7 @@ class MetaScheduler:
 
     @contextlib.contextmanager
     def _compiling(self, batch: EpisodeBatch, n_steps: int, episodes_per_step: int) -> Iterator[Callable[[int], None]]:
-        """Compile for batches like this one in the background, where the run is long; gives what to call before each step.
+        """Compile for batches like this one in the background of a long run; gives what to call before each step.
 
         Between steps no chunk is computed, so that none finds torch at compiling.
         """
