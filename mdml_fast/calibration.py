@@ -51,6 +51,7 @@ class ConformalCalibration:
         order = np.argsort(scores, kind="stable")[math.floor(trim * len(scores)) :]
         self.scores = scores[order]
         self.groups = None if groups is None else groups[order].astype(str)
+        self._codes = None if self.groups is None else np.unique(self.groups, return_inverse=True)[1]
 
     def p_value(self, scores: Floats, groups: Names | None = None) -> Floats:
         """(1 + number of calibration scores ≤ s) / (n + 1) for each score s [N].
@@ -102,18 +103,17 @@ class ConformalCalibration:
         if promise is not Promise.CERTIFICATE:
             return 1 / (n + 1)
         for flagged in range(1, n + 1):  # rates up to flagged / n have the design effect of so many
-            effect = self._effect(flagged, confidence)
-            # The lowest score bounds the share below it by this variable, as in `certified_rank`.
-            lowest = float(beta.ppf(confidence, 1 / effect, n / effect))
+            # The lowest score bounds the share below it by a Beta(1, n / effect) variable, as in `certified_rank`.
+            lowest = float(1 - (1 - confidence) ** (self._effect(flagged, confidence) / n))
             if lowest <= flagged / n:
                 return max(lowest, (flagged - 1) / n)
         return 1.0
 
     def _effect(self, flagged: int, confidence: float) -> float:
         """The design effect on alarms that are so many of the lowest scores."""
-        if self.groups is None:
+        if self._codes is None:
             return 1.0
-        return design_effect(np.arange(len(self.scores)) < flagged, self.groups, confidence)
+        return design_effect(np.arange(len(self.scores)) < flagged, self._codes, confidence)
 
 
 def _p_values(calibration: Floats, scores: Floats) -> Floats:
@@ -126,22 +126,24 @@ def certified_rank(n: int, rate: float, confidence: float, effect: float = 1.0) 
 
     The share of normals below that order statistic is a Beta(r, n + 1 - r) variable, or smaller where scores tie
     (Wilks, "Determination of sample sizes for setting tolerance limits", 1941). 0 where there is none. With a design
-    effect the n rows say as much as n / effect independent ones (Korn, Graubard, "Confidence intervals for proportions
-    with small expected number of positive counts estimated from survey data", 1998).
+    effect the n rows, and the r - 1 below, say as much as n / effect independent ones, of which (r - 1) / effect (Korn,
+    Graubard, "Confidence intervals for proportions with small expected number of positive counts estimated from survey
+    data", 1998).
     """
-    ranks = np.arange(1, n + 1)
-    return int(np.sum(beta.cdf(rate, ranks / effect, (n + 1 - ranks) / effect) >= confidence))
+    below = np.arange(n)
+    return int(np.sum(beta.cdf(rate, below / effect + 1, (n - below) / effect) >= confidence))
 
 
-def design_effect(flags: npt.NDArray[np.bool_], groups: Names, confidence: float) -> float:
-    """How many times as much the share of flags [n] varies between draws of groups [n] as between draws of rows; ≥ 1.
+def design_effect(flags: npt.NDArray[np.bool_], codes: Positions, confidence: float) -> float:
+    """How many times as much the share of flags [n] varies between draws of groups as between draws of rows; ≥ 1.
+
+    Groups are told by their codes [n], 0 and following.
 
     The ratio of the cluster estimate of its variance to the binomial one (Kish, "Survey sampling", 1965), and as much
     more as that estimate, of few groups, is unsure at this confidence: the squared ratio of Student's quantile to the
     normal one, as Korn and Graubard have it. 1 where all flags are equal, there is one group, or no confidence to
     speak of (up to a half).
     """
-    _, codes = np.unique(groups, return_inverse=True)
     share, n_groups = flags.mean(), codes.max() + 1
     binomial = share * (1 - share) * len(flags)
     if n_groups < 2 or not binomial or confidence <= 0.5:

@@ -154,7 +154,7 @@ class _Meter:
     start: tuple[float, int] | None = field(default=None, init=False)
 
     def text(self, done: int, total: int | None, detail: str) -> str:
-        """``4,096 of 10,000 rows, 7,000 rows/s, 0:00:01 left, detail``."""
+        """``1,024 of 10,000 rows, 7,000 rows/s, 0:00:01 left, detail``."""
         now = time.monotonic()
         self.start = self.start or (now, done)
         began, first = self.start

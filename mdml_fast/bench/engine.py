@@ -168,7 +168,7 @@ def _contenders(case: Case, device: torch.device) -> tuple[dict[str, Peer], Call
         "ours, generic": _of(MetaScheduler(_engine(case, device, path="generic"))),
     }
     if case.compiled:
-        contenders["ours, generic, compiled"] = _of(MetaScheduler(_engine(case, device, path="generic", compile=True)))
+        contenders["ours, compiled"] = _of(MetaScheduler(_engine(case, device, path="generic", compile=True)))
     if scheduler.threads > 1:
         contenders["ours, one thread"] = _of(MetaScheduler(engine, threads=1))
     if case.name == "detector":

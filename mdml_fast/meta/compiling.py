@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import math
+import os
 import subprocess
 import sys
 import tempfile
@@ -28,20 +29,21 @@ log = logging.getLogger("mdml_fast")
 # Floating point operations a second of one core where calls cost as much as the arithmetic; of what compiled code
 # saves there (measured: half of the time and more) a run must earn a minute, twice what compiling takes.
 _RATE, _WORTHWHILE_SECONDS = 2e10, 60.0
-# So long compiling may take in the other process before the run would wait for it.
-_BACKGROUND_SECONDS = 30.0
+# So long compiling may take in the other process before the run waits for it, and so long it waits.
+_BACKGROUND_SECONDS, _PATIENCE_SECONDS = 30.0, 300.0
 
 
-def first_compiled_step(flops: float, n_steps: int) -> int | None:
+def first_compiled_step(flops: float, n_steps: int, n_threads: int) -> int | None:
     """The step of a run from which on it is worth being compiled; None where the run is too short.
 
     Args:
         flops: of a step.
         n_steps: of the whole run.
+        n_threads: CPU threads that share it.
     """
-    if flops * n_steps / _RATE / 2 < _WORTHWHILE_SECONDS:
-        return None
-    return math.ceil(_BACKGROUND_SECONDS * _RATE / flops)
+    seconds = flops / _RATE / n_threads
+    first = math.ceil(_BACKGROUND_SECONDS / seconds)
+    return first if seconds * n_steps / 2 >= _WORTHWHILE_SECONDS and first < n_steps else None
 
 
 class Compiled:
@@ -57,25 +59,32 @@ class Compiled:
 
     def __init__(self, function: Callable[..., Any], args: tuple[Any, ...]) -> None:
         self._function = torch.compile(function, dynamic=False, fullgraph=True)
-        self._shapes, self._n_threads = _shapes(args), torch.get_num_threads()
+        self._circumstances = _circumstances(args)
         self._function(*args)
 
     def takes(self, args: tuple[Any, ...]) -> bool:
         """Whether it was compiled for arguments like these, on a thread like this one."""
-        return _shapes(args) == self._shapes and torch.get_num_threads() == self._n_threads
+        return _circumstances(args) == self._circumstances
 
     def __call__(self, *args: Any) -> Any:
         """What the function gives."""
         return self._function(*args)
 
 
-def _shapes(args: tuple[Any, ...]) -> list[torch.Size]:
-    return [leaf.shape for leaf in tree_leaves(args)]
+def _circumstances(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """What torch compiles for; in others it would compile again, in the middle of a step."""
+    leaves = [(leaf.shape, leaf.stride(), leaf.dtype, leaf.requires_grad) for leaf in tree_leaves(args)]
+    return leaves, torch.get_num_threads(), torch.is_grad_enabled()
 
 
-def give_up(reason: object) -> None:
+def give_up(reason: str) -> None:
     """Tell why a run goes on without being compiled."""
-    log.warning("engine: goes on without torch.compile, which failed: %s", str(reason).partition("\n")[0])
+    log.warning("engine: goes on without torch.compile, which failed: %s", reason)
+
+
+def reason_of(error: Exception) -> str:
+    """An error in one line."""
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 class Background:
@@ -88,22 +97,31 @@ class Background:
 
     def __init__(self, job: Callable[[], object], folder: Path) -> None:
         self._process: subprocess.Popen[bytes] | None = None
-        self._errors = folder / "errors"
+        self._output = folder / "output"
+        # Modules may be of any script or folder that this process knows.
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(str(Path(path).absolute()) for path in sys.path)}
+        command = [sys.executable, "-c", f"from {__name__} import child; child()", str(folder / "job")]
         try:
             torch.save(job, folder / "job")
-        except Exception as error:  # modules that can't be pickled, of whatever kind
-            give_up(error)
-            return
-        with self._errors.open("wb") as errors:
-            command = [sys.executable, "-m", "mdml_fast.meta.compiling", str(folder / "job")]
-            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors)
+            with self._output.open("wb") as output:
+                self._process = subprocess.Popen(
+                    command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=environment
+                )
+        except Exception as error:  # modules that can't be pickled, of whatever kind; no memory, no process
+            give_up(reason_of(error))
 
     def succeeded(self) -> bool:
         """Whether the job was done; waits for its end, and tells why it failed."""
         if self._process is None:
             return False
-        if self._process.wait():
-            give_up(self._errors.read_text(errors="replace").strip().rpartition("\n")[2])
+        try:
+            self._process.wait(_PATIENCE_SECONDS)
+        except subprocess.TimeoutExpired:
+            give_up(f"it did not end in {_PATIENCE_SECONDS:g} s")
+            return False
+        if self._process.returncode:
+            last = self._output.read_text(errors="replace").strip().rpartition("\n")[2]
+            give_up(last or f"the process ended with {self._process.returncode}")
         return self._process.returncode == 0
 
     def stop(self) -> None:
@@ -116,7 +134,7 @@ class Background:
 @contextlib.contextmanager
 def in_background(job: Callable[[], object]) -> Iterator[Background]:
     """Do a job for as long as the context lasts."""
-    with tempfile.TemporaryDirectory(prefix="mdml-fast-") as folder:
+    with tempfile.TemporaryDirectory(prefix="mdml-fast-", ignore_cleanup_errors=True) as folder:
         background = Background(job, Path(folder))
         try:
             yield background
@@ -124,7 +142,11 @@ def in_background(job: Callable[[], object]) -> Iterator[Background]:
             background.stop()
 
 
-if __name__ == "__main__":
+def child() -> None:
+    """The other process."""
     torch.set_num_threads(1)
-    # This user's own file, written a moment ago for this process alone.
-    torch.load(sys.argv[1], weights_only=False)()
+    try:
+        # This user's own file, written a moment ago for this process alone.
+        torch.load(sys.argv[1], weights_only=False)()
+    except Exception as error:  # whatever a compiler comes up with
+        sys.exit(reason_of(error))

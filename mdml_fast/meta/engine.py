@@ -143,6 +143,7 @@ class MetaEngine:
         self.choice = choose_path(self.modules, first.device.type, dtype or first.dtype, first_order, path)
         self._path = (FusedPath if self.choice.path == "fused" else GenericPath)(self.modules, self.settings)
         self.compile: Compile = compile if self.choice.path == "generic" else False
+        self.is_to_be_compiled = self.compile is True
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The meta-parameters by name: `encoder.…`, `head.…`, …; the keys of `MetaGradients.grads`."""
@@ -202,7 +203,7 @@ class MetaEngine:
             is_ood: which query rows are anomalous, bool [E, q].
             direction: as in `adapt`.
         """
-        if self.compile is True:
+        if self.is_to_be_compiled:
             self.compile_for(support, query, is_ood, direction)
         sums = self.gradient_sums(support, query, is_ood, direction)
         return MeanGradients(self).add(sums).result()
@@ -220,15 +221,21 @@ class MetaEngine:
         losses, groups = self._path.gradients(values, support, query, is_ood, direction is not None, group)
         return GradientSums(losses, groups, direction)
 
-    def compile_for(self, support: Tensor, query: Tensor, is_ood: Tensor, direction: Tensor | None = None) -> None:
-        """Have the generic path's gradients compiled for batches like this one, as those of `meta_gradients`, once.
+    def compile_for(self, support: Tensor, query: Tensor, is_ood: Tensor, direction: Tensor | None = None) -> bool:
+        """Have the generic path's gradients compiled for batches like this one, as those of `meta_gradients`.
 
-        Where that fails it goes on as it is, with one warning.
+        Where that fails it goes on as it is, with one warning, and gives False.
         """
-        self.compile = False
-        if isinstance(self._path, GenericPath):
-            direction = self._direction(direction, len(support))
-            self._path.compile((self._values(direction), support, query, is_ood), direction is not None)
+        self.is_to_be_compiled = False
+        assert isinstance(self._path, GenericPath)
+        direction = self._direction(direction, len(support))
+        self._path.compile((self._values(direction), support, query, is_ood), direction is not None)
+        return self._path.compiled is not None
+
+    def leave_compiled(self) -> None:
+        """Take the generic path as it is again."""
+        assert isinstance(self._path, GenericPath)
+        self._path.compiled = None
 
     def compiling_for(
         self, support: Tensor, query: Tensor, is_ood: Tensor, direction: Tensor | None = None

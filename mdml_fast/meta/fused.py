@@ -68,10 +68,8 @@ class FusedPath:
         program = self._program(values, support, query.shape[1], stacked)
         if program.run is None:
             gradients = functools.partial(program.gradients, group=min(group, len(support)))
-            if support.device.type == "cuda":
-                program.run = Replayed(gradients, support, query, is_ood)
-            else:
-                program.run = gradients
+            on_gpu = support.device.type == "cuda"
+            program.run = Replayed(gradients, support, query, is_ood) if on_gpu else gradients
         result: tuple[Tensor, Parameters] = program.run(support, query, is_ood)
         return result
 

@@ -10,8 +10,9 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vmap
+from torch.utils._pytree import tree_map
 
-from mdml_fast.meta.compiling import Compiled, give_up
+from mdml_fast.meta.compiling import Compiled, give_up, reason_of
 from mdml_fast.meta.settings import ADAPTED, EngineSettings, Parameters
 
 # With fewer logits in an episode the fused loss's calls cost more, under vmap, than its arithmetic saves.
@@ -35,7 +36,7 @@ class GenericPath:
     def __init__(self, modules: nn.ModuleDict, settings: EngineSettings) -> None:
         self._modules, self._settings = modules, settings
         self._local = threading.local()
-        self._compiled: Compiled | None = None
+        self.compiled: Compiled | None = None
         self.takes_support = bool(getattr(modules["head"], "takes_support", False))
 
     def adapt(self, values: Parameters, support: Tensor, stacked: bool) -> Parameters:
@@ -57,8 +58,8 @@ class GenericPath:
         A group is so many consecutive episodes, the last one perhaps fewer; a group's bits depend on it alone.
         """
         batch = values, support, query, is_ood
-        if self._compiled is not None and self._compiled.takes(batch):
-            losses, own = self._compiled(*batch)
+        if self.compiled is not None and self.compiled.takes(batch):
+            losses, own = self.compiled(*batch)
         else:
             self._episode()
             batched = self._local.stacked if stacked else self._local.shared
@@ -72,13 +73,13 @@ class GenericPath:
     def compile(self, batch: Batch, stacked: bool) -> None:
         """Have the `gradients` of batches like this one compiled; where that fails, tell so and go on without."""
         try:
-            self._compiled = compiled(self._modules, self._settings, batch, stacked)
+            self.compiled = compiled(self._modules, self._settings, batch, stacked)
         except Exception as error:  # whatever a compiler comes up with: where it is ours, the plain function raises it
-            give_up(error)
+            give_up(reason_of(error))
 
     def compiling(self, batch: Batch, stacked: bool) -> Callable[[], object]:
         """What `compile` does, for another process."""
-        return functools.partial(compiled, self._modules, self._settings, batch, stacked)
+        return functools.partial(compiled, self._modules, self._settings, tree_map(_without_the_rest, batch), stacked)
 
     def _episode(self) -> _Episode:
         """This thread's own: functional_call puts values into a module for as long as it runs, where all see them."""
@@ -87,6 +88,11 @@ class GenericPath:
             episode = self._local.episode = _Episode(copy.deepcopy(self._modules), self._settings)
             self._local.shared, self._local.stacked = episode.batched(False), episode.batched(True)
         return episode
+
+
+def _without_the_rest(tensor: Tensor) -> Tensor:
+    """The tensor without others that are in memory of its, which would be sent to another process with it."""
+    return tensor.clone() if tensor.untyped_storage().nbytes() > tensor.nbytes else tensor
 
 
 def compiled(modules: nn.ModuleDict, settings: EngineSettings, batch: Batch, stacked: bool) -> Compiled:

@@ -2,7 +2,8 @@
 
 Memory is that of the chunks in flight, whatever the number of episodes. The bits of the result depend neither on the
 threads nor on the chunk size, as long as that is of whole granules (see `chunks`). Only one that is forced, or that
-little memory dictates, is not; then they differ in the last digits.
+little memory dictates, is not; then they differ in the last digits. So they do where the generic path is compiled,
+which chunks of the measured size are, and what is left over is not.
 """
 
 from __future__ import annotations
@@ -96,10 +97,8 @@ class MetaScheduler:
         first = done * episodes_per_step
         cuts = self._cuts(source, first, episodes_per_step)
         ranges = ((step * episodes_per_step + start, count) for step in range(done, n_steps) for start, count in cuts)
-        with (
-            workers(1) as sampling,
-            self._compiling(source.batch(first, cuts[0][1]), n_steps, episodes_per_step) as due,
-        ):
+        one = first, cuts[0][1]
+        with workers(1) as sampling, self._compiling(source, one, n_steps, episodes_per_step) as due:
             batches = in_order(sampling, (partial(source.batch, *cut) for cut in ranges), self.threads + 1)
             for step in range(done, n_steps):
                 due(step)
@@ -126,32 +125,41 @@ class MetaScheduler:
         return batch.support, batch.query, batch.is_ood, batch.direction if self.engine.n_directions else None
 
     @contextlib.contextmanager
-    def _compiling(self, batch: EpisodeBatch, n_steps: int, episodes_per_step: int) -> Iterator[Callable[[int], None]]:
-        """Compile for batches like this one in the background of a long run; gives what to call before each step.
+    def _compiling(
+        self, source: EpisodeSource, cut: tuple[int, int], n_steps: int, episodes_per_step: int
+    ) -> Iterator[Callable[[int], None]]:
+        """Compile for chunks like this cut in the background of a long run; gives what to call before each step.
 
         Between steps no chunk is computed, so that none finds torch at compiling.
         """
-        first_step, background = None, None
-        if self.engine.compile == "auto":
+        first_step = None
+        if self.engine.compile == "auto" and self.engine.device.type == "cpu":
+            batch = source.batch(*cut)
             flops = self.engine.flops(batch.support.shape[1], batch.query.shape[1])
-            first_step = first_compiled_step(episodes_per_step * flops, n_steps)
+            first_step = first_compiled_step(episodes_per_step * flops, n_steps, self.threads)
+        if first_step is None:
+            yield lambda step: None  # noqa: ARG005
+            return
+        with in_background(self.engine.compiling_for(*self._arguments(batch))) as background:
+            is_due = True
 
-        def due(step: int) -> None:
-            if background and first_step is not None and step >= first_step and self.engine.compile == "auto":
-                self.engine.compile = False
-                if background.succeeded():
-                    self._compile(batch)
+            def due(step: int) -> None:
+                nonlocal is_due
+                if is_due and step >= first_step:
+                    is_due = False
+                    if background.succeeded():
+                        self._compile(batch)
 
-        with contextlib.ExitStack() as stack:
-            if first_step is not None:
-                background = stack.enter_context(in_background(self.engine.compiling_for(*self._arguments(batch))))
-            yield due
+            try:
+                yield due
+            finally:
+                self.engine.leave_compiled()
 
     def _compile(self, batch: EpisodeBatch) -> None:
         """Have chunks like this one compiled."""
         with single_thread():
-            self.engine.compile_for(*self._arguments(batch))
-        log.info("engine: compiled for %d episodes at once", len(batch.support))
+            if self.engine.compile_for(*self._arguments(batch)):
+                log.info("engine: compiled for %d episodes at once", len(batch.support))
 
     def _cuts(self, source: EpisodeSource, first: int, n_episodes: int) -> list[tuple[int, int]]:
         """How the episodes of a step are cut into chunks, as `chunks.cuts`."""
@@ -160,7 +168,7 @@ class MetaScheduler:
         if (shape, n_episodes) not in self._chunks:
             self._chunks[shape, n_episodes] = self._chunk(source, first, n_episodes, shape)
         cuts = chunks.cuts(n_episodes, self._chunks[shape, n_episodes])
-        if self.engine.compile is True:
+        if self.engine.is_to_be_compiled:
             self._compile(source.batch(first, cuts[0][1]))
         return cuts
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
 from mdml_fast import MetaEngine
 from mdml_fast.episodes import EpisodeBatch
@@ -55,18 +56,30 @@ def assert_close(got: MetaGradients, expected: MetaGradients) -> None:
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 def test_a_long_run_is_compiled_in_the_background_and_gives_the_same(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))  # of what other runs compiled nothing is found
+    monkeypatch.setattr(scheduler, "first_compiled_step", lambda flops, n_steps, n_threads: 2)
     calls: list[int] = []
-    plain, compiled = Compiled.__call__, engine()
+    plain = Compiled.__call__
     monkeypatch.setattr(Compiled, "__call__", lambda self, *args: calls.append(len(args[1])) or plain(self, *args))
-    monkeypatch.setattr(scheduler, "first_compiled_step", lambda flops, n_steps: 2)
     caplog.set_level(logging.INFO, "mdml_fast")
-    for step, (got, expected) in enumerate(zip(steps(compiled), steps(engine(compile=False)), strict=True)):
+    counters.clear()
+    one = engine()
+    once = []
+    for step, (got, expected) in enumerate(zip(steps(one), steps(engine(compile=False)), strict=True)):
         assert_close(got, expected)
         assert bool(calls) == (step >= 2)
+        once.append(got.loss)
     assert calls == [8, 8] * 2  # two whole chunks of each step; the rest is computed as before
     assert "engine: compiled for 8 episodes at once" in caplog.messages
+    found = sum(
+        counters[kind][f"{cache}_cache_hit"] for kind, cache in (("inductor", "fxgraph"), ("aot_autograd", "autograd"))
+    )
+    assert found, "the other process compiled it, and not this one"
+    assert one._path.compiled is None
+    for got, loss in zip(steps(one), once, strict=True):
+        assert torch.equal(got.loss, loss)
 
 
 @pytest.mark.parametrize("way", ["engine", "scheduler"])
@@ -94,7 +107,7 @@ def test_a_compiler_that_fails_costs_one_warning(
     for _ in range(2):
         computes = one if way == "engine" else MetaScheduler(one, threads=2)
         assert torch.equal(computes.meta_gradients(*batch()).loss, expected.loss)
-    assert caplog.messages == [f"{FAILED}no C++ compiler"]
+    assert caplog.messages == [f"{FAILED}RuntimeError: no C++ compiler"]
 
 
 def test_it_takes_the_shapes_that_it_was_compiled_for(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,13 +115,18 @@ def test_it_takes_the_shapes_that_it_was_compiled_for(monkeypatch: pytest.Monkey
     function = Compiled(lambda rows: rows["x"] + 1, ({"x": torch.zeros(4)},))
     assert function.takes(({"x": torch.ones(4)},))
     assert not function.takes(({"x": torch.ones(3)},))
+    assert not function.takes(({"x": torch.ones(4, dtype=torch.float64)},))
+    with torch.no_grad():
+        assert not function.takes(({"x": torch.ones(4)},))
     assert torch.equal(function({"x": torch.zeros(4)}), torch.ones(4))
 
 
 def test_a_short_run_is_not_compiled_and_a_long_one_soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert first_compiled_step(1e9, 2_000) is None
-    assert first_compiled_step(1e9, 3_000) == 600
-    assert first_compiled_step(1e13, 1) == 1  # no step is left
+    assert first_compiled_step(1e9, 2_000, 1) is None
+    assert first_compiled_step(1e9, 3_000, 1) == 600
+    assert first_compiled_step(1e9, 3_000, 2) is None
+    assert first_compiled_step(1e9, 6_000, 2) == 1200
+    assert first_compiled_step(1e13, 1, 1) is None  # no step would be left
     monkeypatch.setattr(scheduler, "in_background", None)
     assert len(list(steps(engine()))) == 4
 
@@ -116,13 +134,20 @@ def test_a_short_run_is_not_compiled_and_a_long_one_soon(monkeypatch: pytest.Mon
 def test_modules_that_cannot_be_sent_to_another_process_are_not_compiled(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(scheduler, "first_compiled_step", lambda flops, n_steps: 1)
+    monkeypatch.setattr(scheduler, "first_compiled_step", lambda flops, n_steps, n_threads: 1)
     one = engine()
     one.modules["encoder"].note = lambda: "of this process alone"
     for got, expected in zip(steps(one), steps(engine(compile=False)), strict=True):
         assert torch.equal(got.loss, expected.loss)
     assert len(caplog.messages) == 1
-    assert caplog.messages[0].startswith(f"{FAILED}Can't")
+    assert caplog.messages[0].startswith(FAILED)
+    assert "pickle" in caplog.messages[0]
+
+
+def test_only_the_episodes_of_a_batch_are_sent_to_the_other_process(tmp_path: Path) -> None:
+    many = Episodes().batch(0, 1000)
+    torch.save(engine().compiling_for(*(tensor[:3] for tensor in many[:3])), tmp_path / "job")
+    assert (tmp_path / "job").stat().st_size < 20_000
 
 
 def test_a_process_that_fails_says_why_and_one_that_is_not_waited_for_ends(
