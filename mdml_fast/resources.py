@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import re
 from pathlib import Path
 
@@ -25,6 +27,15 @@ class PeakMemory:
     def bytes(self) -> int | None:
         """So far; None where the system does not tell."""
         return None if self._start is None else max(0, _read("VmHWM") - self._start)
+
+
+def release_memory() -> None:
+    """Give what the allocator keeps for later back to the system, where the C library is one that can (glibc).
+
+    Each thread has memory of its own there, whose holes add up over hours.
+    """
+    with contextlib.suppress(AttributeError, OSError, TypeError):  # another C library; Windows has none to open
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _read(name: str) -> int:

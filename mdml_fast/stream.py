@@ -29,10 +29,11 @@ from mdml_fast.drift import DriftMonitor
 from mdml_fast.errors import InputError
 from mdml_fast.explanation import KIND, why_names
 from mdml_fast.inputs import resolve_device
+from mdml_fast.resources import release_memory
 from mdml_fast.threads import Item, in_order, workers
 
 # Rows that one thread scores at once, and rows that a run that is cut off may lose. Batches of 4096 are no faster, and
-# the memory that the allocator keeps for their intermediate results creeps up to twice as much in millions of rows.
+# the allocator comes to keep twice as much memory for their intermediate results.
 BATCH_ROWS, PART_ROWS = 1024, 65_536
 
 # The columns that scoring adds.
@@ -193,9 +194,12 @@ def _scored(
                 yield partial(score, start, batch)
             start += batch.num_rows
 
-    done = skipped_rows
+    done = released = skipped_rows
     for result in _in_order(jobs(), _n_workers(detector)):
         done += result.num_rows
+        if done - released >= PART_ROWS:
+            release_memory()
+            released = done
         if progress:
             progress(done, table.rows_in_all(done))
         yield result
