@@ -38,7 +38,7 @@ class FusedPath:
         else:
             shared = {name: values[name] for name in self._recipe.adapted}
             adapted = shared if stacked else {name: v.expand(len(support), *v.shape) for name, v in shared.items()}
-        return {name: value.clone() for name, value in adapted.items()}
+        return {name: value.clone(memory_format=torch.contiguous_format) for name, value in adapted.items()}
 
     def logits(
         self, adapted: Parameters, values: Parameters, rows: Tensor, support: Tensor | None, stacked: bool

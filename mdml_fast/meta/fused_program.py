@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from mdml_kernels import SoftmaxMarginLoss, direct
+from mdml_kernels.native import library
 from torch import Tensor
 
 from mdml_fast.meta import fused_episodes, on_gpu
@@ -79,13 +80,20 @@ class Program:
         n_episodes, n_support, _ = support.shape
         self.n_episodes, self.n_centers = n_episodes, n_support if recipe.takes_support else 0
         buffers, dtype = Buffers(support.device), support.dtype
-        self.given = recipe.weights({name: torch.empty_like(value) for name, value in values.items()})
-        own = {}
-        for name in recipe.adapted:
-            shape = values[name].shape if stacked else (n_episodes, *values[name].shape)
-            own[name] = torch.empty(shape, dtype=values[name].dtype, device=support.device)
-        self.own = recipe.weights(self.given.master | own)
         self.by_triton = on_gpu.takes_triton(recipe.network, recipe.head, support.device, dtype)
+        by_kernels = self.by_triton or library.serves(support)
+
+        def memory(name: str, *episodes: int) -> Tensor:
+            """For a value. Products are fastest with weights [I, O]; kernels want them as they are, [O, I]."""
+            shape = (*episodes, *values[name].shape)
+            if name in recipe.adapted and values[name].ndim - stacked == 2 and not by_kernels:
+                *outer, n_out, n_in = shape
+                return values[name].new_empty(*outer, n_in, n_out).mT
+            return values[name].new_empty(shape)
+
+        self.given = recipe.weights({name: memory(name) for name in values})
+        own = {name: memory(name, *(() if stacked else (n_episodes,))) for name in recipe.adapted}
+        self.own = recipe.weights(self.given.master | own)
         last = self.own if recipe.settings.inner_steps else self.given
         self.start = BatchedNetwork(recipe.network, self.given, n_episodes, n_support, buffers)
         self.inner = BatchedNetwork(recipe.network, self.own, n_episodes, n_support, buffers)
