@@ -42,8 +42,10 @@ def first_compiled_step(flops: float, n_steps: int, n_threads: int) -> int | Non
         n_threads: CPU threads that share it.
     """
     seconds = flops / _RATE / n_threads
+    if seconds * n_steps / 2 < _WORTHWHILE_SECONDS:
+        return None
     first = math.ceil(_BACKGROUND_SECONDS / seconds)
-    return first if seconds * n_steps / 2 >= _WORTHWHILE_SECONDS and first < n_steps else None
+    return first if first < n_steps else None
 
 
 class Compiled:

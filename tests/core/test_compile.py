@@ -123,6 +123,7 @@ def test_it_takes_the_shapes_that_it_was_compiled_for(monkeypatch: pytest.Monkey
 
 def test_a_short_run_is_not_compiled_and_a_long_one_soon(monkeypatch: pytest.MonkeyPatch) -> None:
     assert first_compiled_step(1e9, 2_000, 1) is None
+    assert first_compiled_step(0, 10**9, 1) is None  # modules without weights
     assert first_compiled_step(1e9, 3_000, 1) == 600
     assert first_compiled_step(1e9, 3_000, 2) is None
     assert first_compiled_step(1e9, 6_000, 2) == 1200
