@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -41,14 +42,16 @@ class GenericPath:
 
     def adapt(self, values: Parameters, support: Tensor, stacked: bool) -> Parameters:
         """The adapted parameters [E, …] of support rows [E, n, d]."""
-        return vmap(self._episode().adapt, in_dims=(0 if stacked else None, 0))(values, support)
+        with _left_as_they_are(support):
+            return vmap(self._episode().adapt, in_dims=(0 if stacked else None, 0))(values, support)
 
     def logits(
         self, adapted: Parameters, values: Parameters, rows: Tensor, support: Tensor | None, stacked: bool
     ) -> Tensor:
         """Logits [E, n, K] of rows [E, n, d] under the adapted parameters [E, …]."""
         in_dims = (0, 0 if stacked else None, 0, None if support is None else 0)
-        return vmap(self._episode().adapted_logits, in_dims=in_dims)(adapted, values, rows, support)
+        with _left_as_they_are(rows, *([] if support is None else [support])):
+            return vmap(self._episode().adapted_logits, in_dims=in_dims)(adapted, values, rows, support)
 
     def gradients(
         self, values: Parameters, support: Tensor, query: Tensor, is_ood: Tensor, stacked: bool, group: int
@@ -56,14 +59,18 @@ class GenericPath:
         """Outer losses [E], and the gradients of every parameter among the values, each summed over groups [G, …].
 
         A group is so many consecutive episodes, the last one perhaps fewer; a group's bits depend on it alone.
+
+        Raises:
+            ValueError: a module works in place on its rows.
         """
         batch = values, support, query, is_ood
-        if self.compiled is not None and self.compiled.takes(batch):
-            losses, own = self.compiled(*batch)
-        else:
-            self._episode()
-            batched = self._local.stacked if stacked else self._local.shared
-            losses, own = batched(*batch)
+        with _left_as_they_are(support, query):
+            if self.compiled is not None and self.compiled.takes(batch):
+                losses, own = self.compiled(*batch)
+            else:
+                self._episode()
+                batched = self._local.stacked if stacked else self._local.shared
+                losses, own = batched(*batch)
         if group == 1:
             return losses, own
         return losses, {
@@ -88,6 +95,24 @@ class GenericPath:
             episode = self._local.episode = _Episode(copy.deepcopy(self._modules), self._settings)
             self._local.shared, self._local.stacked = episode.batched(False), episode.batched(True)
         return episode
+
+
+@contextlib.contextmanager
+def _left_as_they_are(*rows: Tensor) -> Iterator[None]:
+    """Refuse modules that write into the rows [E, n, d] they are given: later steps, and the caller, read those.
+
+    Raises:
+        ValueError: one did.
+    """
+    before = [_writes(tensor) for tensor in rows]
+    yield
+    if [_writes(tensor) for tensor in rows] != before:
+        raise ValueError("the forward of a module works in place on its rows, which later steps read: let it copy them")
+
+
+def _writes(tensor: Tensor) -> int:
+    """How often the tensor was written to; those of inference mode don't count."""
+    return 0 if tensor.is_inference() else tensor._version
 
 
 def _without_the_rest(tensor: Tensor) -> Tensor:

@@ -90,6 +90,36 @@ def test_modules_that_mix_episodes_are_refused(module: nn.Module, match: str) ->
         MetaEngine(nn.Sequential(nn.Linear(12, 8), module), nn.Linear(8, 5))
 
 
+class _InPlace(nn.Module):
+    """Works in place on its own rows, or on what it made itself."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.linear, self.where = nn.Linear(12, 8), where
+
+    def forward(self, rows: Tensor) -> Tensor:
+        if self.where == "an entry of its rows":
+            rows[..., 0] = 0.0
+        elif self.where == "its rows":
+            rows.mul_(1.5)
+        return self.linear(rows).relu_()
+
+
+@pytest.mark.parametrize("where", ["its rows", "an entry of its rows"])
+def test_a_forward_that_changes_its_rows_is_refused_at_the_first_batch(where: str) -> None:
+    engine = MetaEngine(_InPlace(where), nn.Linear(8, 5))
+    support = torch.ones(3, 16, 12)
+    with pytest.raises(ValueError, match="works in place on its rows"):
+        engine.meta_gradients(support, torch.ones(3, 10, 12), torch.arange(10).expand(3, -1) > 6)
+    with pytest.raises(ValueError, match="works in place on its rows"):
+        engine.adapt(support)
+
+
+def test_a_forward_may_change_what_it_made() -> None:
+    batch = torch.ones(3, 16, 12), torch.ones(3, 10, 12), torch.arange(10).expand(3, -1) > 6
+    assert MetaEngine(_InPlace("nowhere else"), nn.Linear(8, 5)).meta_gradients(*batch).loss.isfinite().all()
+
+
 def test_modules_that_work_in_place_are_refused() -> None:
     with pytest.raises(ValueError, match=r"encoder.1 works in place.*inplace=False"):
         MetaEngine(nn.Sequential(nn.Linear(12, 8), nn.ReLU(inplace=True)), nn.Linear(8, 5))
