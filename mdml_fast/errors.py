@@ -7,3 +7,8 @@ class InputError(ValueError):
 
 class ArtifactError(InputError):
     """A model directory or checkpoint that is damaged, foreign or made by another version."""
+
+
+def first_line(error: BaseException) -> str:
+    """What an exception says, without the lines of detail."""
+    return str(error).strip().split("\n")[0]

@@ -17,8 +17,8 @@ import pyarrow.csv as pa_csv
 import pyarrow.dataset as pa_dataset
 import pyarrow.parquet as pa_parquet
 
-from mdml_fast.data.tables import check_names, check_readable, first_line, read_table, suffix_of
-from mdml_fast.errors import InputError
+from mdml_fast.data.tables import check_names, check_readable, read_table, suffix_of
+from mdml_fast.errors import InputError, first_line
 from mdml_fast.files import replace_file
 
 # Standard input or output, where a path is expected.

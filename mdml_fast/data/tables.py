@@ -14,7 +14,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.feather as pa_feather
 import pyarrow.parquet as pa_parquet
 
-from mdml_fast.errors import InputError
+from mdml_fast.errors import InputError, first_line
 
 READABLE = (".parquet", ".csv", ".csv.gz", ".arrow", ".feather", ".npz")
 
@@ -169,8 +169,3 @@ def suffix_of(path: Path, known: tuple[str, ...]) -> str:
         if path.name.lower().endswith(suffix):
             return suffix
     raise InputError(f"{path} is not a table: its name must end in {', '.join(known)}")
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception says, without the lines of detail."""
-    return str(error).strip().split("\n")[0]

@@ -1,9 +1,9 @@
 """`torch.compile` where it pays, and never at the cost of a run.
 
 Compiling goes on in a process of its own, which leaves what it made in torch's cache on disk, while a run computes as
-it is. From a step on that depends on the work alone, not on the clock, the run takes that over: the same run has the
-same bits each time. (A thread of this process would not do: torch restores the state of its random numbers after
-compiling, and tells all threads meanwhile that they are compiled.)
+it is. From a step on that depends on the work and the threads alone, not on the clock, the run takes that over: the
+same run in the same chunks has the same bits each time. (A thread of this process would not do: torch restores the
+state of its random numbers after compiling, and tells all threads meanwhile that they are compiled.)
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from typing import Any, Literal
 
 import torch
 from torch.utils._pytree import tree_leaves
+
+from mdml_fast.errors import first_line
 
 Compile = bool | Literal["auto"]
 
@@ -86,7 +88,7 @@ def give_up(reason: str) -> None:
 
 def reason_of(error: Exception) -> str:
     """An error in one line."""
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return f"{type(error).__name__}: {first_line(error)}"
 
 
 class Background:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mdml_fast.meta.compiling import Compile
 from mdml_fast.meta.fused import FusedPath
-from mdml_fast.meta.generic import GenericPath
+from mdml_fast.meta.generic import Batch, GenericPath
 from mdml_fast.meta.paths import Path, choose_path
 from mdml_fast.meta.settings import EngineSettings, Parameters, check_batchable
 
@@ -228,8 +228,7 @@ class MetaEngine:
         """
         self.is_to_be_compiled = False
         assert isinstance(self._path, GenericPath)
-        direction = self._direction(direction, len(support))
-        self._path.compile((self._values(direction), support, query, is_ood), direction is not None)
+        self._path.compile(*self._batch(support, query, is_ood, direction))
         return self._path.compiled is not None
 
     def leave_compiled(self) -> None:
@@ -242,13 +241,17 @@ class MetaEngine:
     ) -> Callable[[], object]:
         """What `compile_for` does, for another process. On the generic path alone."""
         assert isinstance(self._path, GenericPath)
-        direction = self._direction(direction, len(support))
-        return self._path.compiling((self._values(direction), support, query, is_ood), direction is not None)
+        return self._path.compiling(*self._batch(support, query, is_ood, direction))
 
     def flops(self, n_support: int, n_query: int) -> float:
         """Floating point operations of an episode of so many rows, roughly: those of the products with the weights."""
         weights = sum(value.numel() for value in self.parameters().values()) // (self.n_directions or 1)
         return 6.0 * weights * (n_support * self.settings.inner_steps + n_query)
+
+    def _batch(self, support: Tensor, query: Tensor, is_ood: Tensor, direction: Tensor | None) -> tuple[Batch, bool]:
+        """As the generic path takes it, and whether the values are stacked."""
+        direction = self._direction(direction, len(support))
+        return (self._values(direction), support, query, is_ood), direction is not None
 
     def _values(self, direction: Tensor | None) -> Parameters:
         """Parameters and buffers without a graph: shared, or those of each episode's direction [E, …]."""

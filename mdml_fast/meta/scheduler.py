@@ -134,12 +134,13 @@ class MetaScheduler:
         """
         first_step = None
         if self.engine.compile == "auto" and self.engine.device.type == "cpu":
-            batch = source.batch(*cut)
-            flops = self.engine.flops(batch.support.shape[1], batch.query.shape[1])
+            sample = source.batch(cut[0], 1)
+            flops = self.engine.flops(sample.support.shape[1], sample.query.shape[1])
             first_step = first_compiled_step(episodes_per_step * flops, n_steps, self.threads)
         if first_step is None:
             yield lambda step: None  # noqa: ARG005
             return
+        batch = source.batch(*cut)
         with in_background(self.engine.compiling_for(*self._arguments(batch))) as background:
             is_due = True
 
