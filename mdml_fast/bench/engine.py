@@ -1,9 +1,13 @@
 """The engine against its peers: episodes a second, ratios, and the share of the machine's large sgemm.
 
 Every contender is first checked against float64. They then take turns, round after round, so that a slow moment of the
-machine hits all alike, and their medians are compared: what counts is a ratio, not a time. On one CPU thread it is
-processor time that is taken, which other processes do not add to. The share of sgemm counts the products that are
-needed, no more: none to the rows, none to the head's weights in the inner loop.
+machine hits all alike, and their medians are compared: what counts is a ratio, not a time. Each is called once before
+the call that is timed, as step follows step in a run: a core that was idle is slow at first. On one CPU thread it is
+processor time that is taken, which other processes do not add to.
+
+The share of sgemm counts the products that are needed layer by layer, no more: none to the rows, none to the head's
+weights in the inner loop. Where our fused path makes the last layer and the head one, it takes fewer than these: see
+`Case.taken`.
 """
 
 from __future__ import annotations
@@ -24,6 +28,7 @@ from mdml_fast.bench.peers import Gradients, Peer, Task, installed_peers
 from mdml_fast.diagnosis import loop_meta_gradients
 from mdml_fast.meta.encoders import ResidualEncoder
 from mdml_fast.meta.engine import MetaEngine
+from mdml_fast.meta.fused_folding import LEAST_GAIN
 from mdml_fast.meta.heads import PrototypeHead
 from mdml_fast.meta.scheduler import MetaScheduler
 
@@ -58,6 +63,15 @@ class Case:
         inner, outer = self.n_support * (forward + backward), self.n_query * (forward + backward + z * k)
         return 2.0 * (self.inner_steps * inner + outer)
 
+    @property
+    def taken(self) -> float:
+        """Of the products that our fused path takes, where it folds the last layer into the head; else `flops`."""
+        d, h, z, k = self.widths
+        if self.name == "detector" or LEAST_GAIN * k > z:
+            return self.flops
+        inner, outer = (rows * (2 * d * h + 3 * h * k) + h * k * k for rows in (self.n_support, self.n_query))
+        return 2.0 * (self.inner_steps * inner + outer)
+
 
 CASES = (
     Case("small", 256, 32, 40, (32, 64, 32, 16)),
@@ -74,6 +88,7 @@ class Row:
     case: str
     n_episodes: int
     flops: float
+    taken: float
     seconds: dict[str, float]
     sgemm_flops: float
     chosen: str
@@ -107,7 +122,7 @@ def run(case: Case, device: torch.device, rounds: int | None = None) -> Row:
             seconds[name].append(_timed(functools.partial(contender, *episodes), device))
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     rate = 2 * _SGEMM**3 / statistics.median(sgemm)
-    return Row(case.name, case.n_episodes, case.flops, medians, rate, chosen(), errors)
+    return Row(case.name, case.n_episodes, case.flops, case.taken, medians, rate, chosen(), errors)
 
 
 def run_all(device: torch.device, parts: Sequence[str] = (), rounds: int | None = None) -> list[Row]:
@@ -125,6 +140,11 @@ def table(rows: list[Row]) -> str:
         for name in row.seconds:
             share = f"{row.share[name]:10.2f}"
             lines.append(f"  {name:22}{row.per_second[name]:11.0f}{row.ratios[name]:12.2f}{share}")
+        if row.taken < row.flops:
+            lines.append(
+                "  The share counts the products layer by layer. Ours folds the last layer into the head, and takes"
+            )
+            lines.append(f"  {row.taken / row.flops:.0%} of them.")
     return "\n".join(lines)
 
 
@@ -211,6 +231,7 @@ def _error(grads: Gradients, expected: Gradients) -> float:
 
 
 def _timed(call: Callable[[], object], device: torch.device) -> float:
+    call()
     on_gpu = device.type == "cuda"
     clock = time.process_time if not on_gpu and torch.get_num_threads() == 1 else time.perf_counter
     if on_gpu:

@@ -9,7 +9,8 @@ import torch
 from mdml_kernels import SoftmaxMarginLoss
 from torch import Tensor, nn
 
-from mdml_fast.meta.fused_heads import read_head
+from mdml_fast.meta.fused_folding import read_folding
+from mdml_fast.meta.fused_heads import batched_head, read_head
 from mdml_fast.meta.fused_layers import BatchedNetwork, Buffers, read_encoder
 from mdml_fast.meta.fused_program import Program, Recipe
 from mdml_fast.meta.on_gpu import Replayed
@@ -27,7 +28,8 @@ class FusedPath:
         assert network is not None
         assert head is not None
         assert isinstance(loss, SoftmaxMarginLoss)
-        self._recipe = Recipe(network, head, loss, settings, [name for name, _ in modules.named_parameters()])
+        trained = [name for name, _ in modules.named_parameters()]
+        self._recipe = Recipe(network, head, loss, settings, trained, read_folding(network, head, modules))
         self.takes_support = self._recipe.takes_support
         self._kept = threading.local()
 
@@ -50,7 +52,7 @@ class FusedPath:
         everything = rows if support is None else torch.cat([support, rows], 1)
         network = BatchedNetwork(self._recipe.network, weights, len(rows), everything.shape[1], buffers)
         z = network.forward(self._recipe.cast(everything))
-        head = self._recipe.batched_head(weights, len(rows), rows.shape[1], buffers, rows.dtype)
+        head = batched_head(self._recipe.head, weights, len(rows), rows.shape[1], buffers, rows.dtype)
         return head.logits(z[:, n_centers:], z[:, :n_centers])
 
     def gradients(

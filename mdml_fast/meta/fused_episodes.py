@@ -8,6 +8,7 @@ from mdml_kernels.native import episodes
 from mdml_kernels.native import library as native
 from torch import Tensor
 
+from mdml_fast.meta.fused_folding import METRIC, FoldedGradients, Moves
 from mdml_fast.meta.fused_layers import Layer, Network
 from mdml_fast.meta.settings import EngineSettings, Parameters
 
@@ -20,14 +21,25 @@ class EpisodeKernels:
         head: the head.
         given: the parameters that episodes start from.
         own: those that the inner loop writes.
+        moves: what it writes of a folded head; None where the head is one of its own.
         settings: the engine's.
     """
 
     def __init__(
-        self, network: Network, head: Layer, given: Parameters, own: Parameters, settings: EngineSettings
+        self,
+        network: Network,
+        head: Layer,
+        given: Parameters,
+        own: Parameters,
+        moves: Moves | None,
+        settings: EngineSettings,
     ) -> None:
         self._names = [*network.layers, head]
-        self._layers = [_layer(layer, given, own) for layer in network.layers] + [_layer(head, given, None)]
+        top = _layer(head, given, None)
+        if moves:
+            bias = None if moves.bias is None else moves.bias.unsqueeze(-2)
+            top = top._replace(own=(moves.weight, bias), metric=given[METRIC])
+        self._layers = [*(_layer(layer, given, own) for layer in network.layers), top]
         narrow = settings.dtype == torch.bfloat16
         self._inner = episodes.InnerLoop(settings.inner_steps, settings.inner_lr, "max", narrow)
         plain = native.serves(*(layer.weight for layer in self._layers))
@@ -44,18 +56,21 @@ class EpisodeKernels:
         background: Tensor | None,
         margin: float,
         group: int,
-    ) -> tuple[Tensor, Parameters, Tensor | None]:
-        """Outer losses [C], the parameters' gradients [C / group, …], and that by the background [C].
+    ) -> tuple[Tensor, Parameters, FoldedGradients | None, Tensor | None]:
+        """Outer losses [C], the gradients [C / group, …] to parameters and a folded head, that to the background [C].
 
         rows are the support [C, n, d], the query [C, q, d] and is_ood [C, q].
         """
         out = episodes.meta_gradients(self._layers, self._inner, *rows, tau, background, margin, group)
-        grads = {}
-        for layer, (by_weight, by_bias) in zip(self._names, out.by_layer, strict=True):
+        grads, folded, layers = {}, None, list(zip(self._names, out.by_layer, strict=True))
+        if self._layers[-1].metric is not None:
+            _, by_head = layers.pop()
+            folded = FoldedGradients(*by_head, out.cross)
+        for layer, (by_weight, by_bias) in layers:
             grads[layer.weight] = by_weight
             if layer.bias and by_bias is not None:
                 grads[layer.bias] = by_bias
-        return out.loss, grads, out.by_background
+        return out.loss, grads, folded, out.by_background
 
 
 def make(
@@ -64,6 +79,7 @@ def make(
     loss: SoftmaxMarginLoss,
     given: Parameters,
     own: Parameters,
+    moves: Moves | None,
     settings: EngineSettings,
 ) -> EpisodeKernels | None:
     """The kernels for this computation, where this machine has such."""
@@ -75,7 +91,7 @@ def make(
         or loss.log_temperature is not None
     ):
         return None
-    kernels = EpisodeKernels(network, head, given, own, settings)
+    kernels = EpisodeKernels(network, head, given, own, moves, settings)
     return kernels if kernels.serves else None
 
 

@@ -41,9 +41,10 @@ class BatchedLinearHead:
     def pull(self, grad: Tensor, use: Use | None) -> tuple[Tensor, Tensor | None]:
         """The gradient to z, and to the centers, from that to the logits; `use` is told of the head's own layer."""
         grad = grad.to(self.layer.weight.dtype)
+        grad_z = self.layer.pull(grad)
         if use:
             use(self.layer, grad)
-        return self.layer.pull(grad), None
+        return grad_z, None
 
 
 class BatchedPrototypes:
@@ -74,3 +75,12 @@ class BatchedPrototypes:
         """|z|²/2 [C, n] of embeddings [C, n, z]."""
         norms: Tensor = torch.linalg.vector_norm(z, dim=-1, dtype=self.dtype)
         return norms.square() / 2
+
+
+def batched_head(
+    head: Layer | str, weights: Weights, n_episodes: int, n_rows: int, buffers: Buffers, dtype: torch.dtype
+) -> BatchedLinearHead | BatchedPrototypes:
+    """The head, as `read_head` gave it, for so many rows of this dtype."""
+    if isinstance(head, Layer):
+        return BatchedLinearHead(head, weights, n_episodes, n_rows, buffers, dtype)
+    return BatchedPrototypes(weights, dtype)

@@ -72,6 +72,11 @@ class Weights(NamedTuple):
     master: Parameters
     compute: Parameters
 
+    def updated(self, own: Weights) -> Weights:
+        """With others in place of some."""
+        master = self.master | own.master
+        return Weights(master, master if own.compute is own.master else self.compute | own.compute)
+
 
 class Buffers:
     """Memory by name that is taken again and again: nothing is allocated after the first batch of a shape."""

@@ -17,20 +17,26 @@ from torch import Tensor
 
 from mdml_fast.meta import fused_episodes, on_gpu
 from mdml_fast.meta.fused_episodes import EpisodeKernels
-from mdml_fast.meta.fused_heads import PROTOTYPES, BatchedLinearHead, BatchedPrototypes
+from mdml_fast.meta.fused_folding import NAMES as FOLDED
+from mdml_fast.meta.fused_folding import FoldedGradients, Folding
+from mdml_fast.meta.fused_heads import PROTOTYPES, batched_head
 from mdml_fast.meta.fused_layers import BatchedLayer, BatchedNetwork, Buffers, Layer, Network, Weights
 from mdml_fast.meta.settings import EngineSettings, Parameters
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """What is to be computed, whatever the shapes; `trained` are the names of all parameters."""
+    """What is to be computed, whatever the shapes.
+
+    `trained` are the names of all parameters; `folding` is None where the encoder's last layer stays one of its own.
+    """
 
     network: Network
     head: Layer | str
     loss: SoftmaxMarginLoss
     settings: EngineSettings
     trained: list[str]
+    folding: Folding | None
 
     @property
     def takes_support(self) -> bool:
@@ -45,7 +51,7 @@ class Recipe:
     def weights(self, values: Parameters) -> Weights:
         """The values, and beside them what the products compute with."""
         dtype = self.settings.dtype
-        networks = [name for name in self.trained if not name.startswith("loss.")]
+        networks = [name for name in (*self.trained, *FOLDED) if name in values and not name.startswith("loss.")]
         if dtype is None or all(values[name].dtype == dtype for name in networks):
             return Weights(values, values)
         return Weights(values, values | {name: values[name].to(dtype) for name in networks})
@@ -53,14 +59,6 @@ class Recipe:
     def cast(self, rows: Tensor) -> Tensor:
         """Rows for the products."""
         return (rows if self.settings.dtype is None else rows.to(self.settings.dtype)).contiguous()
-
-    def batched_head(
-        self, weights: Weights, n_episodes: int, n_rows: int, buffers: Buffers, dtype: torch.dtype
-    ) -> BatchedLinearHead | BatchedPrototypes:
-        """The head for so many rows of this dtype."""
-        if isinstance(self.head, Layer):
-            return BatchedLinearHead(self.head, weights, n_episodes, n_rows, buffers, dtype)
-        return BatchedPrototypes(weights, dtype)
 
 
 class Program:
@@ -83,49 +81,55 @@ class Program:
         self.by_triton = on_gpu.takes_triton(recipe.network, recipe.head, support.device, dtype)
         by_kernels = self.by_triton or library.serves(support)
 
+        network, head, inner = recipe.network, recipe.head, recipe.adapted
+        self.folding = folding = None if self.by_triton else recipe.folding
+        if folding:
+            network, head = network._replace(layers=network.layers[:-1]), folding.layer
+            inner = [name for name in inner if name not in folding.last] + folding.inner
+            values = values | folding.values(values)
+
         def memory(name: str, *episodes: int) -> Tensor:
             """For a value. Products are fastest with weights [I, O]; kernels want them as they are, [O, I]."""
             shape = (*episodes, *values[name].shape)
-            if name in recipe.adapted and values[name].ndim - stacked == 2 and not by_kernels:
+            if name in inner and values[name].ndim - stacked == 2 and not by_kernels:
                 *outer, n_out, n_in = shape
                 return values[name].new_empty(*outer, n_in, n_out).mT
             return values[name].new_empty(shape)
 
         self.given = recipe.weights({name: memory(name) for name in values})
-        own = {name: memory(name, *(() if stacked else (n_episodes,))) for name in recipe.adapted}
-        self.own = recipe.weights(self.given.master | own)
+        own = {name: memory(name, *(() if stacked else (n_episodes,))) for name in inner}
+        self.own = self.given.updated(recipe.weights(own))
         last = self.own if recipe.settings.inner_steps else self.given
-        self.start = BatchedNetwork(recipe.network, self.given, n_episodes, n_support, buffers)
-        self.inner = BatchedNetwork(recipe.network, self.own, n_episodes, n_support, buffers)
-        self.inner_head = recipe.batched_head(self.given, n_episodes, n_support, buffers, dtype)
-        self.outer = BatchedNetwork(recipe.network, last, n_episodes, self.n_centers + n_query, buffers)
-        self.outer_head = recipe.batched_head(self.given, n_episodes, n_query, buffers, dtype)
+        self.start = BatchedNetwork(network, self.given, n_episodes, n_support, buffers)
+        self.inner = BatchedNetwork(network, self.own, n_episodes, n_support, buffers)
+        self.start_head = batched_head(head, self.given, n_episodes, n_support, buffers, dtype)
+        self.inner_head = batched_head(head, self.own, n_episodes, n_support, buffers, dtype)
+        self.outer = BatchedNetwork(network, last, n_episodes, self.n_centers + n_query, buffers)
+        self.outer_head = batched_head(head, last, n_episodes, n_query, buffers, dtype)
         # The layers of self.inner take over what comes of a step from those of self.start, then from themselves.
         pairs = [
             *zip(self.start.layers, self.inner.layers, strict=True),
             *((layer, layer) for layer in self.inner.layers),
         ]
         self.successor = dict(pairs)
+        self.moves = folding.still(values, n_episodes) if folding else None
         self._episodes = fused_episodes.make(
-            *(recipe.network, recipe.head, recipe.loss, self.given.master, self.own.master, recipe.settings)
+            network, head, recipe.loss, self.given.master, self.own.master, self.moves, recipe.settings
         )
 
     def load(self, values: Parameters) -> None:
         """Take over the values."""
+        if self.folding:
+            values = values | self.folding.values(values)
         for side in {id(side): side for side in self.given}.values():
             for name, value in values.items():
                 side[name].copy_(value)
 
     def adapt(self, support: Tensor) -> Parameters:
         """The encoder after SGD on the one-class loss of support rows [C, n, d]: [C, …], in the program's memory."""
-        tau, background = self._tau(support), self._background(support)
-        if self.by_triton and self.recipe.settings.inner_steps:
-            on_gpu.adapt(self.recipe, self.given, self.own, support, tau, background)
-        elif self._episodes:
-            self._episodes.adapt(support, tau, background)
-        else:
-            self._adapt(self.recipe.cast(support), tau, background)
-        return {name: self.own.master[name] for name in self.recipe.adapted}
+        self._descend(support)
+        own = {name: self.own.master[name] for name in self.recipe.adapted}
+        return own | self.folding.adapted(self.given.master, self.moves) if self.folding and self.moves else own
 
     def gradients(self, support: Tensor, query: Tensor, is_ood: Tensor, group: int) -> tuple[Tensor, Parameters]:
         """Outer losses [C], and the gradients summed over groups of so many episodes, [C / group, …]."""
@@ -138,14 +142,18 @@ class Program:
                 assert layer.layer.bias
                 grads[layer.layer.bias] = by_bias
 
+        def collect_folded(layer: BatchedLayer, grad: Tensor) -> None:
+            assert self.folding
+            grads.update(self._through_folding(self.folding, layer.gradients(grad, 1, query.dtype), group))
+
         if self._episodes:
             return self._by_episodes(self._episodes, (support, query, is_ood), group)
-        self.adapt(support)
+        self._descend(support)
         rows = torch.cat([support, query], 1) if self.n_centers else query
         z = self.outer.forward(self.recipe.cast(rows))
         logits = self.outer_head.logits(z[:, self.n_centers :], z[:, : self.n_centers])
         out = self._margin(logits, is_ood)
-        grad_z, grad_centers = self.outer_head.pull(out.logits, collect)
+        grad_z, grad_centers = self.outer_head.pull(out.logits, collect_folded if self.folding else collect)
         if grad_centers is not None:
             grad_z = torch.cat([grad_centers, grad_z], 1)
         by_scale = self.outer.backward(grad_z, collect)
@@ -166,31 +174,62 @@ class Program:
     ) -> tuple[Tensor, Parameters]:
         """`gradients` by the compiled kernel."""
         tau, background = self._tau(rows[0]), self._background(rows[0])
-        loss, grads, by_background = kernels.gradients(rows, tau, background, self.recipe.loss.margin, group)
+        loss, grads, folded, by_background = kernels.gradients(rows, tau, background, self.recipe.loss.margin, group)
+        if self.folding and folded:
+            grads |= self.folding.gradients(self.given.master, folded)
         if "loss.background" in self.recipe.trained:
             assert by_background is not None
             grads["loss.background"] = _group_sums(by_background, group)
         return loss, grads
 
-    def _adapt(self, rows: Tensor, tau: Tensor | None, background: Tensor | None) -> None:
-        """Fill `own` by the inner loop on rows as the products take them."""
+    def _descend(self, support: Tensor) -> None:
+        """Fill `own` and `moves` by the inner loop."""
+        tau, background = self._tau(support), self._background(support)
+        if self.by_triton and self.recipe.settings.inner_steps:
+            on_gpu.adapt(self.recipe, self.given, self.own, support, tau, background)
+        elif self._episodes:
+            self._episodes.adapt(support, tau, background)
+        else:
+            self._by_layers(self.recipe.cast(support), tau, background)
+
+    def _by_layers(self, rows: Tensor, tau: Tensor | None, background: Tensor | None) -> None:
+        """`_descend` on rows as the products take them."""
         lr = self.recipe.settings.inner_lr
 
         def descend(layer: BatchedLayer, grad: Tensor) -> None:
             self.successor[layer].descend(layer, grad, lr)
 
+        def descend_folded(layer: BatchedLayer, grad: Tensor) -> None:
+            assert self.folding
+            assert self.moves
+            self.moves.add(*layer.gradients(grad, 1, self.moves.weight.dtype), -lr)
+            self.folding.move(self.given.master, self.moves, self.own)
+
+        if self.moves:
+            self.moves.clear()
         for step in range(self.recipe.settings.inner_steps):
-            network = self.inner if step else self.start
+            network, head = (self.inner, self.inner_head) if step else (self.start, self.start_head)
             z = network.forward(rows)
-            logits = self.inner_head.logits(z, z)
+            logits = head.logits(z, z)
             grad = direct.one_class_gradient_(logits, tau, background, self.recipe.loss.confidence)
-            grad_z, grad_centers = self.inner_head.pull(grad, None)
+            grad_z, grad_centers = head.pull(grad, descend_folded if self.folding else None)
             if grad_centers is not None:
                 grad_z.add_(grad_centers)
             by_scale = network.backward(grad_z, descend)
             if by_scale is not None:
                 assert network.log_scale is not None
                 torch.add(network.log_scale, by_scale, alpha=-lr, out=self.inner.log_scale)
+
+    def _through_folding(self, folding: Folding, each: tuple[Tensor, Tensor | None], group: int) -> Parameters:
+        """The gradients to both folded layers, summed over groups, from those of each episode to the folded one."""
+        by_weight, by_bias = each
+        cross = self.moves.cross(*each) if self.moves and self.recipe.settings.inner_steps else None
+        sums = FoldedGradients(
+            _group_sums(by_weight, group),
+            None if by_bias is None else _group_sums(by_bias, group),
+            None if cross is None else _group_sums(cross, group),
+        )
+        return folding.gradients(self.given.master, sums)
 
     def _margin(self, logits: Tensor, is_ood: Tensor) -> direct.LossGradients:
         loss = self.recipe.loss

@@ -36,3 +36,12 @@ def test_the_products_that_are_needed() -> None:
     assert case.flops == 2 * (2 * 64 * 128 + 3 * 128 * 64 + 2 * 64 * 16)
     outer = replace(engine.CASES[1], n_support=0, n_query=1, inner_steps=1)
     assert outer.flops == 2 * (2 * 64 * 128 + 3 * 128 * 64 + 3 * 64 * 16)
+
+
+def test_the_products_that_folding_leaves() -> None:
+    """A forward and a descending product of both layers, one pull, and the metric on what the head moved by."""
+    case = replace(engine.CASES[1], n_support=1, n_query=0, inner_steps=1)
+    both_ends = 128 * 16 * 16  # at the outer loss it is G Dᵀ
+    assert case.taken == 2 * (2 * 64 * 128 + 3 * 128 * 16 + 2 * both_ends)
+    wide = replace(case, widths=(64, 128, 64, 33))
+    assert wide.taken == wide.flops

@@ -11,7 +11,7 @@ namespace mdml {
 extern "C" {
 
 // A layer of all episodes: as it is given (strides between episodes, 0 shares), as the inner loop leaves it (null: not
-// wanted), and the gradients by it [E / group, ...]. The head has nothing of its own.
+// wanted), and the gradients by it [E / group, ...].
 struct EpisodeLayer {
   int64_t n_in, n_out, rectify;
   const float *weight, *bias;
@@ -20,13 +20,18 @@ struct EpisodeLayer {
 };
 
 // The last of n_layers is the head. tau null: 1; background null: none; by_background [E] null: not wanted.
+// metric null: the head stays as it is. Else it stands for two layers, F = V W, and metric is V V^T (stride 0: shared).
+// SGD on W moves F by metric times the steps of one on F; their sums D and d are the head's own (own_bias null: its bias
+// stays), and cross [E / group, K, K] sums G D^T + g d^T of its gradients by the outer loss (null: not wanted).
 struct EpisodeProgram {
   int64_t n_layers, n_support, n_query, n_steps, group, mass, bfloat16;
   const EpisodeLayer* layers;
   const float *support, *query;
   const uint8_t* is_ood;
   const float *tau, *background;
-  float *loss, *by_background;
+  float *loss, *by_background, *cross;
+  const float* metric;
+  int64_t metric_stride;
   float lr, margin;
 };
 
@@ -45,7 +50,7 @@ struct Workspace {
   std::vector<Buffer<float>> own;  // weight and bias of each layer, where they are not wanted
   Buffer<Stored> grad[2];
   Buffer<Entry> inputs, stacked_inputs, by_logits, turned, stacked;
-  Buffer<float> logits, slope, log_sum;
+  Buffer<float> logits, slope, log_sum, folded, by_head, metric, moves, moves_turned;
   Buffer<int64_t> first;
 };
 
@@ -69,6 +74,8 @@ class Episode {
     grad = space.grad[0].take(n * widest), grad_below = space.grad[1].take(n * widest);
     logits = space.logits.take(n * of.layers[head].n_out);
     kept = {space.slope.take(n), space.log_sum.take(n), space.first.take(n)};
+    const int64_t size_of_head = (of.layers[head].n_in + 1) * of.layers[head].n_out;
+    if (of.metric) space.folded.take(size_of_head), space.by_head.take(size_of_head);
   }
 
   void adapt(int64_t e) {
@@ -78,7 +85,14 @@ class Episode {
       const bool own = step > 0;
       forward(e, own, n);
       one_class_gradient(logits_of(e, n), of.mass, logits);
-      pull(e, head, own, n, logit_gradients(n), grad);
+      const Stored* by_logits = logit_gradients(n);
+      pull(e, head, own, n, by_logits, grad);
+      if (of.metric) {
+        const Layer<float> moves = own_layer(e, head);
+        const Layer<const float> last = own ? Layer<const float>{moves.weight, moves.bias} : Layer<const float>{};
+        layer_step<Kind>(size(head, n), by_logits, stacked_below(head, n), -of.lr, last, moves);
+        move_head(e);
+      }
       for (int64_t l = head - 1; l >= 0; --l) {
         if (l) pull(e, l, own, n, grad, grad_below);
         layer_step<Kind>(size(l, n), grad, stacked_below(l, n), -of.lr, at(e, l, own), own_layer(e, l));
@@ -95,7 +109,10 @@ class Episode {
     margin_gradient(e, n);
     const Stored* by_logits = logit_gradients(n);
     pull(e, head, own, n, by_logits, grad);
-    collect(group, head, n, by_logits, begins);
+    if (of.cross)
+      collect_head(e, n, by_logits, begins);
+    else
+      collect(group, head, n, by_logits, begins);
     for (int64_t l = head - 1; l >= 0; --l) {
       if (l) pull(e, l, own, n, grad, grad_below);
       collect(group, l, n, grad, begins);
@@ -139,6 +156,10 @@ class Episode {
       const Layer<float> mine = own_layer(e, l);
       return {mine.weight, mine.bias};
     }
+    if (own && of.metric) {
+      const float* mine = space.folded.get();
+      return {mine, layer.bias ? mine + layer.n_out * layer.n_in : nullptr};
+    }
     return {layer.weight + e * layer.weight_stride, layer.bias ? layer.bias + e * layer.bias_stride : nullptr};
   }
 
@@ -159,7 +180,7 @@ class Episode {
   const Entry* laid(Lay lay, int64_t e, int64_t l, bool own, std::vector<const Entry*>& ready,
                     std::vector<Buffer<Entry>>& given, Buffer<Entry>& mine) {
     const EpisodeLayer& layer = of.layers[l];
-    const bool shared = !layer.weight_stride && !(own && l < head);
+    const bool shared = !layer.weight_stride && !(own && (l < head || of.metric));
     if (shared && ready[l]) return ready[l];
     const Entry* weight = lay(at(e, l, own).weight, layer.n_out, layer.n_in, shared ? given[l] : mine);
     if (shared) ready[l] = weight;
@@ -200,9 +221,57 @@ class Episode {
     if (of.by_background) of.by_background[e] = reduce(by_background, sum<Floats>)[0];
   }
 
+  // The head as it was given, moved: F + M D, and c + M d.
+  void move_head(int64_t e) {
+    const int64_t n_in = of.layers[head].n_in, n_out = of.layers[head].n_out;
+    const Layer<const float> given = at(e, head, false);
+    const Layer<float> moves = own_layer(e, head);
+    float *weight = space.folded.get(), *bias = weight + n_out * n_in;
+    const float* metric = of.metric + e * of.metric_stride;
+    const Operands<Singles> by_weight = {metric, Singles::stacked(moves.weight, n_out, n_in, space.moves), n_out, 1,
+                                         padded(n_in), n_out};
+    product(by_weight, n_out, n_in, [=](int64_t i, int64_t j, Floats sums, int64_t left) INLINE {
+      store_some(weight + i * n_in + j, sums + load_some(given.weight + i * n_in + j, left, 0.0f), left);
+    });
+    if (!given.bias) return;
+    if (!moves.bias) return void(memcpy(bias, given.bias, n_out * sizeof(float)));
+    const Operands<Singles> by_bias = {moves.bias, Singles::stacked(metric, n_out, n_out, space.metric), 0, 1,
+                                       padded(n_out), n_out};  // M is symmetric
+    product(by_bias, 1, n_out, [=](int64_t, int64_t j, Floats sums, int64_t left) INLINE {
+      store_some(bias + j, sums + load_some(given.bias + j, left, 0.0f), left);
+    });
+  }
+
+  // `collect` of a head that moved, and G D^T + g d^T.
+  void collect_head(int64_t e, int64_t n, const Stored* from, bool begins) {
+    const EpisodeLayer& layer = of.layers[head];
+    const int64_t n_in = layer.n_in, n_out = layer.n_out, group = e / of.group;
+    float *weight = space.by_head.get(), *bias = layer.by_bias ? weight + n_out * n_in : nullptr;
+    layer_step<Kind>(size(head, n), from, stacked_below(head, n), 1.0f, {}, {weight, bias});
+    add(weight, n_out * n_in, begins, layer.by_weight + group * n_out * n_in);
+    if (bias) add(bias, n_out, begins, layer.by_bias + group * n_out);
+
+    const Layer<float> moves = own_layer(e, head);
+    const float* turned = Singles::turned(moves.weight, n_out, n_in, space.moves_turned);
+    float* cross = of.cross + group * n_out * n_out;
+    const Operands<Singles> of_weights = {weight, turned, n_in, 1, padded(n_out), n_in};
+    product(of_weights, n_out, n_out, [=](int64_t i, int64_t j, Floats sums, int64_t left) INLINE {
+      if (moves.bias) sums += load_some(moves.bias + j, left, 0.0f) * bias[i];
+      if (!begins) sums += load_some(cross + i * n_out + j, left, 0.0f);
+      store_some(cross + i * n_out + j, sums, left);
+    });
+  }
+
+  // to [n] += values, or = where a sum begins.
+  static void add(const float* values, int64_t n, bool begins, float* to) {
+    for (int64_t i = 0; i < n; i += W) {
+      const Floats sums = load_some(values + i, n - i, 0.0f);
+      store_some(to + i, begins ? sums : sums + load_some(to + i, n - i, 0.0f), n - i);
+    }
+  }
+
   // The gradient to what layer l - 1 gave before its activation, from that to what l gives.
   void pull(int64_t e, int64_t l, bool own, int64_t n, const Stored* from, Stored* to) {
-    const EpisodeLayer& layer = of.layers[l];
     layer_pull<Kind>(size(l, n), from, stacked(e, l, own), of.layers[l - 1].rectify ? outputs[l - 1] : nullptr, to);
   }
 

@@ -26,13 +26,16 @@ class MlpLayer(NamedTuple):
     weight: [O, I], shared by the episodes, or [C, O, I].
     bias: [1, O] or [C, 1, O], or None.
     rectify: whether a ReLU follows.
-    own: weight [C, O, I] and bias [C, 1, O] for `adapt` to write; None for the head.
+    own: weight [C, O, I] and bias [C, 1, O] for `adapt` to write; None for a head that is not adapted.
+    metric: of a head that stands for two layers, F = V W: V Vᵀ [K, K] or [C, K, K]. The inner loop then trains it, and
+        multiplies its steps by this. Its own is what it descended by before that (a bias of None stays as it is).
     """
 
     weight: Tensor
     bias: Tensor | None
     rectify: bool
     own: tuple[Tensor, Tensor | None] | None
+    metric: Tensor | None = None
 
 
 class InnerLoop(NamedTuple):
@@ -57,11 +60,15 @@ def takes_bfloat16(layers: Sequence[MlpLayer]) -> bool:
 
 
 class MetaGradients(NamedTuple):
-    """Hinge losses [C]; by weight and bias of every layer [C / group, …], the head last; by the background [C]."""
+    """Hinge losses [C]; by weight and bias of every layer [C / group, …], the head last; by the background [C].
+
+    Of a head with a metric, cross is G Dᵀ + g dᵀ [C / group, K, K] of its gradients G and g and what it descended by.
+    """
 
     loss: Tensor
     by_layer: list[tuple[Tensor, Tensor | None]]
     by_background: Tensor | None
+    cross: Tensor | None
 
 
 def adapt(
@@ -112,14 +119,20 @@ def meta_gradients(
     loss = support.new_empty(n_episodes)
     by_background = None if background is None else torch.empty_like(loss)
     by_layer = [_empty_gradients(layer, n_groups) for layer in layers]
-    passing = [layer._replace(own=None) for layer in layers]  # adapted weights stay in the processor's cache
+    # Adapted weights stay in the processor's cache.
+    passing = [layer if layer.metric is not None else layer._replace(own=None) for layer in layers]
     program = _program(passing, inner, support, tau, background, by_layer)
+    cross = None
+    if layers[-1].metric is not None and inner.n_steps:
+        n_logits = layers[-1].weight.shape[-2]
+        cross = support.new_empty(n_groups, n_logits, n_logits)
+        program.cross = cross.data_ptr()
     program.query, program.is_ood, program.n_query = query.data_ptr(), is_ood.data_ptr(), query.shape[1]
     program.loss, program.by_background = loss.data_ptr(), address(by_background)
     program.margin, program.group = margin, group
     n_products = _products(layers, support.shape[1]) * inner.n_steps + _products(layers, query.shape[1])
     call("mdml_meta_gradients", n_groups, n_products * group, _LEAST_PRODUCTS, ctypes.byref(program))
-    return MetaGradients(loss, by_layer, by_background)
+    return MetaGradients(loss, by_layer, by_background, cross)
 
 
 class _Layer(ctypes.Structure):
@@ -143,7 +156,8 @@ class _Program(ctypes.Structure):
         ),
         ("layers", ctypes.POINTER(_Layer)),
         *((name, ctypes.c_void_p) for name in ("support", "query", "is_ood", "tau", "background")),
-        *((name, ctypes.c_void_p) for name in ("loss", "by_background")),
+        *((name, ctypes.c_void_p) for name in ("loss", "by_background", "cross", "metric")),
+        ("metric_stride", ctypes.c_int64),
         *((name, ctypes.c_float) for name in ("lr", "margin")),
     ]
 
@@ -159,6 +173,7 @@ def _program(
     """The tensors that go in must outlive it."""
     nothing: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(layers)
     filled = [_layer(layer, *by) for layer, by in zip(layers, by_layer or nothing, strict=True)]
+    metric = layers[-1].metric
     return _Program(
         n_layers=len(layers),
         n_support=support.shape[1],
@@ -169,6 +184,8 @@ def _program(
         support=support.data_ptr(),
         tau=address(tau),
         background=address(background),
+        metric=address(metric),
+        metric_stride=_stride(metric),
         lr=inner.lr,
     )
 
@@ -176,12 +193,17 @@ def _program(
 def _layer(layer: MlpLayer, by_weight: Tensor | None, by_bias: Tensor | None) -> _Layer:
     own_weight, own_bias = layer.own or (None, None)
     n_out, n_in = layer.weight.shape[-2:]
-    strides = [0 if value is None or value.ndim == 2 else value.stride(0) for value in (layer.weight, layer.bias)]
+    strides = [_stride(value) for value in (layer.weight, layer.bias)]
     pointers = [address(value) for value in (layer.weight, layer.bias)]
     return _Layer(
         *(n_in, n_out, layer.rectify, *pointers, *strides),
         *(address(value) for value in (own_weight, own_bias, by_weight, by_bias)),
     )
+
+
+def _stride(parameter: Tensor | None) -> int:
+    """From one episode's to the next's; 0 where they share it."""
+    return 0 if parameter is None or parameter.ndim == 2 else parameter.stride(0)
 
 
 def _empty_gradients(layer: MlpLayer, n_groups: int) -> tuple[Tensor, Tensor | None]:

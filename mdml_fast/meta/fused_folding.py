@@ -1,0 +1,158 @@
+"""An encoder's last layer and a linear head as one layer, where no activation stands between and K is small.
+
+The layer has W [z, I] and b [z], the head V [K, z] and a [K]. Logits of what goes into the layer are ``h Fᵀ + c`` with
+F = V W and c = V b + a, and products with F [K, I] are the smaller the smaller K is. The inner loop trains W and b, and
+moves F and c by it: a step of W along Vᵀ G is one of F along M G, where M = V Vᵀ and G is the gradient to F. With the
+sums of all steps D = -lr Σ G and d = -lr Σ g it arrives at
+
+    W' = W + Vᵀ D    b' = b + Vᵀ d    F' = F + M D    c' = c + M d
+
+and the first-order gradients of an outer loss, from its own G and g at F' and c', are
+
+    by W: Vᵀ G    by b: Vᵀ g    by V: G W'ᵀ + g b'ᵀ = G Wᵀ + g bᵀ + (G Dᵀ + g dᵀ) V    by a: g
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mdml_fast.meta.fused_layers import Layer, Network, Weights
+from mdml_fast.meta.settings import Parameters
+
+# Products with K columns have to be this much smaller than those with z, for what folding costs itself.
+LEAST_GAIN = 2
+
+WEIGHT, BIAS, METRIC = NAMES = "folded.weight", "folded.bias", "folded.metric"
+
+
+class Folding(NamedTuple):
+    """The encoder's last layer and the head, which become one."""
+
+    last: Layer
+    head: Layer
+
+    @property
+    def layer(self) -> Layer:
+        """The two as one."""
+        return Layer(WEIGHT, BIAS if self.last.bias or self.head.bias else None)
+
+    def values(self, values: Parameters) -> Parameters:
+        """F [K, I], c [K] (where there is a bias) and M [K, K] of shared parameters, or [C, …] of stacked ones."""
+        head = values[self.head.weight]
+        folded = {WEIGHT: head @ values[self.last.weight], METRIC: head @ head.mT}
+        biases = []
+        if self.last.bias:
+            biases.append((head @ values[self.last.bias].unsqueeze(-1)).squeeze(-1))
+        if self.head.bias:
+            biases.append(values[self.head.bias])
+        return folded | ({BIAS: sum(biases[1:], biases[0])} if biases else {})
+
+    @property
+    def inner(self) -> list[str]:
+        """Names of what the inner loop moves."""
+        return [WEIGHT, BIAS] if self.last.bias else [WEIGHT]
+
+    def still(self, values: Parameters, n_episodes: int) -> Moves:
+        """Memory for the moves of so many episodes."""
+        shape = (n_episodes, *values[WEIGHT].shape[-2:])
+        weight = values[WEIGHT].new_zeros(shape)
+        return Moves(weight, weight.new_zeros(shape[:2]) if self.last.bias else None)
+
+    def move(self, given: Parameters, moves: Moves, own: Weights) -> None:
+        """Make own F [C, K, I] and c [C, K] those that are given, moved."""
+        metric, weight = given[METRIC], own.master[WEIGHT]
+        torch.baddbmm(given[WEIGHT], metric.expand(len(weight), *metric.shape[-2:]), moves.weight, out=weight)
+        if moves.bias is not None:
+            steps = (moves.bias.unsqueeze(-2) @ metric).squeeze(-2)  # M is symmetric
+            torch.add(given[BIAS], steps, out=own.master[BIAS])
+        if own.compute is not own.master:
+            for name in self.inner:
+                own.compute[name].copy_(own.master[name])
+
+    def adapted(self, values: Parameters, moves: Moves) -> Parameters:
+        """W' [C, z, I] and b' [C, z], by name."""
+        turned = values[self.head.weight].mT
+        adapted = {self.last.weight: values[self.last.weight] + turned @ moves.weight}
+        if moves.bias is not None:
+            assert self.last.bias
+            adapted[self.last.bias] = values[self.last.bias] + (turned @ moves.bias.unsqueeze(-1)).squeeze(-1)
+        return adapted
+
+    def gradients(self, values: Parameters, by_folded: FoldedGradients) -> Parameters:
+        """The gradients [G, …] to both layers; stacked values are [G, …] too."""
+        head, last = values[self.head.weight], values[self.last.weight]
+        by_last, by_head = _each(head.mT, by_folded.weight), _each(by_folded.weight, last.mT)
+        if by_folded.cross is not None:
+            by_head += _each(by_folded.cross, head)
+        grads = {self.last.weight: by_last, self.head.weight: by_head}
+        if self.last.bias:
+            assert by_folded.bias is not None
+            grads[self.last.bias] = _each(by_folded.bias.unsqueeze(-2), head).squeeze(-2)
+            by_head += by_folded.bias.unsqueeze(-1) * values[self.last.bias].unsqueeze(-2)
+        if self.head.bias:
+            assert by_folded.bias is not None
+            grads[self.head.bias] = by_folded.bias
+        return grads
+
+
+class Moves(NamedTuple):
+    """D [C, K, I], and d [C, K] where the last layer has a bias."""
+
+    weight: Tensor
+    bias: Tensor | None
+
+    def clear(self) -> None:
+        """Nothing has moved."""
+        for value in self:
+            if value is not None:
+                value.zero_()
+
+    def add(self, by_weight: Tensor, by_bias: Tensor | None, factor: float) -> None:
+        """Take in factor times G [C, K, I] and g [C, K]."""
+        self.weight.add_(by_weight, alpha=factor)
+        if self.bias is not None:
+            assert by_bias is not None
+            self.bias.add_(by_bias, alpha=factor)
+
+    def cross(self, by_weight: Tensor, by_bias: Tensor | None) -> Tensor:
+        """G Dᵀ + g dᵀ [C, K, K]."""
+        cross = torch.bmm(by_weight, self.weight.mT)
+        if self.bias is not None:
+            assert by_bias is not None
+            cross.baddbmm_(by_bias.unsqueeze(-1), self.bias.unsqueeze(-2))
+        return cross
+
+
+class FoldedGradients(NamedTuple):
+    """G [G, K, I], g [G, K] where there is a bias, and G Dᵀ + g dᵀ [G, K, K] where the inner loop took a step.
+
+    Each is summed over groups of episodes.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    cross: Tensor | None
+
+
+def read_folding(network: Network, head: Layer | str, modules: nn.ModuleDict) -> Folding | None:
+    """How to fold the encoder's last layer and the head; None where that is impossible or gains nothing."""
+    last, linear = network.layers[-1], modules["head"]
+    if len(network.layers) < 2 or network.log_scale or last.activation:
+        return None
+    if not isinstance(head, Layer) or not isinstance(linear, nn.Linear):
+        return None
+    return Folding(last, head) if LEAST_GAIN * linear.out_features <= linear.in_features else None
+
+
+def _each(a: Tensor, b: Tensor) -> Tensor:
+    """The products of matrices [G, …], one side of which may be shared [m, n].
+
+    One by one: a batch may be taken in another way than one of another size, with other bits.
+    """
+    if a.ndim == b.ndim:
+        return torch.bmm(a, b)
+    left, right = (side if side.ndim == 3 else [side] * len(other) for side, other in ((a, b), (b, a)))
+    return torch.stack([torch.mm(x, y) for x, y in zip(left, right, strict=True)])
