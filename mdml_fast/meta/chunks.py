@@ -26,6 +26,8 @@ from mdml_fast.meta.engine import MetaEngine
 # Tried in this order, until one takes so much longer than the best before it.
 CANDIDATES = (2, 4, 8, 16, 32, 64, 128, 256)
 WORSE = 1.03
+# Times an episode that differ by less are one.
+EQUAL = 1.01
 # Each candidate is timed so often, and the best time counts: what disturbs only adds.
 REPEATS = 3
 
@@ -92,16 +94,17 @@ def available_memory(device: torch.device) -> int:
 
 
 def measure(seconds: Callable[[int], float], sizes: Sequence[int]) -> int:
-    """The size with the least time an episode; seconds(size) computes so many episodes and says how long it took."""
-    best, best_seconds = sizes[0], float("inf")
+    """The size with the least time an episode, or a larger one that takes hardly more: fewer chunks have less around.
+
+    seconds(size) computes so many episodes and says how long it took.
+    """
+    each: dict[int, float] = {}
     for size in sizes:
         seconds(size)  # allocates, and warms caches up
-        each = min(seconds(size) for _ in range(REPEATS)) / size
-        if each > WORSE * best_seconds:
+        each[size] = min(seconds(size) for _ in range(REPEATS)) / size
+        if each[size] > WORSE * min(each.values()):
             break
-        if each < best_seconds:
-            best, best_seconds = size, each
-    return best
+    return max(size for size, least in each.items() if least <= EQUAL * min(each.values()))
 
 
 class ChunkCache:

@@ -34,7 +34,7 @@ class MetaGradients(NamedTuple):
 class GradientSums(NamedTuple):
     """Attributes:
     loss: the outer loss of each episode [E].
-    groups: gradients by name, each [G, …], summed over groups of consecutive episodes.
+    groups: gradients by the path's own names, each [G, …], summed over groups of consecutive episodes.
     direction: with directions, of each group (a single episode), int64 [G].
     """
 
@@ -50,15 +50,17 @@ class MeanGradients:
     """
 
     def __init__(self, engine: MetaEngine) -> None:
-        self._totals = {name: torch.zeros_like(value) for name, value in engine.parameters().items()}
-        self._counts = None
-        if engine.n_directions:
-            self._counts = torch.zeros(engine.n_directions, device=next(iter(self._totals.values())).device)
+        self._engine = engine
+        self._totals: Parameters = {}
+        self._counts = torch.zeros(engine.n_directions, device=engine.device) if engine.n_directions else None
         self._losses: list[Tensor] = []
 
     def add(self, sums: GradientSums) -> Self:
         """Take the next episodes in."""
         self._losses.append(sums.loss)
+        if not self._totals:
+            places = () if self._counts is None else (len(self._counts),)
+            self._totals = {name: value.new_zeros((*places, *value.shape[1:])) for name, value in sums.groups.items()}
         if self._counts is not None:
             assert sums.direction is not None
             self._counts += sums.direction.bincount(minlength=len(self._counts))
@@ -78,7 +80,7 @@ class MeanGradients:
                 total /= len(losses)
             else:
                 total /= self._counts.clamp(min=1).to(total.dtype).view(-1, *[1] * (total.ndim - 1))
-        return MetaGradients(losses, self._totals)
+        return MetaGradients(losses, self._engine.finished(self._totals))
 
 
 class MetaEngine:
@@ -220,6 +222,10 @@ class MetaEngine:
         values = self._values(direction)
         losses, groups = self._path.gradients(values, support, query, is_ood, direction is not None, group)
         return GradientSums(losses, groups, direction)
+
+    def finished(self, grads: Parameters) -> Parameters:
+        """The gradients to the parameters from means of what `gradient_sums` gave."""
+        return self._path.finished(grads)
 
     def compile_for(self, support: Tensor, query: Tensor, is_ood: Tensor, direction: Tensor | None = None) -> bool:
         """Have the generic path's gradients compiled for batches like this one, as those of `meta_gradients`.

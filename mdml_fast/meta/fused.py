@@ -9,7 +9,7 @@ import torch
 from mdml_kernels import SoftmaxMarginLoss
 from torch import Tensor, nn
 
-from mdml_fast.meta.fused_folding import read_folding
+from mdml_fast.meta.fused_folding import GRADIENTS, read_folding
 from mdml_fast.meta.fused_heads import batched_head, read_head
 from mdml_fast.meta.fused_layers import BatchedNetwork, Buffers, read_encoder
 from mdml_fast.meta.fused_program import Program, Recipe
@@ -30,7 +30,7 @@ class FusedPath:
         assert isinstance(loss, SoftmaxMarginLoss)
         trained = [name for name, _ in modules.named_parameters()]
         self._recipe = Recipe(network, head, loss, settings, trained, read_folding(network, head, modules))
-        self.takes_support = self._recipe.takes_support
+        self._modules, self.takes_support = modules, self._recipe.takes_support
         self._kept = threading.local()
 
     def adapt(self, values: Parameters, support: Tensor, stacked: bool) -> Parameters:
@@ -58,7 +58,7 @@ class FusedPath:
     def gradients(
         self, values: Parameters, support: Tensor, query: Tensor, is_ood: Tensor, stacked: bool, group: int
     ) -> tuple[Tensor, Parameters]:
-        """See `GenericPath`."""
+        """See `GenericPath`; of folded layers the gradients are the folded one's, which `finished` takes."""
         n_whole = len(support) // group * group
         if 0 < n_whole < len(support):  # all groups of one product are of one size
             parts = [
@@ -74,6 +74,15 @@ class FusedPath:
             program.run = Replayed(gradients, support, query, is_ood) if on_gpu else gradients
         result: tuple[Tensor, Parameters] = program.run(support, query, is_ood)
         return result
+
+    def finished(self, grads: Parameters) -> Parameters:
+        """See `GenericPath`."""
+        folding, folded = self._recipe.folding, {name: grads[name] for name in GRADIENTS if name in grads}
+        if not folding or not folded:
+            return grads
+        values = {name: self._modules.get_parameter(name).detach() for name in folding.names}
+        others = {name: grad for name, grad in grads.items() if name not in folded}
+        return others | folding.gradients(values, folded)
 
     def _program(self, values: Parameters, support: Tensor, n_query: int, stacked: bool) -> Program:
         """This thread's program for batches of this shape, with these values in it."""

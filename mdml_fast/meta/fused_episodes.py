@@ -8,7 +8,7 @@ from mdml_kernels.native import episodes
 from mdml_kernels.native import library as native
 from torch import Tensor
 
-from mdml_fast.meta.fused_folding import METRIC, FoldedGradients, Moves
+from mdml_fast.meta.fused_folding import CROSS, METRIC, Moves
 from mdml_fast.meta.fused_layers import Layer, Network
 from mdml_fast.meta.settings import EngineSettings, Parameters
 
@@ -56,21 +56,18 @@ class EpisodeKernels:
         background: Tensor | None,
         margin: float,
         group: int,
-    ) -> tuple[Tensor, Parameters, FoldedGradients | None, Tensor | None]:
-        """Outer losses [C], the gradients [C / group, …] to parameters and a folded head, that to the background [C].
+    ) -> tuple[Tensor, Parameters, Tensor | None]:
+        """Outer losses [C], the gradients [C / group, …] to the layers, and that to the background [C].
 
         rows are the support [C, n, d], the query [C, q, d] and is_ood [C, q].
         """
         out = episodes.meta_gradients(self._layers, self._inner, *rows, tau, background, margin, group)
-        grads, folded, layers = {}, None, list(zip(self._names, out.by_layer, strict=True))
-        if self._layers[-1].metric is not None:
-            _, by_head = layers.pop()
-            folded = FoldedGradients(*by_head, out.cross)
-        for layer, (by_weight, by_bias) in layers:
+        grads = {} if out.cross is None else {CROSS: out.cross}
+        for layer, (by_weight, by_bias) in zip(self._names, out.by_layer, strict=True):
             grads[layer.weight] = by_weight
             if layer.bias and by_bias is not None:
                 grads[layer.bias] = by_bias
-        return out.loss, grads, folded, out.by_background
+        return out.loss, grads, out.by_background
 
 
 def make(

@@ -26,6 +26,9 @@ from mdml_fast.meta.settings import Parameters
 LEAST_GAIN = 2
 
 WEIGHT, BIAS, METRIC = NAMES = "folded.weight", "folded.bias", "folded.metric"
+# G, g and, where the inner loop took a step, G Dᵀ + g dᵀ.
+CROSS = "folded.cross"
+GRADIENTS = WEIGHT, BIAS, CROSS
 
 
 class Folding(NamedTuple):
@@ -38,6 +41,11 @@ class Folding(NamedTuple):
     def layer(self) -> Layer:
         """The two as one."""
         return Layer(WEIGHT, BIAS if self.last.bias or self.head.bias else None)
+
+    @property
+    def names(self) -> list[str]:
+        """Of the parameters of both."""
+        return [name for layer in self for name in (layer.weight, layer.bias) if name]
 
     def values(self, values: Parameters) -> Parameters:
         """F [K, I], c [K] (where there is a bias) and M [K, K] of shared parameters, or [C, …] of stacked ones."""
@@ -81,20 +89,21 @@ class Folding(NamedTuple):
             adapted[self.last.bias] = values[self.last.bias] + (turned @ moves.bias.unsqueeze(-1)).squeeze(-1)
         return adapted
 
-    def gradients(self, values: Parameters, by_folded: FoldedGradients) -> Parameters:
-        """The gradients [G, …] to both layers; stacked values are [G, …] too."""
-        head, last = values[self.head.weight], values[self.last.weight]
-        by_last, by_head = _each(head.mT, by_folded.weight), _each(by_folded.weight, last.mT)
-        if by_folded.cross is not None:
-            by_head += _each(by_folded.cross, head)
-        grads = {self.last.weight: by_last, self.head.weight: by_head}
+    def gradients(self, values: Parameters, folded: Parameters) -> Parameters:
+        """The gradients to both layers' parameters from G, g and G Dᵀ + g dᵀ by name; all [D, …] if values are stacked.
+
+        They are linear in these, so sums over episodes come to the same.
+        """
+        head, last, by_folded = values[self.head.weight], values[self.last.weight], folded[WEIGHT]
+        by_head = by_folded @ last.mT
+        if CROSS in folded:
+            by_head += folded[CROSS] @ head
+        grads = {self.last.weight: head.mT @ by_folded, self.head.weight: by_head}
         if self.last.bias:
-            assert by_folded.bias is not None
-            grads[self.last.bias] = _each(by_folded.bias.unsqueeze(-2), head).squeeze(-2)
-            by_head += by_folded.bias.unsqueeze(-1) * values[self.last.bias].unsqueeze(-2)
+            grads[self.last.bias] = (folded[BIAS].unsqueeze(-2) @ head).squeeze(-2)
+            by_head += folded[BIAS].unsqueeze(-1) * values[self.last.bias].unsqueeze(-2)
         if self.head.bias:
-            assert by_folded.bias is not None
-            grads[self.head.bias] = by_folded.bias
+            grads[self.head.bias] = folded[BIAS]
         return grads
 
 
@@ -126,17 +135,6 @@ class Moves(NamedTuple):
         return cross
 
 
-class FoldedGradients(NamedTuple):
-    """G [G, K, I], g [G, K] where there is a bias, and G Dᵀ + g dᵀ [G, K, K] where the inner loop took a step.
-
-    Each is summed over groups of episodes.
-    """
-
-    weight: Tensor
-    bias: Tensor | None
-    cross: Tensor | None
-
-
 def read_folding(network: Network, head: Layer | str, modules: nn.ModuleDict) -> Folding | None:
     """How to fold the encoder's last layer and the head; None where that is impossible or gains nothing."""
     last, linear = network.layers[-1], modules["head"]
@@ -145,14 +143,3 @@ def read_folding(network: Network, head: Layer | str, modules: nn.ModuleDict) ->
     if not isinstance(head, Layer) or not isinstance(linear, nn.Linear):
         return None
     return Folding(last, head) if LEAST_GAIN * linear.out_features <= linear.in_features else None
-
-
-def _each(a: Tensor, b: Tensor) -> Tensor:
-    """The products of matrices [G, …], one side of which may be shared [m, n].
-
-    One by one: a batch may be taken in another way than one of another size, with other bits.
-    """
-    if a.ndim == b.ndim:
-        return torch.bmm(a, b)
-    left, right = (side if side.ndim == 3 else [side] * len(other) for side, other in ((a, b), (b, a)))
-    return torch.stack([torch.mm(x, y) for x, y in zip(left, right, strict=True)])

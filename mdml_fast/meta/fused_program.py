@@ -17,8 +17,10 @@ from torch import Tensor
 
 from mdml_fast.meta import fused_episodes, on_gpu
 from mdml_fast.meta.fused_episodes import EpisodeKernels
+from mdml_fast.meta.fused_folding import BIAS as FOLDED_BIAS
+from mdml_fast.meta.fused_folding import CROSS, Folding
 from mdml_fast.meta.fused_folding import NAMES as FOLDED
-from mdml_fast.meta.fused_folding import FoldedGradients, Folding
+from mdml_fast.meta.fused_folding import WEIGHT as FOLDED_WEIGHT
 from mdml_fast.meta.fused_heads import PROTOTYPES, batched_head
 from mdml_fast.meta.fused_layers import BatchedLayer, BatchedNetwork, Buffers, Layer, Network, Weights
 from mdml_fast.meta.settings import EngineSettings, Parameters
@@ -132,7 +134,10 @@ class Program:
         return own | self.folding.adapted(self.given.master, self.moves) if self.folding and self.moves else own
 
     def gradients(self, support: Tensor, query: Tensor, is_ood: Tensor, group: int) -> tuple[Tensor, Parameters]:
-        """Outer losses [C], and the gradients summed over groups of so many episodes, [C / group, …]."""
+        """Outer losses [C], and the gradients summed over groups of so many episodes, [C / group, …].
+
+        Those of folded layers are the folded one's: see `Folding.gradients`.
+        """
         grads: Parameters = {}
 
         def collect(layer: BatchedLayer, grad: Tensor) -> None:
@@ -143,8 +148,12 @@ class Program:
                 grads[layer.layer.bias] = by_bias
 
         def collect_folded(layer: BatchedLayer, grad: Tensor) -> None:
-            assert self.folding
-            grads.update(self._through_folding(self.folding, layer.gradients(grad, 1, query.dtype), group))
+            by_weight, by_bias = layer.gradients(grad, 1, query.dtype)
+            grads[FOLDED_WEIGHT] = _group_sums(by_weight, group)
+            if by_bias is not None:
+                grads[FOLDED_BIAS] = _group_sums(by_bias, group)
+            if self.moves and self.recipe.settings.inner_steps:
+                grads[CROSS] = _group_sums(self.moves.cross(by_weight, by_bias), group)
 
         if self._episodes:
             return self._by_episodes(self._episodes, (support, query, is_ood), group)
@@ -174,9 +183,7 @@ class Program:
     ) -> tuple[Tensor, Parameters]:
         """`gradients` by the compiled kernel."""
         tau, background = self._tau(rows[0]), self._background(rows[0])
-        loss, grads, folded, by_background = kernels.gradients(rows, tau, background, self.recipe.loss.margin, group)
-        if self.folding and folded:
-            grads |= self.folding.gradients(self.given.master, folded)
+        loss, grads, by_background = kernels.gradients(rows, tau, background, self.recipe.loss.margin, group)
         if "loss.background" in self.recipe.trained:
             assert by_background is not None
             grads["loss.background"] = _group_sums(by_background, group)
@@ -219,17 +226,6 @@ class Program:
             if by_scale is not None:
                 assert network.log_scale is not None
                 torch.add(network.log_scale, by_scale, alpha=-lr, out=self.inner.log_scale)
-
-    def _through_folding(self, folding: Folding, each: tuple[Tensor, Tensor | None], group: int) -> Parameters:
-        """The gradients to both folded layers, summed over groups, from those of each episode to the folded one."""
-        by_weight, by_bias = each
-        cross = self.moves.cross(*each) if self.moves and self.recipe.settings.inner_steps else None
-        sums = FoldedGradients(
-            _group_sums(by_weight, group),
-            None if by_bias is None else _group_sums(by_bias, group),
-            None if cross is None else _group_sums(cross, group),
-        )
-        return folding.gradients(self.given.master, sums)
 
     def _margin(self, logits: Tensor, is_ood: Tensor) -> direct.LossGradients:
         loss = self.recipe.loss

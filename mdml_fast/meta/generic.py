@@ -77,6 +77,10 @@ class GenericPath:
             name: torch.stack([part.sum(0) for part in torch.split(value, group)]) for name, value in own.items()
         }
 
+    def finished(self, grads: Parameters) -> Parameters:
+        """The gradients to the parameters from sums or means of what `gradients` gave, shaped as the parameters are."""
+        return grads
+
     def compile(self, batch: Batch, stacked: bool) -> None:
         """Have the `gradients` of batches like this one compiled; where that fails, tell so and go on without."""
         try:

@@ -107,8 +107,10 @@ class MetaScheduler:
     def _mean(self, batches: Iterable[EpisodeBatch]) -> MetaGradients:
         mean = MeanGradients(self.engine)
         for sums in self._in_order(batches):
-            mean.add(sums)
-        return mean.result()
+            with single_thread():  # torch's own threads, once awake, spin on for a while and take the cores from ours
+                mean.add(sums)
+        with single_thread():
+            return mean.result()
 
     def _in_order(self, batches: Iterable[EpisodeBatch]) -> Iterator[GradientSums]:
         """Computed side by side, given back in the order of the batches; one more in flight than there are threads."""

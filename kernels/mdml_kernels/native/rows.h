@@ -46,9 +46,8 @@ struct Leaders {
   void meet(Floats x, Ints index) {
     const Floats loser = lesser(x, top);
     second = larger(loser, second);
-    const Ints wins = x > top;
-    at = wins ? index : at;
-    top = wins ? x : top;
+    at = x > top ? index : at;
+    top = larger(x, top);  // a NaN leaves it
   }
 };
 
