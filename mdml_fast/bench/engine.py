@@ -1,10 +1,7 @@
 """The engine against its peers: episodes a second, ratios, and the share of the machine's large sgemm.
 
 Every contender is first checked against float64. They then take turns, round after round, so that a slow moment of the
-machine hits all alike, and their medians are compared: what counts is a ratio, not a time. Before the call that is
-timed each is called for a while, as step follows step in a run: a core that was idle is slow at first, and threads that
-shared a product of torch's spin on in wait of another. On one CPU thread it is processor time that is taken, which
-other processes do not add to.
+machine hits all alike, and their medians are compared: what counts is a ratio, not a time.
 
 The share of sgemm counts the products that are needed layer by layer, no more: none to the rows, none to the head's
 weights in the inner loop. Where our fused path makes the last layer and the head one, it takes fewer than these: see
@@ -16,13 +13,12 @@ from __future__ import annotations
 import functools
 import math
 import statistics
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from mdml_kernels import SoftmaxMarginLoss
-from mdml_kernels.benchmark import document, environment, write
+from mdml_kernels.benchmark import document, environment, timed, write
 from torch import Tensor, nn
 
 from mdml_fast.bench.peers import Gradients, Peer, Task, installed_peers
@@ -36,8 +32,8 @@ from mdml_fast.meta.scheduler import MetaScheduler
 __all__ = ["CASES", "Case", "Row", "document", "environment", "run", "run_all", "table", "write"]
 
 _MARGIN, _INNER_LR = 0.9, 0.1
-# The large product that the machine is measured by; and how long each is called before it is timed, at least once.
-_SGEMM, _WARM_SECONDS = 1024, 0.05
+# The large product that the machine is measured by.
+_SGEMM = 1024
 
 
 @dataclass(frozen=True)
@@ -116,9 +112,9 @@ def run(case: Case, device: torch.device, rounds: int | None = None) -> Row:
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     matrix, sgemm = torch.randn(_SGEMM, _SGEMM, device=device), []
     for _ in range(rounds or case.rounds):
-        sgemm.append(_timed(lambda: matrix @ matrix, device))
+        sgemm.append(timed(lambda: matrix @ matrix, device))
         for name, contender in contenders.items():
-            seconds[name].append(_timed(functools.partial(contender, *episodes), device))
+            seconds[name].append(timed(functools.partial(contender, *episodes), device))
     medians = {name: statistics.median(values) for name, values in seconds.items()}
     rate = 2 * _SGEMM**3 / statistics.median(sgemm)
     return Row(case.name, case.n_episodes, case.flops, case.taken, medians, rate, chosen(), errors)
@@ -226,19 +222,3 @@ def _error(grads: Gradients, expected: Gradients) -> float:
     off = sum(float((grads[name].double() - value).square().sum()) for name, value in expected.items())
     size = sum(float(value.square().sum()) for value in expected.values())
     return math.sqrt(off / size)
-
-
-def _timed(call: Callable[[], object], device: torch.device) -> float:
-    warm = time.perf_counter() + _WARM_SECONDS
-    call()
-    while time.perf_counter() < warm:
-        call()
-    on_gpu = device.type == "cuda"
-    clock = time.process_time if not on_gpu and torch.get_num_threads() == 1 else time.perf_counter
-    if on_gpu:
-        torch.cuda.synchronize()
-    start = clock()
-    call()
-    if on_gpu:
-        torch.cuda.synchronize()
-    return clock() - start
