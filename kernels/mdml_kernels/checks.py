@@ -5,6 +5,8 @@ Only `values` reads what is in a tensor; the rest looks at shapes, dtypes and de
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -33,6 +35,7 @@ def margin(value: float) -> None:
     """A number in [0, 1]."""
     if isinstance(value, Tensor):
         raise TypeError("margin must be a float, got a tensor: it is a setting, and no gradient would flow to it")
+    _number("margin", value, "a number")
     if not 0 <= value <= 1:
         raise ValueError(f"margin must be in [0, 1], the confidence's range, got {value}")
 
@@ -82,6 +85,8 @@ def choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 def values(**arguments: Scalar | None) -> None:
     """Read the tensors: none may hold NaN or an infinity, and the temperature must be positive."""
     for name, value in arguments.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name} must be finite, got {value}")
         if isinstance(value, Tensor):
             bad = int((~value.isfinite()).sum())
             if bad:
@@ -106,13 +111,22 @@ def _scaling(
     _positive("temperature", temperature, episodes, device)
     if isinstance(background, Tensor):
         _per_episode("background", background, episodes, device)
+    elif background is not None:
+        _number("background", background)
 
 
 def _positive(name: str, value: Scalar, episodes: tuple[int, ...], device: torch.device) -> None:
     if isinstance(value, Tensor):
         _per_episode(name, value, episodes, device)
-    elif not value > 0:
+        return
+    _number(name, value)
+    if not value > 0:
         raise ValueError(f"{name} must be positive, got {value}")
+
+
+def _number(name: str, value: object, kind: str = "a number or a tensor") -> None:
+    if value is None or isinstance(value, str | list | tuple):  # symbolic numbers of a compiler pass
+        raise TypeError(f"{name} must be {kind}, got {value!r}")
 
 
 def _per_episode(name: str, value: Tensor, episodes: tuple[int, ...], device: torch.device) -> None:

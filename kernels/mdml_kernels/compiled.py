@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from mdml_kernels import linear, rows
 from mdml_kernels.autograd import RowOp, spread
@@ -36,6 +37,8 @@ def _operator(kind: str, confidence: str) -> RowOp:
 
 @torch.library.custom_op("mdml_kernels::log_odds", mutates_args=())
 def _forward(given: list[Tensor], mask: list[bool], kind: str, confidence: str) -> list[Tensor]:
+    if forward_ad._current_level >= 0:  # tangents are out of sight here, and would be dropped without a word
+        raise RuntimeError("a compiled loss has no forward-mode derivative: take torch.func.jvp in what is compiled")
     return list(_operator(kind, confidence).forward(tuple(spread(given, tuple(mask)))))
 
 

@@ -31,6 +31,9 @@ EQUAL = 1.01
 # Each candidate is timed so often, and the best time counts: what disturbs only adds.
 REPEATS = 3
 
+# Of what is measured, and how: sizes found for another are forgotten.
+_VERSION = 2
+
 # Values in the widest vector register there is: 64 bytes of bfloat16.
 _VECTOR = 32
 
@@ -140,6 +143,7 @@ def cache_key(engine: MetaEngine, shape: Shape, sizes: Sequence[int], threads: i
     device = torch.cuda.get_device_name(first.device) if first.device.type == "cuda" else platform.processor()
     parameters = {name: list(value.shape) for name, value in engine.parameters().items()}
     facts = [
+        _VERSION,
         *(platform.node(), device, os.cpu_count(), torch.__version__, threads),
         *(engine.choice.path, native.native().reason, str(engine.settings), list(shape), list(sizes), parameters),
     ]

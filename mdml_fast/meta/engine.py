@@ -80,7 +80,11 @@ class MeanGradients:
                 total /= len(losses)
             else:
                 total /= self._counts.clamp(min=1).to(total.dtype).view(-1, *[1] * (total.ndim - 1))
-        return MetaGradients(losses, self._engine.finished(self._totals))
+        grads = self._engine.finished(self._totals)
+        if self._counts is not None:  # whatever is made of a zero by parameters that are not finite
+            idle = self._counts == 0
+            grads = {name: grad.masked_fill(idle.view(-1, *[1] * (grad.ndim - 1)), 0) for name, grad in grads.items()}
+        return MetaGradients(losses, grads)
 
 
 class MetaEngine:
@@ -215,7 +219,8 @@ class MetaEngine:
     ) -> GradientSums:
         """As `meta_gradients`, but in parts, from which batches of episodes can be put together: see `MeanGradients`.
 
-        A group's bits depend on its own episodes alone, as long as it is whole (`GROUP` episodes).
+        A group's bits depend on its own episodes alone, as long as it is whole (`GROUP` episodes). The mean is to be
+        taken before the parameters change.
         """
         direction = self._direction(direction, len(support))
         group = GROUP if direction is None else 1
@@ -224,8 +229,9 @@ class MetaEngine:
         return GradientSums(losses, groups, direction)
 
     def finished(self, grads: Parameters) -> Parameters:
-        """The gradients to the parameters from means of what `gradient_sums` gave."""
-        return self._path.finished(grads)
+        """The gradients to the parameters, as they are now, from means of what `gradient_sums` gave."""
+        finished = self._path.finished(grads)
+        return {name: finished[name].to(value.dtype) for name, value in self.parameters().items()}
 
     def compile_for(self, support: Tensor, query: Tensor, is_ood: Tensor, direction: Tensor | None = None) -> bool:
         """Have the generic path's gradients compiled for batches like this one, as those of `meta_gradients`.

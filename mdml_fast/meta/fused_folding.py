@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from mdml_fast.meta.fused_layers import Layer, Network, Weights
 from mdml_fast.meta.settings import Parameters
 
-# Products with K columns have to be this much smaller than those with z, for what folding costs itself.
-LEAST_GAIN = 2
+# Folding has to leave this much fewer products: those that it adds are small ones, and slower.
+LEAST_GAIN = 1.5
 
 WEIGHT, BIAS, METRIC = NAMES = "folded.weight", "folded.bias", "folded.metric"
 # G, g and, where the inner loop took a step, G Dᵀ + g dᵀ.
@@ -63,11 +63,16 @@ class Folding(NamedTuple):
         """Names of what the inner loop moves."""
         return [WEIGHT, BIAS] if self.last.bias else [WEIGHT]
 
-    def still(self, values: Parameters, n_episodes: int) -> Moves:
-        """Memory for the moves of so many episodes."""
+    def no_moves(self, values: Parameters, n_episodes: int) -> Moves:
+        """Of so many episodes."""
         shape = (n_episodes, *values[WEIGHT].shape[-2:])
         weight = values[WEIGHT].new_zeros(shape)
         return Moves(weight, weight.new_zeros(shape[:2]) if self.last.bias else None)
+
+    def sizes(self, values: Parameters, rows: tuple[int, int], n_steps: int, stacked: bool) -> Sizes:
+        """Of episodes with so many support and query rows."""
+        n_logits, n_embedding = values[self.head.weight].shape[-2:]
+        return Sizes(*rows, n_steps, values[self.last.weight].shape[-1], n_embedding, n_logits, stacked)
 
     def move(self, given: Parameters, moves: Moves, own: Weights) -> None:
         """Make own F [C, K, I] and c [C, K] those that are given, moved."""
@@ -94,6 +99,7 @@ class Folding(NamedTuple):
 
         They are linear in these, so sums over episodes come to the same.
         """
+        values = {name: value.to(folded[WEIGHT].dtype) for name, value in values.items()}
         head, last, by_folded = values[self.head.weight], values[self.last.weight], folded[WEIGHT]
         by_head = by_folded @ last.mT
         if CROSS in folded:
@@ -135,11 +141,53 @@ class Moves(NamedTuple):
         return cross
 
 
+class Sizes(NamedTuple):
+    """What the products of an episode depend on.
+
+    Attributes:
+        n_support: rows of the inner loop.
+        n_query: rows of the outer loss.
+        n_steps: of the inner loop.
+        n_in: I.
+        n_embedding: z.
+        n_logits: K.
+        stacked: whether each episode has parameters of its own.
+    """
+
+    n_support: int
+    n_query: int
+    n_steps: int
+    n_in: int
+    n_embedding: int
+    n_logits: int
+    stacked: bool
+
+    @property
+    def apart(self) -> int:
+        """Multiplications in the products of both layers: forward, and backward to rows and weights."""
+        inner, outer = self.n_support * self.n_steps, self.n_query
+        last = 3 * (inner + outer) * self.n_in * self.n_embedding
+        return last + (2 * inner + 3 * outer) * self.n_embedding * self.n_logits
+
+    @property
+    def folded(self) -> int:
+        """Those of the folded layer, and of M D in each step and G Dᵀ."""
+        rows, square = self.n_support * self.n_steps + self.n_query, self.n_logits**2
+        products = 3 * rows * self.n_in * self.n_logits + (self.n_steps + bool(self.n_steps)) * square * self.n_in
+        own = self.n_logits * self.n_embedding * self.n_in + square * self.n_embedding  # V W and V Vᵀ
+        return products + self.stacked * own
+
+    @property
+    def fold(self) -> bool:
+        """Whether folding pays."""
+        return self.folded * LEAST_GAIN <= self.apart
+
+
 def read_folding(network: Network, head: Layer | str, modules: nn.ModuleDict) -> Folding | None:
-    """How to fold the encoder's last layer and the head; None where that is impossible or gains nothing."""
-    last, linear = network.layers[-1], modules["head"]
-    if len(network.layers) < 2 or network.log_scale or last.activation:
+    """How to fold the encoder's last layer and the head; None where that is impossible."""
+    last = network.layers[-1]
+    if len(network.layers) < 2 or network.log_scale or last.activation or not isinstance(head, Layer):
         return None
-    if not isinstance(head, Layer) or not isinstance(linear, nn.Linear):
-        return None
-    return Folding(last, head) if LEAST_GAIN * linear.out_features <= linear.in_features else None
+    folding = Folding(last, head)
+    dtypes = {modules.get_parameter(name).dtype for name in folding.names}
+    return folding if dtypes in ({torch.float32}, {torch.float64}) else None

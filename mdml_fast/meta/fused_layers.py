@@ -75,7 +75,8 @@ class Weights(NamedTuple):
     def updated(self, own: Weights) -> Weights:
         """With others in place of some."""
         master = self.master | own.master
-        return Weights(master, master if own.compute is own.master else self.compute | own.compute)
+        exact = own.compute is own.master and self.compute is self.master
+        return Weights(master, master if exact else self.compute | own.compute)
 
 
 class Buffers:

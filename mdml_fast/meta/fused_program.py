@@ -84,7 +84,10 @@ class Program:
         by_kernels = self.by_triton or library.serves(support)
 
         network, head, inner = recipe.network, recipe.head, recipe.adapted
-        self.folding = folding = None if self.by_triton else recipe.folding
+        folding, n_steps = recipe.folding, recipe.settings.inner_steps
+        if self.by_triton or (folding and not folding.sizes(values, (n_support, n_query), n_steps, stacked).fold):
+            folding = None
+        self.folding = folding
         if folding:
             network, head = network._replace(layers=network.layers[:-1]), folding.layer
             inner = [name for name in inner if name not in folding.last] + folding.inner
@@ -114,10 +117,13 @@ class Program:
             *((layer, layer) for layer in self.inner.layers),
         ]
         self.successor = dict(pairs)
-        self.moves = folding.still(values, n_episodes) if folding else None
-        self._episodes = fused_episodes.make(
-            network, head, recipe.loss, self.given.master, self.own.master, self.moves, recipe.settings
-        )
+        self.moves = folding.no_moves(values, n_episodes) if folding else None
+        self._episodes = None
+        if by_kernels:
+            parts = network, head, recipe.loss
+            self._episodes = fused_episodes.make(
+                *parts, self.given.master, self.own.master, self.moves, recipe.settings
+            )
 
     def load(self, values: Parameters) -> None:
         """Take over the values."""
@@ -148,12 +154,14 @@ class Program:
                 grads[layer.layer.bias] = by_bias
 
         def collect_folded(layer: BatchedLayer, grad: Tensor) -> None:
-            by_weight, by_bias = layer.gradients(grad, 1, query.dtype)
-            grads[FOLDED_WEIGHT] = _group_sums(by_weight, group)
+            assert self.moves
+            by_weight, by_bias = layer.gradients(grad, 1, self.moves.weight.dtype)
+            found = {FOLDED_WEIGHT: by_weight}
             if by_bias is not None:
-                grads[FOLDED_BIAS] = _group_sums(by_bias, group)
-            if self.moves and self.recipe.settings.inner_steps:
-                grads[CROSS] = _group_sums(self.moves.cross(by_weight, by_bias), group)
+                found[FOLDED_BIAS] = by_bias
+            if self.recipe.settings.inner_steps:
+                found[CROSS] = self.moves.cross(by_weight, by_bias)
+            grads.update({name: _group_sums(values, group).to(query.dtype) for name, values in found.items()})
 
         if self._episodes:
             return self._by_episodes(self._episodes, (support, query, is_ood), group)

@@ -42,7 +42,7 @@ class GenericPath:
 
     def adapt(self, values: Parameters, support: Tensor, stacked: bool) -> Parameters:
         """The adapted parameters [E, …] of support rows [E, n, d]."""
-        with _left_as_they_are(support):
+        with _batchable(support):
             return vmap(self._episode().adapt, in_dims=(0 if stacked else None, 0))(values, support)
 
     def logits(
@@ -50,7 +50,7 @@ class GenericPath:
     ) -> Tensor:
         """Logits [E, n, K] of rows [E, n, d] under the adapted parameters [E, …]."""
         in_dims = (0, 0 if stacked else None, 0, None if support is None else 0)
-        with _left_as_they_are(rows, *([] if support is None else [support])):
+        with _batchable(rows, *([] if support is None else [support])):
             return vmap(self._episode().adapted_logits, in_dims=in_dims)(adapted, values, rows, support)
 
     def gradients(
@@ -64,7 +64,7 @@ class GenericPath:
             ValueError: a module works in place on its rows.
         """
         batch = values, support, query, is_ood
-        with _left_as_they_are(support, query):
+        with _batchable(support, query):
             if self.compiled is not None and self.compiled.takes(batch):
                 losses, own = self.compiled(*batch)
             else:
@@ -101,15 +101,32 @@ class GenericPath:
         return episode
 
 
+# What vmap says of a forward that it can't batch, and what we say.
+_NOT_BATCHED = {
+    "randomness": "the forward of a module draws random numbers, as dropout does, which episodes can't share: "
+    "leave that out",
+    "inplace arithmetic": "the forward of a module writes into a tensor that it made, which has no place for every "
+    "episode: let it make a new one",
+}
+
+
 @contextlib.contextmanager
-def _left_as_they_are(*rows: Tensor) -> Iterator[None]:
-    """Refuse modules that write into the rows [E, n, d] they are given: later steps, and the caller, read those.
+def _batchable(*rows: Tensor) -> Iterator[None]:
+    """Refuse modules whose forward shows only now that it can't be batched over episodes.
+
+    Above all those that write into the rows [E, n, d] they are given: later steps, and the caller, read those.
 
     Raises:
-        ValueError: one did.
+        ValueError: one line with the remedy.
     """
     before = [_writes(tensor) for tensor in rows]
-    yield
+    try:
+        yield
+    except RuntimeError as error:
+        for words, remedy in _NOT_BATCHED.items():
+            if words in str(error):
+                raise ValueError(remedy) from error
+        raise
     if [_writes(tensor) for tensor in rows] != before:
         raise ValueError("the forward of a module works in place on its rows, which later steps read: let it copy them")
 

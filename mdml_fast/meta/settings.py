@@ -45,5 +45,10 @@ def check_batchable(modules: nn.Module) -> None:
             raise ValueError(f"{name} keeps running statistics, which episodes can't share: use LayerNorm")
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
             raise ValueError(f"{name} is dropout, which has no place in an episode's inner loop: set p=0")
+        within = getattr(module, "dropout", 0)  # of an attention or a recurrent layer
+        if isinstance(within, float | int) and within > 0:
+            raise ValueError(f"{name} has dropout, which has no place in an episode's inner loop: set dropout=0")
+        if isinstance(module, nn.RReLU):
+            raise ValueError(f"{name} draws its slopes at random, which episodes can't share: use LeakyReLU")
         if getattr(module, "inplace", False):
             raise ValueError(f"{name} works in place, on rows that other episodes read: set inplace=False")

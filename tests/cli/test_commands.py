@@ -146,10 +146,10 @@ def test_doctor_checks_the_engine(mdml_fast: Run) -> None:
 
 
 def test_bench_kernels_prints_ratios(mdml_fast: Run) -> None:
-    result = mdml_fast("bench", "kernels", "--case", "pairwise [8", "--rounds", 1, "--json")
+    result = mdml_fast("bench", "kernels", "--case", "pairwise [64", "--rounds", 1, "--json")
     assert result.returncode == 0, result.stderr
     (row,) = json.loads(result.stdout)["kernels"]["rows"]
-    assert row["case"] == "pairwise [8, 4096, 16]"
+    assert row["case"] == "pairwise [64, 1024, 512]"
     assert row["ratios"]["eager"] > 1
 
 
@@ -173,7 +173,7 @@ def test_bench_engine_prints_ratios_and_refuses_what_is_no_case(mdml_fast: Run) 
     [row] = json.loads(result.stdout)["engine"]["rows"]
     assert row["case"] == "small"
     assert {"ours", "ours, bfloat16", "plain loop", "vmap"} <= row["seconds"].keys()
-    assert 0 < row["share"]["plain loop"] < row["share"]["ours"] < 1.5
+    assert 0 < row["share"]["plain loop"] < row["share"]["ours"] < 2.5
     refused = mdml_fast("bench", "engine", "--case", "huge")
     assert refused.returncode == 2
     assert "no case has a name with huge in it" in refused.stderr

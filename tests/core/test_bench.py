@@ -19,6 +19,7 @@ def test_a_case_is_checked_and_timed(case: engine.Case) -> None:
     assert row.ratios["plain loop"] == pytest.approx(row.per_second["ours"] / row.per_second["plain loop"])
     assert row.errors["ours"] < 1e-5
     assert row.share["ours"] == pytest.approx(row.per_second["ours"] * case.flops / row.sgemm_flops)
+    assert row.share_taken["ours"] == pytest.approx(row.share["ours"] * case.taken / case.flops)
     table = engine.table([row])
     assert f"{row.ratios['plain loop']:.2f}" in table
     assert "path" in row.chosen
@@ -40,8 +41,8 @@ def test_the_products_that_are_needed() -> None:
 
 def test_the_products_that_folding_leaves() -> None:
     """A forward and a descending product of both layers, one pull, and the metric on what the head moved by."""
-    case = replace(engine.CASES[1], n_support=1, n_query=0, inner_steps=1)
+    case = replace(engine.CASES[1], n_support=100, n_query=0, inner_steps=1)
     both_ends = 128 * 16 * 16  # at the outer loss it is G Dᵀ
-    assert case.taken == 2 * (2 * 64 * 128 + 3 * 128 * 16 + 2 * both_ends)
-    wide = replace(case, widths=(64, 128, 64, 33))
+    assert case.taken == 2 * (100 * (2 * 64 * 128 + 3 * 128 * 16) + 2 * both_ends)
+    wide = replace(case, widths=(64, 128, 64, 65))
     assert wide.taken == wide.flops

@@ -83,11 +83,38 @@ def test_no_graph_is_left_behind() -> None:
 
 @pytest.mark.parametrize(
     ("module", "match"),
-    [(nn.BatchNorm1d(8), "running statistics.*LayerNorm"), (nn.Dropout(0.1), "dropout.*p=0")],
+    [
+        (nn.BatchNorm1d(8), "running statistics.*LayerNorm"),
+        (nn.Dropout(0.1), "dropout.*p=0"),
+        (nn.MultiheadAttention(8, 2, dropout=0.1), "dropout=0"),
+        (nn.RReLU(), "at random.*LeakyReLU"),
+    ],
 )
 def test_modules_that_mix_episodes_are_refused(module: nn.Module, match: str) -> None:
     with pytest.raises(ValueError, match=f"encoder.1 .*{match}"):
         MetaEngine(nn.Sequential(nn.Linear(12, 8), module), nn.Linear(8, 5))
+
+
+class _Unbatched(nn.Module):
+    """Draws random numbers, or writes the rows into a tensor that it made."""
+
+    def __init__(self, where: str) -> None:
+        super().__init__()
+        self.linear, self.where = nn.Linear(12, 8), where
+
+    def forward(self, rows: Tensor) -> Tensor:
+        if self.where == "random":
+            return nn.functional.dropout(self.linear(rows), 0.5)
+        made = torch.zeros(rows.shape[0], 8)
+        made[:] = self.linear(rows)
+        return made
+
+
+@pytest.mark.parametrize(("where", "match"), [("random", "draws random numbers"), ("made", "a tensor that it made")])
+def test_a_forward_that_vmap_cannot_batch_is_refused_at_the_first_batch(where: str, match: str) -> None:
+    engine = MetaEngine(_Unbatched(where), nn.Linear(8, 5))
+    with pytest.raises(ValueError, match=match):
+        engine.meta_gradients(torch.ones(3, 16, 12), torch.ones(3, 10, 12), torch.arange(10).expand(3, -1) > 6)
 
 
 class _InPlace(nn.Module):

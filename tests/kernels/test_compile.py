@@ -3,6 +3,7 @@
 import pytest
 import torch
 from mdml_kernels import linear_softmax_confidence, softmax_margin_loss
+from torch.autograd import forward_ad
 from torch.func import grad, vmap
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
@@ -61,6 +62,15 @@ def test_torch_func_inside():
 
     x = normal(2, 3, 6, 5)
     torch.testing.assert_close(torch.compile(gradients, fullgraph=True, backend="aot_eager")(x), gradients(x))
+
+
+@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+def test_forward_mode_around_what_is_compiled_is_refused(backend):
+    loss = torch.compile(lambda x: softmax_margin_loss(x, OOD), fullgraph=True, backend=backend)
+    x = normal(3, 6, 5)
+    loss(x)
+    with forward_ad.dual_level(), pytest.raises(RuntimeError, match="a compiled loss has no forward-mode derivative"):
+        loss(forward_ad.make_dual(x, x))
 
 
 def test_torch_func_inside_with_a_forced_backend():

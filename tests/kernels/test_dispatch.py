@@ -78,6 +78,26 @@ BAD = {
         "margin must be a float",
     ),
     "temperature": (lambda: one_class_loss(LOGITS, temperature=0.0), ValueError, "temperature must be positive, got 0"),
+    "temperature as a word": (
+        lambda: one_class_loss(LOGITS, temperature="a"),
+        TypeError,
+        "temperature must be a number or a tensor, got 'a'",
+    ),
+    "no temperature": (
+        lambda: softmax_margin_loss(LOGITS, OOD, temperature=None),
+        TypeError,
+        "temperature must be a number or a tensor, got None",
+    ),
+    "background as a word": (
+        lambda: one_class_loss(LOGITS, background="a"),
+        TypeError,
+        "background must be a number or a tensor, got 'a'",
+    ),
+    "margin as a word": (
+        lambda: softmax_margin_loss(LOGITS, OOD, margin="a"),
+        TypeError,
+        "margin must be a number, got 'a'",
+    ),
     "NaN temperature": (lambda: one_class_loss(LOGITS, temperature=float("nan")), ValueError, "must be positive"),
     "temperature's shape": (
         lambda: one_class_loss(LOGITS, temperature=torch.ones(2)),
@@ -103,6 +123,11 @@ BAD = {
         lambda: softmax_margin_loss(LOGITS, OOD, temperature=torch.tensor(-1.0), validate=True),
         ValueError,
         "temperature must be positive, got a smallest value of -1.0",
+    ),
+    "validate background": (
+        lambda: softmax_margin_loss(LOGITS, OOD, background=float("nan"), validate=True),
+        ValueError,
+        "background must be finite, got nan",
     ),
     "no head": (lambda: linear_softmax_confidence(LOGITS), ValueError, "give either weight .* or centers"),
     "head": (lambda: linear_softmax_confidence(LOGITS, torch.ones(4, 3)), ValueError, r"weight must be \[K, 5\]"),

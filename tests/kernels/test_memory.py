@@ -35,6 +35,39 @@ def test_peak(form):
     assert 0.9 < float(run.stdout) < 1.15
 
 
+HEAD = r"""
+import re, sys
+from pathlib import Path
+import torch
+from mdml_kernels import linear_softmax_confidence
+
+def peak():
+    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+
+def call(n, k):
+    z, weight = torch.ones(n, 64, requires_grad=True), torch.ones(k, 64, requires_grad=True)
+    before = peak()
+    if sys.argv[1] == "eager":
+        torch.softmax(z @ weight.T, -1).amax(-1).sum().backward()
+    else:
+        linear_softmax_confidence(z, weight).sum().backward()
+    return peak() - before
+
+call(256, 256)
+print(call(8192, 4096))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
+def test_a_head_takes_an_eighth_of_what_eager_takes():
+    eager, ours = (
+        int(subprocess.run([sys.executable, "-c", HEAD, who], capture_output=True, text=True, check=True).stdout)
+        for who in ("eager", "ours")
+    )
+    assert eager > 2 * 8192 * 4096 * 4  # the logits, and more
+    assert 8 * ours < eager
+
+
 @pytest.mark.usefixtures("operators")
 @pytest.mark.parametrize("n_classes", [40, 100])  # rows that the compiled kernels turn, and longer ones
 @pytest.mark.parametrize("temperature", [1.0, 0.7, torch.tensor(0.7)])

@@ -28,7 +28,8 @@ class MlpLayer(NamedTuple):
     rectify: whether a ReLU follows.
     own: weight [C, O, I] and bias [C, 1, O] for `adapt` to write; None for a head that is not adapted.
     metric: of a head that stands for two layers, F = V W: V Vᵀ [K, K] or [C, K, K]. The inner loop then trains it, and
-        multiplies its steps by this. Its own is what it descended by before that (a bias of None stays as it is).
+        multiplies its steps by this. Its own, never None then, is what it descended by before that; a bias of None does
+        not move.
     """
 
     weight: Tensor
@@ -119,7 +120,7 @@ def meta_gradients(
     loss = support.new_empty(n_episodes)
     by_background = None if background is None else torch.empty_like(loss)
     by_layer = [_empty_gradients(layer, n_groups) for layer in layers]
-    # Adapted weights stay in the processor's cache.
+    # Adapted weights stay in the processor's cache; a head's own also tells whether its bias moves.
     passing = [layer if layer.metric is not None else layer._replace(own=None) for layer in layers]
     program = _program(passing, inner, support, tau, background, by_layer)
     cross = None
