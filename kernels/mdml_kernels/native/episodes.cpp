@@ -39,6 +39,15 @@ struct EpisodeProgram {
 
 namespace {
 
+// out [m, n] = base (null: 0) + a [m, depth] b, whose rows can be read in whole vectors; base may be out.
+void plus_product(const float* base, const float* a, const float* b, int64_t m, int64_t n, int64_t depth, float* out) {
+  const Operands<Singles> of = {a, b, depth, 1, padded(n), depth};
+  product(of, m, n, [=](int64_t i, int64_t j, Floats sums, int64_t left) INLINE {
+    if (base) sums += load_some(base + i * n + j, left, 0.0f);
+    store_some(out + i * n + j, sums, left);
+  });
+}
+
 // A thread's own memory for its episodes.
 template <class Kind>
 struct Workspace {
@@ -228,18 +237,12 @@ class Episode {
     const Layer<float> moves = own_layer(e, head);
     float *weight = space.folded.get(), *bias = weight + n_out * n_in;
     const float* metric = of.metric + e * of.metric_stride;
-    const Operands<Singles> by_weight = {metric, Singles::stacked(moves.weight, n_out, n_in, space.moves), n_out, 1,
-                                         padded(n_in), n_out};
-    product(by_weight, n_out, n_in, [=](int64_t i, int64_t j, Floats sums, int64_t left) INLINE {
-      store_some(weight + i * n_in + j, sums + load_some(given.weight + i * n_in + j, left, 0.0f), left);
-    });
+    plus_product(given.weight, metric, Singles::stacked(moves.weight, n_out, n_in, space.moves), n_out, n_in, n_out,
+                 weight);
     if (!given.bias) return;
     if (!moves.bias) return void(memcpy(bias, given.bias, n_out * sizeof(float)));
-    const Operands<Singles> by_bias = {moves.bias, Singles::stacked(metric, n_out, n_out, space.metric), 0, 1,
-                                       padded(n_out), n_out};  // M is symmetric
-    product(by_bias, 1, n_out, [=](int64_t, int64_t j, Floats sums, int64_t left) INLINE {
-      store_some(bias + j, sums + load_some(given.bias + j, left, 0.0f), left);
-    });
+    const float* rows = Singles::stacked(metric, n_out, n_out, space.metric);  // M is symmetric
+    plus_product(given.bias, moves.bias, rows, 1, n_out, n_out, bias);
   }
 
   // `collect` of a head that moved, and G D^T + g d^T.
@@ -252,14 +255,11 @@ class Episode {
     if (bias) add(bias, n_out, begins, layer.by_bias + group * n_out);
 
     const Layer<float> moves = own_layer(e, head);
-    const float* turned = Singles::turned(moves.weight, n_out, n_in, space.moves_turned);
     float* cross = of.cross + group * n_out * n_out;
-    const Operands<Singles> of_weights = {weight, turned, n_in, 1, padded(n_out), n_in};
-    product(of_weights, n_out, n_out, [=](int64_t i, int64_t j, Floats sums, int64_t left) INLINE {
-      if (moves.bias) sums += load_some(moves.bias + j, left, 0.0f) * bias[i];
-      if (!begins) sums += load_some(cross + i * n_out + j, left, 0.0f);
-      store_some(cross + i * n_out + j, sums, left);
-    });
+    const float* turned = Singles::turned(moves.weight, n_out, n_in, space.moves_turned);
+    plus_product(begins ? nullptr : cross, weight, turned, n_out, n_out, n_in, cross);
+    for (int64_t i = 0; moves.bias && i < n_out; ++i)
+      for (int64_t j = 0; j < n_out; ++j) cross[i * n_out + j] += bias[i] * moves.bias[j];
   }
 
   // to [n] += values, or = where a sum begins.

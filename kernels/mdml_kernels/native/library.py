@@ -10,6 +10,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from torch.utils import _python_dispatch
 _HERE = Path(__file__).parent
 _COMPILERS = ("c++", "g++", "clang++")
 # No errno and no traps: neither is looked at, and both stand in the way of vectors. Not -ffast-math, which drops NaN.
-_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+_FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
 _SECONDS = 120
 
 
@@ -76,12 +77,22 @@ def _compiled(compiler: str) -> Path:
     if (folder / name).is_file():
         return folder / name
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+    with tempfile.TemporaryDirectory(dir=folder) as scratch, ThreadPoolExecutor() as pool:
         made = Path(scratch) / name
-        command = [compiler, *_FLAGS, *map(str, sources), "-o", str(made)]
-        subprocess.run(command, capture_output=True, text=True, check=True, timeout=_SECONDS)
+        objects = [str(Path(scratch) / f"{source.stem}.o") for source in sources]
+        done = [
+            pool.submit(_run, [compiler, *_FLAGS, "-c", str(source), "-o", to])
+            for source, to in zip(sources, objects, strict=True)
+        ]
+        for each in done:
+            each.result()
+        _run([compiler, *_FLAGS, "-shared", *objects, "-o", str(made)])
         made.replace(folder / name)
     return folder / name
+
+
+def _run(command: list[str]) -> None:
+    subprocess.run(command, capture_output=True, text=True, check=True, timeout=_SECONDS)
 
 
 def _processor() -> str:
