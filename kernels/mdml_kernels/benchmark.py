@@ -203,10 +203,10 @@ def _ours(case: Case, backend: Any = "auto") -> Callable[..., Tensor]:
 
 
 def _eager(case: Case) -> Callable[..., Tensor]:
-    """What one writes by hand; it takes a temperature, as ours does."""
+    """What one writes by hand."""
 
-    def confidence(logits: Tensor, temperature: float = 1.0) -> Tensor:
-        return torch.softmax(logits / temperature, dim=-1).max(dim=-1).values
+    def confidence(logits: Tensor) -> Tensor:
+        return torch.softmax(logits, dim=-1).max(dim=-1).values
 
     def hinge(logits: Tensor, is_ood: Tensor) -> Tensor:
         return _gap(confidence(logits), is_ood)

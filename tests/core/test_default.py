@@ -14,7 +14,10 @@ from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
 
 from mdml_fast import MDMLDetector
+from mdml_fast.baselines import mdml
+from mdml_fast.data.open_sets import open_sets
 from mdml_fast.data.views import VIEWS, Views
+from mdml_fast.evaluation import EvaluationProtocol, evaluate
 from mdml_fast.meta.default import DefaultConfig, DefaultModel
 from mdml_fast.meta.encoders import ResidualEncoder
 from mdml_fast.meta.ensemble import Ensemble, EnsembleConfig
@@ -362,3 +365,13 @@ def test_embeddings_are_the_encoders_own_in_whatever_thread() -> None:
     with ThreadPoolExecutor(4) as pool:
         for embedded in pool.map(ensemble.embed, [rows] * 40):
             torch.testing.assert_close(embedded, expected.detach(), rtol=1e-5, atol=1e-6)
+
+
+def test_bfloat16_finds_what_float32_finds() -> None:
+    """The digits: unseen and seen classes, the default constants."""
+    methods = {dtype: mdml("default", "cpu", dtype) for dtype in ("float32", "bfloat16")}
+    results = evaluate(open_sets()["digits"](), methods, EvaluationProtocol(splits=1, seeds=1))["results"]
+    exact, rough = (results[dtype]["splits"][0] for dtype in ("float32", "bfloat16"))
+    assert exact != rough
+    for kind in ("auroc_unseen", "auroc_seen"):
+        assert rough[kind] == pytest.approx(exact[kind], abs=0.005)

@@ -5,6 +5,7 @@ import torch
 from mdml_kernels import chunks, cpu, parity
 
 
+@pytest.mark.usefixtures("cpu_way")
 def test_every_problem_kind_in_float32():
     found = parity.compare(parity.problems(120, seed=1), ("cpu",))
     assert len(found) == 10, "five forms, two confidences"

@@ -11,7 +11,7 @@ import pytest
 pytest.importorskip("triton", reason="the triton backend is optional")
 ENVIRONMENT = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "MDML_TEST_BACKEND": "triton"}
 # What a launch costs in the interpreter keeps this to the transforms that batch each argument, and forward mode.
-CHOSEN = "test_transform and (bce or hinge) and (grad or jvp or create_graph) and not third"
+CHOSEN = "test_transform and (bce or hinge or pairwise) and (grad or jvp or create_graph) and not third"
 
 
 def run(*command):
