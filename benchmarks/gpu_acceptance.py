@@ -1,8 +1,9 @@
 """All that a GPU alone can show of the Triton backend, in one go: python benchmarks/gpu_acceptance.py
 
 Correctness against float64, bandwidth against a copy, speed against eager and `torch.compile`, determinism, CUDA-graph
-capture, peak memory, and the inner loop against the vmapped PyTorch path. Prints the findings, writes them to
-results/<gpu>.json, and exits 1 if something is wrong, 0 otherwise (goals missed are said, not punished), 3 without GPU.
+capture, peak memory, the inner loop against the vmapped PyTorch path, and the engine against its peers. Prints the
+findings, writes them to results/<gpu>.json, and exits 1 if something is wrong, 0 otherwise (goals missed are said, not
+punished), 3 without GPU.
 Times are medians over calls, each after the L2 cache was flushed.
 """
 
@@ -281,6 +282,20 @@ def inner_loop(device: str, timer: Timer, episodes: tuple[int, ...] = (EPISODES,
     return found
 
 
+def engine(device: str, parts: tuple[str, ...] = (), rounds: int | None = None) -> dict[str, Any]:
+    """The cases of `mdml-fast bench engine`: every contender right against float64, then timed in turns."""
+    from mdml_fast.bench.engine import run_all
+
+    try:
+        rows = run_all(torch.device(device), parts, rounds)
+    except Exception as error:  # whatever it is, the other findings are to be kept
+        return {"wrong": [f"engine: {type(error).__name__}: {error}"]}
+    return {
+        row.case: {"chosen": row.chosen, "per_second": row.per_second, "ratios": row.ratios, "errors": row.errors}
+        for row in rows
+    }
+
+
 def environment() -> dict[str, Any]:
     """What the numbers were seen on."""
     import triton
@@ -314,6 +329,7 @@ def main(arguments: list[str] | None = None) -> int:
         ("bandwidth", lambda: bandwidth("cuda", median_ms)),
         ("speed", lambda: speed("cuda", median_ms)),
         ("inner_loop", lambda: inner_loop("cuda", median_ms)),
+        ("engine", lambda: engine("cuda")),
     ):
         findings[name] = part()
         print(name, json.dumps(findings[name], indent=2), flush=True)

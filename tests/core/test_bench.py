@@ -1,6 +1,8 @@
 """The benchmark of the engine refuses a wrong contender, and counts the products that are needed."""
 
+import runpy
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +25,15 @@ def test_a_case_is_checked_and_timed(case: engine.Case) -> None:
     table = engine.table([row])
     assert f"{row.ratios['plain loop']:.2f}" in table
     assert "path" in row.chosen
+
+
+def test_the_gpu_acceptance_runs_the_engine_and_keeps_what_goes_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "CASES", (SMALL,))
+    run = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "gpu_acceptance.py"))["engine"]
+    assert run("cpu", rounds=1)["small"]["errors"]["ours"] < 1e-5
+    monkeypatch.setattr(peers, "hinge", lambda *arguments: 1.01 * peers.one_class(arguments[0]))
+    [wrong] = run("cpu", rounds=1)["wrong"]
+    assert "plain loop: relative error" in wrong
 
 
 def test_a_wrong_peer_is_not_timed(monkeypatch: pytest.MonkeyPatch) -> None:
