@@ -83,7 +83,7 @@ def choice(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def values(**arguments: Scalar | None) -> None:
-    """Read the tensors: none may hold NaN or an infinity, and the temperature must be positive."""
+    """Read the tensors: none may hold NaN or an infinity, temperature and scale must be positive."""
     for name, value in arguments.items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{name} must be finite, got {value}")
@@ -91,8 +91,8 @@ def values(**arguments: Scalar | None) -> None:
             bad = int((~value.isfinite()).sum())
             if bad:
                 raise ValueError(f"{name} must be finite, got {bad} of {value.numel()} values NaN or infinite")
-            if name == "temperature" and not bool((value > 0).all()):
-                raise ValueError(f"temperature must be positive, got a smallest value of {float(value.min())}")
+            if name in ("temperature", "scale") and not bool((value > 0).all()):
+                raise ValueError(f"{name} must be positive, got a smallest value of {float(value.min())}")
 
 
 def _scaling(

@@ -80,13 +80,14 @@ def one_class_loss(
     confidence: Confidence = "max",
     reduction: Reduction = "mean",
     backend: Backend = "auto",
+    validate: bool = False,
 ) -> Tensor:
     """``mean_N(-log S)`` of normal rows: BCE(S, 1), the inner level of arXiv 2601.19833.
 
     Args and errors as in `softmax_margin_loss`; logits [..., N, K] are all normal.
     """
     checks.choice("reduction", reduction, ("mean", "sum", "none"))
-    log_s = _log_s(logits, temperature, background, confidence, backend)
+    log_s = _log_s(logits, temperature, background, confidence, backend, validate)
     return reference.reduce_episodes(-log_s.mean(dim=-1), reduction)
 
 
@@ -97,12 +98,13 @@ def softmax_confidence(
     background: Scalar | None = None,
     confidence: Confidence = "max",
     backend: Backend = "auto",
+    validate: bool = False,
 ) -> Tensor:
     """The confidence S [..., N] in [0, 1] that a row is normal, of logits [..., N, K].
 
     Args and errors as in `softmax_margin_loss`.
     """
-    return _log_s(logits, temperature, background, confidence, backend).exp()
+    return _log_s(logits, temperature, background, confidence, backend, validate).exp()
 
 
 def softmax_log_odds(
@@ -112,6 +114,7 @@ def softmax_log_odds(
     background: Scalar | None = None,
     confidence: Confidence = "max",
     backend: Backend = "auto",
+    validate: bool = False,
 ) -> Tensor:
     """log(S / (1 - S)) [..., N]: orders rows as the confidence S does, and still tells them apart where S rounds to 1.
 
@@ -119,6 +122,8 @@ def softmax_log_odds(
     """
     checks.logits(logits, temperature, background, confidence)
     chosen = dispatch.choose(backend, logits).backend
+    if validate:
+        checks.values(logits=logits, temperature=temperature, background=background)
     if chosen == "reference":
         log_s, log_not_s = reference.log_confidence(logits, temperature, background, confidence)
         return log_s - log_not_s
@@ -136,6 +141,7 @@ def linear_softmax_confidence(
     background: Scalar | None = None,
     confidence: Confidence = "max",
     backend: Backend = "auto",
+    validate: bool = False,
 ) -> Tensor:
     """The confidence [..., N] of embeddings z [..., N, H] under a linear or a prototype head.
 
@@ -153,6 +159,7 @@ def linear_softmax_confidence(
         background: as in `softmax_margin_loss`.
         confidence: as in `softmax_margin_loss`.
         backend: as in `softmax_margin_loss`.
+        validate: also check the tensors' values, which waits for the device.
 
     Raises:
         ValueError: neither or both of weight and centers are given, a shape does not fit, or as `softmax_margin_loss`.
@@ -160,6 +167,9 @@ def linear_softmax_confidence(
     """
     checks.head(z, weight, bias, centers, scale, temperature, background, confidence)
     chosen = dispatch.choose(backend, z, linear=True).backend
+    if validate:
+        head = {"weight": weight, "bias": bias, "centers": centers, "scale": scale}
+        checks.values(z=z, **head, temperature=temperature, background=background)
     if chosen == "reference":
         logits = reference.head_logits(z, weight, bias, centers, scale)
         log_s, _ = reference.log_confidence(logits, temperature, background, confidence)
@@ -168,21 +178,33 @@ def linear_softmax_confidence(
     return losses.log_sigmoid(rows).exp()
 
 
-def explain(logits: Tensor, *, backend: Backend = "auto") -> str:
+def explain(logits: Tensor, *, linear: bool = False, backend: Backend = "auto") -> str:
     """One line: the backend that a call with these logits takes, and why.
+
+    Args:
+        logits: as the call takes them; with linear, the embeddings z.
+        linear: whether the call is `linear_softmax_confidence`.
+        backend: as the call has it.
 
     Raises:
         ValueError: the backend cannot serve the call; the message names those that can.
     """
-    chosen = dispatch.choose(backend, logits, native=library.serves(logits))
+    chosen = dispatch.choose(backend, logits, linear=linear, native=library.serves(logits))
     return f"{chosen.backend}: {chosen.reason}"
 
 
 def _log_s(
-    logits: Tensor, temperature: Scalar, background: Scalar | None, confidence: Confidence, backend: Backend
+    logits: Tensor,
+    temperature: Scalar,
+    background: Scalar | None,
+    confidence: Confidence,
+    backend: Backend,
+    validate: bool,
 ) -> Tensor:
     checks.logits(logits, temperature, background, confidence)
     chosen = dispatch.choose(backend, logits).backend
+    if validate:
+        checks.values(logits=logits, temperature=temperature, background=background)
     if chosen == "reference":
         return reference.log_confidence(logits, temperature, background, confidence)[0]
     return losses.log_sigmoid(odds.of_logits(logits, temperature, background, confidence, chosen))

@@ -129,6 +129,26 @@ BAD = {
         ValueError,
         "background must be finite, got nan",
     ),
+    "validate confidence": (
+        lambda: softmax_confidence(LOGITS / 0, validate=True),
+        ValueError,
+        "logits must be finite, got 90 of 90 values",
+    ),
+    "validate one class": (
+        lambda: one_class_loss(LOGITS, temperature=torch.tensor(-1.0), validate=True),
+        ValueError,
+        "temperature must be positive, got a smallest value of -1.0",
+    ),
+    "validate head": (
+        lambda: linear_softmax_confidence(LOGITS, torch.ones(4, 5) / 0, validate=True),
+        ValueError,
+        "weight must be finite, got 20 of 20 values",
+    ),
+    "validate scale": (
+        lambda: linear_softmax_confidence(LOGITS, centers=torch.ones(4, 5), scale=torch.tensor(0.0), validate=True),
+        ValueError,
+        "scale must be positive, got a smallest value of 0.0",
+    ),
     "no head": (lambda: linear_softmax_confidence(LOGITS), ValueError, "give either weight .* or centers"),
     "head": (lambda: linear_softmax_confidence(LOGITS, torch.ones(4, 3)), ValueError, r"weight must be \[K, 5\]"),
     "bias": (

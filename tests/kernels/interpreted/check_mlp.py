@@ -123,11 +123,13 @@ def test_nan_in_an_episode_stays_there():
         assert not weights[1][[0, 2]].isnan().any()
 
 
-def test_whole_inner_loop_reads_and_writes_once(traffic):
-    """Support and initial weights from memory once, adapted weights to memory once; steps in between stay in L2."""
+def test_whole_inner_loop_reads_once_and_writes_once_a_step(traffic):
+    """Support and initial weights from memory once, into the episode's own; what a step writes the next finds in L2."""
     case = make(1, 64, [64, 128, 64], 16)
     arguments = case["support"], case["weights"], case["biases"], case["head_weight"]
-    triton_mlp.adapt_mlp(*arguments, steps=3, lr=0.1, whole=True)
+    weights, biases = triton_mlp.adapt_mlp(*arguments, steps=3, lr=0.1, whole=True)
+    for adapted in (*weights, *biases):
+        assert traffic.stored(adapted) == (1 + 3) * adapted.nbytes
     assert traffic.loaded(case["support"]) == case["support"].nbytes
     for weight in case["weights"]:
         assert traffic.loaded(weight) == weight.nbytes
