@@ -230,8 +230,7 @@ class MetaEngine:
 
     def finished(self, grads: Parameters) -> Parameters:
         """The gradients to the parameters, as they are now, from means of what `gradient_sums` gave."""
-        finished = self._path.finished(grads)
-        return {name: finished[name].to(value.dtype) for name, value in self.parameters().items()}
+        return self._path.finished(grads)
 
     def compile_for(self, support: Tensor, query: Tensor, is_ood: Tensor, direction: Tensor | None = None) -> bool:
         """Have the generic path's gradients compiled for batches like this one, as those of `meta_gradients`.

@@ -78,11 +78,10 @@ class FusedPath:
     def finished(self, grads: Parameters) -> Parameters:
         """See `GenericPath`."""
         folding, folded = self._recipe.folding, {name: grads[name] for name in GRADIENTS if name in grads}
-        if not folding or not folded:
-            return grads
-        values = {name: self._modules.get_parameter(name).detach() for name in folding.names}
-        others = {name: grad for name, grad in grads.items() if name not in folded}
-        return others | folding.gradients(values, folded)
+        parameters = {name: self._modules.get_parameter(name) for name in self._recipe.trained}
+        if folding and folded:
+            grads = grads | folding.gradients({name: parameters[name].detach() for name in folding.names}, folded)
+        return {name: grads[name].to(value.dtype) for name, value in parameters.items()}
 
     def _program(self, values: Parameters, support: Tensor, n_query: int, stacked: bool) -> Program:
         """This thread's program for batches of this shape, with these values in it."""

@@ -78,7 +78,7 @@ class GenericPath:
         }
 
     def finished(self, grads: Parameters) -> Parameters:
-        """The gradients to the parameters from sums or means of what `gradients` gave, shaped as the parameters are."""
+        """The gradients to the parameters, in their order, from sums or means of what `gradients` gave."""
         return grads
 
     def compile(self, batch: Batch, stacked: bool) -> None:
