@@ -81,9 +81,9 @@ class MeanGradients:
             else:
                 total /= self._counts.clamp(min=1).to(total.dtype).view(-1, *[1] * (total.ndim - 1))
         grads = self._engine.finished(self._totals)
-        if self._counts is not None:  # whatever is made of a zero by parameters that are not finite
-            idle = self._counts == 0
-            grads = {name: grad.masked_fill(idle.view(-1, *[1] * (grad.ndim - 1)), 0) for name, grad in grads.items()}
+        if self._counts is not None and bool((idle := self._counts == 0).any()):
+            for grad in grads.values():  # whatever parameters that are not finite made of a zero
+                grad[idle] = 0
         return MetaGradients(losses, grads)
 
 

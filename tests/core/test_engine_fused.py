@@ -156,6 +156,16 @@ def test_folded_layers(
     assert_close({name: value.double() for name, value in adapted.items()}, adapted_too, 1e-5)
 
 
+@pytest.mark.parametrize("head", ["linear", "narrow"])
+def test_a_direction_without_episodes_has_no_gradient_whatever_its_parameters(head: str) -> None:
+    one = engine("relu", head, "hinge, fixed", 2, torch.float32, n_directions=3, path="fused")
+    for value in one.parameters().values():
+        value.data[2] = torch.nan
+    grads = one.meta_gradients(*episodes(4, torch.float32), torch.tensor([0, 1, 0, 1])).grads
+    assert all((grad[2] == 0).all() for grad in grads.values())
+    assert all(grad[:2].abs().sum() > 0 for grad in grads.values())
+
+
 @pytest.mark.parametrize(
     "dtypes",
     [
