@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.autograd import forward_ad
 
 from mdml_kernels import linear, rows
@@ -35,7 +35,7 @@ def _operator(kind: str, confidence: str) -> RowOp:
     return made
 
 
-@torch.library.custom_op("mdml_kernels::log_odds", mutates_args=())
+@library.custom_op("mdml_kernels::log_odds", mutates_args=())
 def _forward(given: list[Tensor], mask: list[bool], kind: str, confidence: str) -> list[Tensor]:
     if forward_ad._current_level >= 0:  # tangents are out of sight here, and would be dropped without a word
         raise RuntimeError("a compiled loss has no forward-mode derivative: take torch.func.jvp in what is compiled")
@@ -51,7 +51,7 @@ def _(given: list[Tensor], mask: list[bool], kind: str, confidence: str) -> list
     return [like.new_empty(shape), like.new_empty(shape), indices]
 
 
-@torch.library.custom_op("mdml_kernels::log_odds_backward", mutates_args=())
+@library.custom_op("mdml_kernels::log_odds_backward", mutates_args=())
 def _backward(
     given: list[Tensor], mask: list[bool], saved: list[Tensor], grad: Tensor, kind: str, confidence: str
 ) -> list[Tensor]:
@@ -78,4 +78,4 @@ def _pull(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     return _backward(given, ctx.mask, saved, grads[0], ctx.kind, ctx.confidence), None, None, None
 
 
-torch.library.register_autograd("mdml_kernels::log_odds", _pull, setup_context=_setup)
+library.register_autograd("mdml_kernels::log_odds", _pull, setup_context=_setup)

@@ -61,9 +61,7 @@ def softmax_margin_loss(
     checks.choice("form", form, ("hinge", "pairwise", "bce"))
     checks.choice("reduction", reduction, ("mean", "sum", "none"))
     checks.margin(margin)
-    chosen = dispatch.choose(backend, logits).backend
-    if validate:
-        checks.values(logits=logits, temperature=temperature, background=background)
+    chosen = _chosen(logits, temperature, background, backend, validate)
     if chosen == "reference":
         value = reference.softmax_margin_loss(logits, is_ood, margin, temperature, background, confidence, form)
     else:
@@ -121,9 +119,7 @@ def softmax_log_odds(
     Args and errors as in `softmax_margin_loss`.
     """
     checks.logits(logits, temperature, background, confidence)
-    chosen = dispatch.choose(backend, logits).backend
-    if validate:
-        checks.values(logits=logits, temperature=temperature, background=background)
+    chosen = _chosen(logits, temperature, background, backend, validate)
     if chosen == "reference":
         log_s, log_not_s = reference.log_confidence(logits, temperature, background, confidence)
         return log_s - log_not_s
@@ -193,6 +189,14 @@ def explain(logits: Tensor, *, linear: bool = False, backend: Backend = "auto") 
     return f"{chosen.backend}: {chosen.reason}"
 
 
+def _chosen(logits: Tensor, temperature: Scalar, background: Scalar | None, backend: Backend, validate: bool) -> str:
+    """The backend of a call with these logits; their values are looked at where that is asked for."""
+    chosen = dispatch.choose(backend, logits).backend
+    if validate:
+        checks.values(logits=logits, temperature=temperature, background=background)
+    return chosen
+
+
 def _log_s(
     logits: Tensor,
     temperature: Scalar,
@@ -202,9 +206,7 @@ def _log_s(
     validate: bool,
 ) -> Tensor:
     checks.logits(logits, temperature, background, confidence)
-    chosen = dispatch.choose(backend, logits).backend
-    if validate:
-        checks.values(logits=logits, temperature=temperature, background=background)
+    chosen = _chosen(logits, temperature, background, backend, validate)
     if chosen == "reference":
         return reference.log_confidence(logits, temperature, background, confidence)[0]
     return losses.log_sigmoid(odds.of_logits(logits, temperature, background, confidence, chosen))

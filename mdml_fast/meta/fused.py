@@ -36,7 +36,7 @@ class FusedPath:
     def adapt(self, values: Parameters, support: Tensor, stacked: bool) -> Parameters:
         """See `GenericPath`."""
         if self._recipe.settings.inner_steps:
-            adapted = self._program(values, support, 0, stacked).adapt(support)
+            adapted = self._program(values, support, 0, stacked).adapt(values, support)
         else:
             shared = {name: values[name] for name in self._recipe.adapted}
             adapted = shared if stacked else {name: v.expand(len(support), *v.shape) for name, v in shared.items()}

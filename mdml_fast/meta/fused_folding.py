@@ -25,9 +25,8 @@ from mdml_fast.meta.settings import Parameters
 # Folding has to leave this much fewer products: those that it adds are small ones, and slower.
 LEAST_GAIN = 1.5
 
-WEIGHT, BIAS, METRIC = NAMES = "folded.weight", "folded.bias", "folded.metric"
-# G, g and, where the inner loop took a step, G Dᵀ + g dᵀ.
-CROSS = "folded.cross"
+# F, c and M; among gradients G, g and, where the inner loop took a step, G Dᵀ + g dᵀ.
+WEIGHT, BIAS, METRIC, CROSS = "folded.weight", "folded.bias", "folded.metric", "folded.cross"
 GRADIENTS = WEIGHT, BIAS, CROSS
 
 
@@ -48,15 +47,19 @@ class Folding(NamedTuple):
         return [name for layer in self for name in (layer.weight, layer.bias) if name]
 
     def values(self, values: Parameters) -> Parameters:
-        """F [K, I], c [K] (where there is a bias) and M [K, K] of shared parameters, or [C, …] of stacked ones."""
-        head = values[self.head.weight]
+        """The values with F [K, I], c [K] (where there is a bias) and M [K, K] in place of both layers' parameters.
+
+        Of stacked ones they are [C, …].
+        """
+        head, own = values[self.head.weight], set(self.names)
+        others = {name: value for name, value in values.items() if name not in own}
         folded = {WEIGHT: head @ values[self.last.weight], METRIC: head @ head.mT}
         biases = []
         if self.last.bias:
             biases.append((head @ values[self.last.bias].unsqueeze(-1)).squeeze(-1))
         if self.head.bias:
             biases.append(values[self.head.bias])
-        return folded | ({BIAS: sum(biases[1:], biases[0])} if biases else {})
+        return others | folded | ({BIAS: sum(biases[1:], biases[0])} if biases else {})
 
     @property
     def inner(self) -> list[str]:
@@ -67,32 +70,12 @@ class Folding(NamedTuple):
         """Of so many episodes."""
         shape = (n_episodes, *values[WEIGHT].shape[-2:])
         weight = values[WEIGHT].new_zeros(shape)
-        return Moves(weight, weight.new_zeros(shape[:2]) if self.last.bias else None)
+        return Moves(self, weight, weight.new_zeros(shape[:2]) if self.last.bias else None)
 
     def sizes(self, values: Parameters, rows: tuple[int, int], n_steps: int, stacked: bool) -> Sizes:
         """Of episodes with so many support and query rows."""
         n_logits, n_embedding = values[self.head.weight].shape[-2:]
         return Sizes(*rows, n_steps, values[self.last.weight].shape[-1], n_embedding, n_logits, stacked)
-
-    def move(self, given: Parameters, moves: Moves, own: Weights) -> None:
-        """Make own F [C, K, I] and c [C, K] those that are given, moved."""
-        metric, weight = given[METRIC], own.master[WEIGHT]
-        torch.baddbmm(given[WEIGHT], metric.expand(len(weight), *metric.shape[-2:]), moves.weight, out=weight)
-        if moves.bias is not None:
-            steps = (moves.bias.unsqueeze(-2) @ metric).squeeze(-2)  # M is symmetric
-            torch.add(given[BIAS], steps, out=own.master[BIAS])
-        if own.compute is not own.master:
-            for name in self.inner:
-                own.compute[name].copy_(own.master[name])
-
-    def adapted(self, values: Parameters, moves: Moves) -> Parameters:
-        """W' [C, z, I] and b' [C, z], by name."""
-        turned = values[self.head.weight].mT
-        adapted = {self.last.weight: values[self.last.weight] + turned @ moves.weight}
-        if moves.bias is not None:
-            assert self.last.bias
-            adapted[self.last.bias] = values[self.last.bias] + (turned @ moves.bias.unsqueeze(-1)).squeeze(-1)
-        return adapted
 
     def gradients(self, values: Parameters, folded: Parameters) -> Parameters:
         """The gradients to both layers' parameters from G, g and G Dᵀ + g dᵀ by name; all [D, …] if values are stacked.
@@ -114,31 +97,51 @@ class Folding(NamedTuple):
 
 
 class Moves(NamedTuple):
-    """D [C, K, I], and d [C, K] where the last layer has a bias."""
+    """What the inner loops of C episodes moved: D [C, K, I], and d [C, K] where the last layer has a bias."""
 
+    folding: Folding
     weight: Tensor
     bias: Tensor | None
 
     def clear(self) -> None:
         """Nothing has moved."""
-        for value in self:
-            if value is not None:
-                value.zero_()
+        self.weight.zero_()
+        if self.bias is not None:
+            self.bias.zero_()
 
-    def add(self, by_weight: Tensor, by_bias: Tensor | None, factor: float) -> None:
-        """Take in factor times G [C, K, I] and g [C, K]."""
-        self.weight.add_(by_weight, alpha=factor)
+    def descend(self, by_weight: Tensor, by_bias: Tensor | None, lr: float, given: Parameters, own: Weights) -> None:
+        """Take a step against G [C, K, I] and g [C, K]; own F and c become those that are given, moved."""
+        self.weight.add_(by_weight, alpha=-lr)
+        metric, weight = given[METRIC], own.master[WEIGHT]
+        torch.baddbmm(given[WEIGHT], metric.expand(len(weight), *metric.shape[-2:]), self.weight, out=weight)
         if self.bias is not None:
             assert by_bias is not None
-            self.bias.add_(by_bias, alpha=factor)
+            self.bias.add_(by_bias, alpha=-lr)
+            steps = (self.bias.unsqueeze(-2) @ metric).squeeze(-2)  # M is symmetric
+            torch.add(given[BIAS], steps, out=own.master[BIAS])
+        if own.compute is not own.master:
+            for name in self.folding.inner:
+                own.compute[name].copy_(own.master[name])
 
-    def cross(self, by_weight: Tensor, by_bias: Tensor | None) -> Tensor:
-        """G Dᵀ + g dᵀ [C, K, K]."""
-        cross = torch.bmm(by_weight, self.weight.mT)
+    def adapted(self, values: Parameters) -> Parameters:
+        """W' [C, z, I] and b' [C, z], by name."""
+        last, turned = self.folding.last, values[self.folding.head.weight].mT
+        adapted = {last.weight: values[last.weight] + turned @ self.weight}
         if self.bias is not None:
-            assert by_bias is not None
-            cross.baddbmm_(by_bias.unsqueeze(-1), self.bias.unsqueeze(-2))
-        return cross
+            assert last.bias
+            adapted[last.bias] = values[last.bias] + (turned @ self.bias.unsqueeze(-1)).squeeze(-1)
+        return adapted
+
+    def gradients(self, by_weight: Tensor, by_bias: Tensor | None, n_steps: int) -> Parameters:
+        """G [C, K, I], g [C, K] and, after some steps, G Dᵀ + g dᵀ [C, K, K]: by name, as `Folding.gradients` wants."""
+        grads = {WEIGHT: by_weight}
+        if by_bias is not None:
+            grads[BIAS] = by_bias
+        if n_steps:
+            cross = grads[CROSS] = torch.bmm(by_weight, self.weight.mT)
+            if self.bias is not None:
+                cross.baddbmm_(grads[BIAS].unsqueeze(-1), self.bias.unsqueeze(-2))
+        return grads
 
 
 class Sizes(NamedTuple):

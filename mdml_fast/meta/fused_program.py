@@ -17,10 +17,7 @@ from torch import Tensor
 
 from mdml_fast.meta import fused_episodes, on_gpu
 from mdml_fast.meta.fused_episodes import EpisodeKernels
-from mdml_fast.meta.fused_folding import BIAS as FOLDED_BIAS
-from mdml_fast.meta.fused_folding import CROSS, Folding
-from mdml_fast.meta.fused_folding import NAMES as FOLDED
-from mdml_fast.meta.fused_folding import WEIGHT as FOLDED_WEIGHT
+from mdml_fast.meta.fused_folding import BIAS, WEIGHT, Folding
 from mdml_fast.meta.fused_heads import PROTOTYPES, batched_head
 from mdml_fast.meta.fused_layers import BatchedLayer, BatchedNetwork, Buffers, Layer, Network, Weights
 from mdml_fast.meta.settings import EngineSettings, Parameters
@@ -53,7 +50,7 @@ class Recipe:
     def weights(self, values: Parameters) -> Weights:
         """The values, and beside them what the products compute with."""
         dtype = self.settings.dtype
-        networks = [name for name in (*self.trained, *FOLDED) if name in values and not name.startswith("loss.")]
+        networks = [name for name in (*self.trained, WEIGHT, BIAS) if name in values and not name.startswith("loss.")]
         if dtype is None or all(values[name].dtype == dtype for name in networks):
             return Weights(values, values)
         return Weights(values, values | {name: values[name].to(dtype) for name in networks})
@@ -87,11 +84,10 @@ class Program:
         folding, n_steps = recipe.folding, recipe.settings.inner_steps
         if self.by_triton or (folding and not folding.sizes(values, (n_support, n_query), n_steps, stacked).fold):
             folding = None
-        self.folding = folding
         if folding:
             network, head = network._replace(layers=network.layers[:-1]), folding.layer
             inner = [name for name in inner if name not in folding.last] + folding.inner
-            values = values | folding.values(values)
+            values = folding.values(values)
 
         def memory(name: str, *episodes: int) -> Tensor:
             """For a value. Products are fastest with weights [I, O]; kernels want them as they are, [O, I]."""
@@ -127,17 +123,20 @@ class Program:
 
     def load(self, values: Parameters) -> None:
         """Take over the values."""
-        if self.folding:
-            values = values | self.folding.values(values)
+        if self.moves:
+            values = self.moves.folding.values(values)
         for side in {id(side): side for side in self.given}.values():
             for name, value in values.items():
                 side[name].copy_(value)
 
-    def adapt(self, support: Tensor) -> Parameters:
-        """The encoder after SGD on the one-class loss of support rows [C, n, d]: [C, …], in the program's memory."""
+    def adapt(self, values: Parameters, support: Tensor) -> Parameters:
+        """The encoder after SGD on the one-class loss of support rows [C, n, d]: [C, …], in the program's memory.
+
+        values are those that were loaded.
+        """
         self._descend(support)
-        own = {name: self.own.master[name] for name in self.recipe.adapted}
-        return own | self.folding.adapted(self.given.master, self.moves) if self.folding and self.moves else own
+        moved = self.moves.adapted(values) if self.moves else {}
+        return {name: moved[name] if name in moved else self.own.master[name] for name in self.recipe.adapted}
 
     def gradients(self, support: Tensor, query: Tensor, is_ood: Tensor, group: int) -> tuple[Tensor, Parameters]:
         """Outer losses [C], and the gradients summed over groups of so many episodes, [C / group, …].
@@ -156,11 +155,7 @@ class Program:
         def collect_folded(layer: BatchedLayer, grad: Tensor) -> None:
             assert self.moves
             by_weight, by_bias = layer.gradients(grad, 1, self.moves.weight.dtype)
-            found = {FOLDED_WEIGHT: by_weight}
-            if by_bias is not None:
-                found[FOLDED_BIAS] = by_bias
-            if self.recipe.settings.inner_steps:
-                found[CROSS] = self.moves.cross(by_weight, by_bias)
+            found = self.moves.gradients(by_weight, by_bias, self.recipe.settings.inner_steps)
             grads.update({name: _group_sums(values, group).to(query.dtype) for name, values in found.items()})
 
         if self._episodes:
@@ -170,7 +165,7 @@ class Program:
         z = self.outer.forward(self.recipe.cast(rows))
         logits = self.outer_head.logits(z[:, self.n_centers :], z[:, : self.n_centers])
         out = self._margin(logits, is_ood)
-        grad_z, grad_centers = self.outer_head.pull(out.logits, collect_folded if self.folding else collect)
+        grad_z, grad_centers = self.outer_head.pull(out.logits, collect_folded if self.moves else collect)
         if grad_centers is not None:
             grad_z = torch.cat([grad_centers, grad_z], 1)
         by_scale = self.outer.backward(grad_z, collect)
@@ -215,10 +210,8 @@ class Program:
             self.successor[layer].descend(layer, grad, lr)
 
         def descend_folded(layer: BatchedLayer, grad: Tensor) -> None:
-            assert self.folding
             assert self.moves
-            self.moves.add(*layer.gradients(grad, 1, self.moves.weight.dtype), -lr)
-            self.folding.move(self.given.master, self.moves, self.own)
+            self.moves.descend(*layer.gradients(grad, 1, self.moves.weight.dtype), lr, self.given.master, self.own)
 
         if self.moves:
             self.moves.clear()
@@ -227,7 +220,7 @@ class Program:
             z = network.forward(rows)
             logits = head.logits(z, z)
             grad = direct.one_class_gradient_(logits, tau, background, self.recipe.loss.confidence)
-            grad_z, grad_centers = head.pull(grad, descend_folded if self.folding else None)
+            grad_z, grad_centers = head.pull(grad, descend_folded if self.moves else None)
             if grad_centers is not None:
                 grad_z.add_(grad_centers)
             by_scale = network.backward(grad_z, descend)

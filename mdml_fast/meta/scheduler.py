@@ -106,10 +106,9 @@ class MetaScheduler:
 
     def _mean(self, batches: Iterable[EpisodeBatch]) -> MetaGradients:
         mean = MeanGradients(self.engine)
-        for sums in self._in_order(batches):
-            with single_thread():  # torch's own threads, once awake, spin on for a while and take the cores from ours
+        with single_thread():  # torch's own threads, once awake, spin on for a while and take the cores from ours
+            for sums in self._in_order(batches):
                 mean.add(sums)
-        with single_thread():
             return mean.result()
 
     def _in_order(self, batches: Iterable[EpisodeBatch]) -> Iterator[GradientSums]:

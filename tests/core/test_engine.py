@@ -95,8 +95,11 @@ def test_modules_that_mix_episodes_are_refused(module: nn.Module, match: str) ->
         MetaEngine(nn.Sequential(nn.Linear(12, 8), module), nn.Linear(8, 5))
 
 
-class _Unbatched(nn.Module):
-    """Draws random numbers, or writes the rows into a tensor that it made."""
+BATCH = torch.ones(3, 16, 12), torch.ones(3, 10, 12), torch.arange(10).expand(3, -1) > 6
+
+
+class _Awkward(nn.Module):
+    """Draws random numbers, or works in place: on its own rows, on a tensor that it made, or on what it gives."""
 
     def __init__(self, where: str) -> None:
         super().__init__()
@@ -105,26 +108,10 @@ class _Unbatched(nn.Module):
     def forward(self, rows: Tensor) -> Tensor:
         if self.where == "random":
             return nn.functional.dropout(self.linear(rows), 0.5)
-        made = torch.zeros(rows.shape[0], 8)
-        made[:] = self.linear(rows)
-        return made
-
-
-@pytest.mark.parametrize(("where", "match"), [("random", "draws random numbers"), ("made", "a tensor that it made")])
-def test_a_forward_that_vmap_cannot_batch_is_refused_at_the_first_batch(where: str, match: str) -> None:
-    engine = MetaEngine(_Unbatched(where), nn.Linear(8, 5))
-    with pytest.raises(ValueError, match=match):
-        engine.meta_gradients(torch.ones(3, 16, 12), torch.ones(3, 10, 12), torch.arange(10).expand(3, -1) > 6)
-
-
-class _InPlace(nn.Module):
-    """Works in place on its own rows, or on what it made itself."""
-
-    def __init__(self, where: str) -> None:
-        super().__init__()
-        self.linear, self.where = nn.Linear(12, 8), where
-
-    def forward(self, rows: Tensor) -> Tensor:
+        if self.where == "made":
+            made = torch.zeros(rows.shape[0], 8)
+            made[:] = self.linear(rows)
+            return made
         if self.where == "an entry of its rows":
             rows[..., 0] = 0.0
         elif self.where == "its rows":
@@ -132,19 +119,25 @@ class _InPlace(nn.Module):
         return self.linear(rows).relu_()
 
 
+@pytest.mark.parametrize(("where", "match"), [("random", "draws random numbers"), ("made", "a tensor that it made")])
+def test_a_forward_that_vmap_cannot_batch_is_refused_at_the_first_batch(where: str, match: str) -> None:
+    engine = MetaEngine(_Awkward(where), nn.Linear(8, 5))
+    with pytest.raises(ValueError, match=match):
+        engine.meta_gradients(*BATCH)
+
+
 @pytest.mark.parametrize("where", ["its rows", "an entry of its rows"])
 def test_a_forward_that_changes_its_rows_is_refused_at_the_first_batch(where: str) -> None:
-    engine = MetaEngine(_InPlace(where), nn.Linear(8, 5))
-    support = torch.ones(3, 16, 12)
+    engine = MetaEngine(_Awkward(where), nn.Linear(8, 5))
+    support, query, is_ood = (tensor.clone() for tensor in BATCH)
     with pytest.raises(ValueError, match="works in place on its rows"):
-        engine.meta_gradients(support, torch.ones(3, 10, 12), torch.arange(10).expand(3, -1) > 6)
+        engine.meta_gradients(support, query, is_ood)
     with pytest.raises(ValueError, match="works in place on its rows"):
         engine.adapt(support)
 
 
 def test_a_forward_may_change_what_it_made() -> None:
-    batch = torch.ones(3, 16, 12), torch.ones(3, 10, 12), torch.arange(10).expand(3, -1) > 6
-    assert MetaEngine(_InPlace("nowhere else"), nn.Linear(8, 5)).meta_gradients(*batch).loss.isfinite().all()
+    assert MetaEngine(_Awkward("nowhere else"), nn.Linear(8, 5)).meta_gradients(*BATCH).loss.isfinite().all()
 
 
 def test_modules_that_work_in_place_are_refused() -> None:

@@ -150,7 +150,7 @@ def test_folded_layers(
     (fused, adapted, one), (exact, adapted_too, _) = outcomes
     assert list(fused.grads) == list(one.parameters())
     programs = one._path._kept.programs.values()
-    assert all(program.folding for program in programs)
+    assert all(program.moves for program in programs)
     assert all(bool(program._episodes) == bool(native.native().library) for program in programs)
     assert_close({name: value.double() for name, value in fused.grads.items()}, exact.grads, 1e-4)
     assert_close({name: value.double() for name, value in adapted.items()}, adapted_too, 1e-5)

@@ -255,13 +255,13 @@ def test_an_episodes_memory_grows_with_what_it_holds() -> None:
     assert chunks.episode_bytes(engine(first_order=False), Shape(16, 20, 12)) > 2 * small
 
 
-PEAKS = r"""
-    import re, sys, torch
-    from pathlib import Path
+PEAKS = """
+    import sys, torch
     from torch import nn
     from mdml_fast.episodes import EpisodeBatch
     from mdml_fast.meta.engine import MetaEngine
     from mdml_fast.meta.scheduler import MetaScheduler
+    from mdml_fast.resources import PeakMemory
 
     class Source:
         is_ood = torch.arange(16) >= 12
@@ -275,10 +275,10 @@ PEAKS = r"""
         engine = MetaEngine(encoder, nn.Linear(32, 4), inner_steps, path=path)
         scheduler = MetaScheduler(engine, chunk=16, threads=2)
         next(scheduler.stream(Source(), n_steps=1, episodes_per_step=n_episodes))
-        # Of this process: ru_maxrss would begin at the parent's.
-        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) / 1024
+        return memory.bytes() / 2**20
 
     torch.set_num_threads(2)
+    memory = PeakMemory()
     print(*[peak(*case) for case in eval(sys.argv[1])])
 """
 

@@ -11,10 +11,12 @@ PEAK = r"""
 import re, sys
 from pathlib import Path
 import torch
-from mdml_kernels import softmax_margin_loss
+from mdml_kernels import linear_softmax_confidence, softmax_margin_loss
 
 def peak():  # of this process: ru_maxrss would begin at the parent's
     return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+"""
+LOSS = r"""
 
 def call(shape):
     logits = torch.ones(shape, requires_grad=True)
@@ -28,21 +30,18 @@ print(call((64, 1024, 512)))
 """
 
 
+def printed(program, argument):
+    command = [sys.executable, "-c", PEAK + program, argument]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 @pytest.mark.parametrize("form", ["hinge", "pairwise", "bce"])
 def test_peak(form):
-    run = subprocess.run([sys.executable, "-c", PEAK, form], capture_output=True, text=True, check=True)
-    assert 0.9 < float(run.stdout) < 1.15
+    assert 0.9 < float(printed(LOSS, form)) < 1.15
 
 
 HEAD = r"""
-import re, sys
-from pathlib import Path
-import torch
-from mdml_kernels import linear_softmax_confidence
-
-def peak():
-    return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
 
 def call(n, k):
     z, weight = torch.ones(n, 64, requires_grad=True), torch.ones(k, 64, requires_grad=True)
@@ -60,10 +59,7 @@ print(call(8192, 4096))
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the peak is read from /proc")
 def test_a_head_takes_an_eighth_of_what_eager_takes():
-    eager, ours = (
-        int(subprocess.run([sys.executable, "-c", HEAD, who], capture_output=True, text=True, check=True).stdout)
-        for who in ("eager", "ours")
-    )
+    eager, ours = (int(printed(HEAD, who)) for who in ("eager", "ours"))
     assert eager > 2 * 8192 * 4096 * 4  # the logits, and more
     assert 8 * ours < eager
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mdml_kernels.native.library import native
+from mdml_kernels.native import library
 from mdml_kernels.native.threads import shared
 
 
@@ -22,9 +22,9 @@ def call(name: str, n: int, size: int, worthwhile: int, *arguments: Any) -> None
         arguments: what follows the bounds of a part: tensors by their memory, None as null, whole numbers, or what
             ctypes made already. A tensor is contiguous, or its strides are among the arguments.
     """
-    library = native().library
-    assert library is not None
-    function, given = getattr(library, name), [_in_c(argument) for argument in arguments]
+    compiled = library.native().library
+    assert compiled is not None
+    function, given = getattr(compiled, name), [_in_c(argument) for argument in arguments]
 
     def run(begin: int, end: int) -> None:
         function(ctypes.c_int64(begin), ctypes.c_int64(end), *given)
