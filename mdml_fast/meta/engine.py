@@ -47,10 +47,14 @@ class MeanGradients:
     """The mean of gradient sums that arrive one after the other: added group by group, in the order of episodes.
 
     So the bits of the mean do not depend on how the episodes were cut into batches, if whole groups were kept.
+
+    Attributes:
+        values: the engine's parameters and buffers, for all the sums of this mean; they must not change before
+            `result`.
     """
 
     def __init__(self, engine: MetaEngine) -> None:
-        self._engine = engine
+        self._engine, self.values = engine, engine.values()
         self._totals: Parameters = {}
         self._counts = torch.zeros(engine.n_directions, device=engine.device) if engine.n_directions else None
         self._losses: list[Tensor] = []
@@ -80,7 +84,7 @@ class MeanGradients:
                 total /= len(losses)
             else:
                 total /= self._counts.clamp(min=1).to(total.dtype).view(-1, *[1] * (total.ndim - 1))
-        grads = self._engine.finished(self._totals)
+        grads = self._engine.finished(self.values, self._totals)
         if self._counts is not None and bool((idle := self._counts == 0).any()):
             for grad in grads.values():  # whatever parameters that are not finite made of a zero
                 grad[idle] = 0
@@ -165,6 +169,11 @@ class MetaEngine:
         """Whether the head's logits depend on the support rows."""
         return self._path.takes_support
 
+    @property
+    def shares_threads(self) -> bool:
+        """Whether threads share a batch of episodes as it is (`shared_by` says how many), bit for bit."""
+        return self._path.shares_threads(self.values())
+
     def buffers(self) -> dict[str, Tensor]:
         """What the modules hold that is not trained, by name; with directions [D, …]."""
         return dict(self.modules.named_buffers())
@@ -180,7 +189,7 @@ class MetaEngine:
             The adapted parameters by name, each [E, …]; no graph leads back to the shared ones.
         """
         direction = self._direction(direction, len(support))
-        return self._path.adapt(self._values(direction), support, direction is not None)
+        return self._path.adapt(_of_directions(self.values(), direction), support, direction is not None)
 
     def logits(
         self, adapted: Parameters, rows: Tensor, support: Tensor | None = None, direction: Tensor | None = None
@@ -196,7 +205,8 @@ class MetaEngine:
         if self._path.takes_support and support is None:
             raise ValueError("this engine's head needs the support rows: give support=")
         direction = self._direction(direction, len(rows))
-        return self._path.logits(adapted, self._values(direction), rows, support, direction is not None)
+        values = _of_directions(self.values(), direction)
+        return self._path.logits(adapted, values, rows, support, direction is not None)
 
     def meta_gradients(
         self, support: Tensor, query: Tensor, is_ood: Tensor, direction: Tensor | None = None
@@ -211,26 +221,36 @@ class MetaEngine:
         """
         if self.is_to_be_compiled:
             self.compile_for(support, query, is_ood, direction)
-        sums = self.gradient_sums(support, query, is_ood, direction)
-        return MeanGradients(self).add(sums).result()
+        mean = MeanGradients(self)
+        return mean.add(self.gradient_sums(mean.values, support, query, is_ood, direction)).result()
+
+    def values(self) -> Parameters:
+        """Parameters and buffers as they are now, without a graph, by name."""
+        return {name: value.detach() for name, value in (self.parameters() | self.buffers()).items()}
 
     def gradient_sums(
-        self, support: Tensor, query: Tensor, is_ood: Tensor, direction: Tensor | None = None
+        self, values: Parameters, support: Tensor, query: Tensor, is_ood: Tensor, direction: Tensor | None = None
     ) -> GradientSums:
         """As `meta_gradients`, but in parts, from which batches of episodes can be put together: see `MeanGradients`.
 
-        A group's bits depend on its own episodes alone, as long as it is whole (`GROUP` episodes). The mean is to be
-        taken before the parameters change.
+        A group's bits depend on its own episodes alone, as long as it is whole (`GROUP` episodes).
+
+        Args:
+            values: of the mean that the sums are for; what follows from them is worked out once.
+            support: as in `meta_gradients`.
+            query: likewise.
+            is_ood: likewise.
+            direction: as in `adapt`.
         """
         direction = self._direction(direction, len(support))
         group = GROUP if direction is None else 1
-        values = self._values(direction)
+        values = _of_directions(values, direction)
         losses, groups = self._path.gradients(values, support, query, is_ood, direction is not None, group)
         return GradientSums(losses, groups, direction)
 
-    def finished(self, grads: Parameters) -> Parameters:
-        """The gradients to the parameters, as they are now, from means of what `gradient_sums` gave."""
-        return self._path.finished(grads)
+    def finished(self, values: Parameters, grads: Parameters) -> Parameters:
+        """The gradients to the parameters from means of what `gradient_sums` gave at these values."""
+        return self._path.finished(values, grads)
 
     def compile_for(self, support: Tensor, query: Tensor, is_ood: Tensor, direction: Tensor | None = None) -> bool:
         """Have the generic path's gradients compiled for batches like this one, as those of `meta_gradients`.
@@ -262,12 +282,7 @@ class MetaEngine:
     def _batch(self, support: Tensor, query: Tensor, is_ood: Tensor, direction: Tensor | None) -> tuple[Batch, bool]:
         """As the generic path takes it, and whether the values are stacked."""
         direction = self._direction(direction, len(support))
-        return (self._values(direction), support, query, is_ood), direction is not None
-
-    def _values(self, direction: Tensor | None) -> Parameters:
-        """Parameters and buffers without a graph: shared, or those of each episode's direction [E, …]."""
-        values = {name: value.detach() for name, value in (self.parameters() | self.buffers()).items()}
-        return values if direction is None else {name: value[direction] for name, value in values.items()}
+        return (_of_directions(self.values(), direction), support, query, is_ood), direction is not None
 
     def _direction(self, direction: Tensor | None, n_episodes: int) -> Tensor | None:
         """The direction of each episode [E], None where parameters are shared."""
@@ -282,6 +297,11 @@ class MetaEngine:
         if direction.shape != (n_episodes,) or direction.dtype != torch.int64:
             raise ValueError(f"direction must be int64 [{n_episodes}], got {direction.dtype} {list(direction.shape)}")
         return direction
+
+
+def _of_directions(values: Parameters, direction: Tensor | None) -> Parameters:
+    """The values as they are, or those of each episode's direction [E, …]."""
+    return values if direction is None else {name: value[direction] for name, value in values.items()}
 
 
 def _stacked(modules: nn.ModuleDict, n_directions: int) -> nn.ModuleDict:

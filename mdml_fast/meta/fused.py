@@ -9,7 +9,8 @@ import torch
 from mdml_kernels import SoftmaxMarginLoss
 from torch import Tensor, nn
 
-from mdml_fast.meta.fused_folding import GRADIENTS, read_folding
+from mdml_fast.meta.fused_episodes import EpisodeKernels, takes_kernels
+from mdml_fast.meta.fused_folding import GRADIENTS, Folding, read_folding
 from mdml_fast.meta.fused_heads import batched_head, read_head
 from mdml_fast.meta.fused_layers import BatchedNetwork, Buffers, read_encoder
 from mdml_fast.meta.fused_program import Program, Recipe
@@ -30,11 +31,17 @@ class FusedPath:
         assert isinstance(loss, SoftmaxMarginLoss)
         trained = [name for name, _ in modules.named_parameters()]
         self._recipe = Recipe(network, head, loss, settings, trained, read_folding(network, head, modules))
-        self._modules, self.takes_support = modules, self._recipe.takes_support
+        self.takes_support = self._recipe.takes_support
+        self._kernels: dict[Folding | None, EpisodeKernels] = {}
+        if takes_kernels(self._recipe):
+            self._kernels = {folding: EpisodeKernels(self._recipe, folding) for folding in (None, self._recipe.folding)}
         self._kept = threading.local()
 
     def adapt(self, values: Parameters, support: Tensor, stacked: bool) -> Parameters:
         """See `GenericPath`."""
+        kernels = self._serving(values, support, 0, stacked)
+        if kernels and self._recipe.settings.inner_steps:
+            return kernels.adapt(values, support, stacked)
         if self._recipe.settings.inner_steps:
             adapted = self._program(values, support, 0, stacked).adapt(values, support)
         else:
@@ -67,6 +74,9 @@ class FusedPath:
             ]
             losses, grads = zip(*parts, strict=True)
             return torch.cat(losses), {name: torch.cat([part[name] for part in grads]) for name in grads[0]}
+        kernels = self._serving(values, support, query.shape[1], stacked)
+        if kernels:
+            return kernels.gradients(values, (support, query, is_ood), min(group, len(support)))
         program = self._program(values, support, query.shape[1], stacked)
         if program.run is None:
             gradients = functools.partial(program.gradients, group=min(group, len(support)))
@@ -75,13 +85,23 @@ class FusedPath:
         result: tuple[Tensor, Parameters] = program.run(support, query, is_ood)
         return result
 
-    def finished(self, grads: Parameters) -> Parameters:
+    def shares_threads(self, values: Parameters) -> bool:
+        """See `GenericPath`."""
+        first = next(iter(values.values()))
+        return bool(self._kernels) and all(kernels.serve(values, first) for kernels in self._kernels.values())
+
+    def finished(self, values: Parameters, grads: Parameters) -> Parameters:
         """See `GenericPath`."""
         folding, folded = self._recipe.folding, {name: grads[name] for name in GRADIENTS if name in grads}
-        parameters = {name: self._modules.get_parameter(name) for name in self._recipe.trained}
         if folding and folded:
-            grads = grads | folding.gradients({name: parameters[name].detach() for name in folding.names}, folded)
-        return {name: grads[name].to(value.dtype) for name, value in parameters.items()}
+            grads = grads | folding.gradients({name: values[name] for name in folding.names}, folded)
+        return {name: grads[name].to(values[name].dtype) for name in self._recipe.trained}
+
+    def _serving(self, values: Parameters, support: Tensor, n_query: int, stacked: bool) -> EpisodeKernels | None:
+        """What computes whole episodes of this shape, where such kernels are."""
+        folding = self._recipe.folds(values, support.shape[1], n_query, stacked) if self._kernels else None
+        kernels = self._kernels.get(folding)
+        return kernels if kernels and kernels.serve(values, support) else None
 
     def _program(self, values: Parameters, support: Tensor, n_query: int, stacked: bool) -> Program:
         """This thread's program for batches of this shape, with these values in it."""

@@ -1,98 +1,108 @@
-"""The fused path's shortest way on a CPU: whole episodes of an MLP by one compiled kernel."""
+"""The fused path's shortest way on a CPU: whole episodes of an MLP by one compiled kernel, from the values as they are."""
 
 from __future__ import annotations
 
+import threading
+from typing import TYPE_CHECKING
+
 import torch
-from mdml_kernels import SoftmaxMarginLoss
 from mdml_kernels.native import episodes
 from mdml_kernels.native import library as native
 from torch import Tensor
 
-from mdml_fast.meta.fused_folding import CROSS, METRIC, Moves
-from mdml_fast.meta.fused_layers import Layer, Network
-from mdml_fast.meta.settings import EngineSettings, Parameters
+from mdml_fast.meta.fused_folding import CROSS, METRIC, Folding
+from mdml_fast.meta.fused_layers import Layer, group_sums
+from mdml_fast.meta.settings import Parameters
+
+if TYPE_CHECKING:
+    from mdml_fast.meta.fused_program import Recipe
+
+
+def takes_kernels(recipe: Recipe) -> bool:
+    """Whether it is an encoder of Linear and ReLU, a linear head, and the hinge loss at confidence `max`."""
+    loss = recipe.loss
+    return (
+        isinstance(recipe.head, Layer)
+        and recipe.network.log_scale is None
+        and {layer.activation for layer in recipe.network.layers} <= {"", "relu"}
+        and (loss.form, loss.confidence) == ("hinge", "max")
+        and loss.log_temperature is None
+        and recipe.settings.dtype in (None, torch.float32, torch.bfloat16)
+    )
 
 
 class EpisodeKernels:
-    """An encoder of Linear and ReLU, a linear head, the hinge loss at confidence `max`.
+    """The kernels for a recipe.
 
     Args:
-        network: the encoder.
-        head: the head.
-        given: the parameters that episodes start from.
-        own: those that the inner loop writes.
-        moves: what it writes of a folded head; None where the head is one of its own.
-        settings: the engine's.
+        recipe: one that `takes_kernels`.
+        folding: of the last layer and the head; None where they stay two.
     """
 
-    def __init__(
-        self,
-        network: Network,
-        head: Layer,
-        given: Parameters,
-        own: Parameters,
-        moves: Moves | None,
-        settings: EngineSettings,
-    ) -> None:
-        self._names = [*network.layers, head]
-        top = _layer(head, given, None)
-        if moves:
-            bias = None if moves.bias is None else moves.bias.unsqueeze(-2)
-            top = top._replace(own=(moves.weight, bias), metric=given[METRIC])
-        self._layers = [*(_layer(layer, given, own) for layer in network.layers), top]
+    def __init__(self, recipe: Recipe, folding: Folding | None) -> None:
+        self._recipe, self._folding = recipe, folding
+        network, head = recipe.parts(folding)
+        assert isinstance(head, Layer)
+        self._layers = [*network.layers, head]
+        settings = recipe.settings
         narrow = settings.dtype == torch.bfloat16
         self._inner = episodes.InnerLoop(settings.inner_steps, settings.inner_lr, "max", narrow)
-        plain = native.serves(*(layer.weight for layer in self._layers))
-        self.serves = plain and (not narrow or episodes.takes_bfloat16(self._layers))
+        self._kept: tuple[Parameters, list[episodes.MlpLayer]] = {}, []
+        self._lock = threading.Lock()
 
-    def adapt(self, support: Tensor, tau: Tensor | None, background: Tensor | None) -> None:
-        """The inner loop on support rows [C, n, d]; τ and the background are [C] or None."""
-        episodes.adapt(self._layers, self._inner, support, tau, background)
+    def serve(self, values: Parameters, rows: Tensor) -> bool:
+        """Whether this machine has the kernels, and these values and rows are such as they take."""
+        if not native.serves(rows):
+            return False
+        layers = self._given(values)
+        plain = native.serves(*(layer.weight for layer in layers))
+        return plain and (not self._inner.bfloat16 or episodes.takes_bfloat16(layers))
+
+    def adapt(self, values: Parameters, support: Tensor, stacked: bool) -> Parameters:
+        """The encoder after the inner loop on support rows [C, n, d]: [C, …] by name; values are [C, …] if stacked."""
+        n, given = len(support), self._given(values)
+        names = [name for layer in self._layers[:-1] for name in (layer.weight, layer.bias) if name]
+        own = {name: values[name].new_empty(n, *values[name].shape[stacked:]) for name in names}
+        owns: list[tuple[Tensor, Tensor | None] | None] = [
+            (own[layer.weight], own[layer.bias] if layer.bias else None) for layer in self._layers[:-1]
+        ]
+        moves = None
+        if self._folding:
+            moves = self._folding.no_moves(given[-1].weight, n)
+        owns.append((moves.weight, moves.bias) if moves else None)
+        layers = [layer._replace(own=own) for layer, own in zip(given, owns, strict=True)]
+        episodes.adapt(layers, self._inner, support, *self._recipe.odds_settings(values, support))
+        return own | (moves.adapted(values) if moves else {})
 
     def gradients(
-        self,
-        rows: tuple[Tensor, Tensor, Tensor],
-        tau: Tensor | None,
-        background: Tensor | None,
-        margin: float,
-        group: int,
-    ) -> tuple[Tensor, Parameters, Tensor | None]:
-        """Outer losses [C], the gradients [C / group, …] to the layers, and that to the background [C].
-
-        rows are the support [C, n, d], the query [C, q, d] and is_ood [C, q].
-        """
-        out = episodes.meta_gradients(self._layers, self._inner, *rows, tau, background, margin, group)
+        self, values: Parameters, rows: tuple[Tensor, Tensor, Tensor], group: int
+    ) -> tuple[Tensor, Parameters]:
+        """See `Program.gradients`; rows are the support [C, n, d], the query [C, q, d] and is_ood [C, q]."""
+        loss, layers = self._recipe.loss, self._given(values)
+        tau, background = self._recipe.odds_settings(values, rows[0])
+        out = episodes.meta_gradients(layers, self._inner, *rows, tau, background, loss.margin, group)
         grads = {} if out.cross is None else {CROSS: out.cross}
-        for layer, (by_weight, by_bias) in zip(self._names, out.by_layer, strict=True):
+        for layer, (by_weight, by_bias) in zip(self._layers, out.by_layer, strict=True):
             grads[layer.weight] = by_weight
             if layer.bias and by_bias is not None:
                 grads[layer.bias] = by_bias
-        return out.loss, grads, out.by_background
+        if "loss.background" in self._recipe.trained:
+            assert out.by_background is not None
+            grads["loss.background"] = group_sums(out.by_background, group)
+        return out.loss, grads
+
+    def _given(self, values: Parameters) -> list[episodes.MlpLayer]:
+        """The layers as they start; the batches of a step come with the same values, and are worked out once."""
+        with self._lock:
+            if self._kept[0] is not values:
+                given = self._folding.values(values) if self._folding else values
+                layers = [_layer(layer, given) for layer in self._layers]
+                if self._folding:
+                    layers[-1] = layers[-1]._replace(metric=given[METRIC], fixed_bias=self._folding.last.bias is None)
+                self._kept = values, layers
+            return self._kept[1]
 
 
-def make(
-    network: Network,
-    head: Layer | str,
-    loss: SoftmaxMarginLoss,
-    given: Parameters,
-    own: Parameters,
-    moves: Moves | None,
-    settings: EngineSettings,
-) -> EpisodeKernels | None:
-    """The kernels for this computation, where this machine has such."""
-    if (
-        not isinstance(head, Layer)
-        or network.log_scale is not None
-        or not {layer.activation for layer in network.layers} <= {"", "relu"}
-        or (loss.form, loss.confidence) != ("hinge", "max")
-        or loss.log_temperature is not None
-    ):
-        return None
-    kernels = EpisodeKernels(network, head, given, own, moves, settings)
-    return kernels if kernels.serves else None
-
-
-def _layer(layer: Layer, given: Parameters, own: Parameters | None) -> episodes.MlpLayer:
-    bias = given[layer.bias].unsqueeze(-2) if layer.bias else None
-    mine = (own[layer.weight], own[layer.bias] if layer.bias else None) if own else None
-    return episodes.MlpLayer(given[layer.weight], bias, layer.activation == "relu", mine)
+def _layer(layer: Layer, given: Parameters) -> episodes.MlpLayer:
+    bias = given[layer.bias].contiguous().unsqueeze(-2) if layer.bias else None
+    return episodes.MlpLayer(given[layer.weight].contiguous(), bias, layer.activation == "relu")

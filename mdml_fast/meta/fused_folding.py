@@ -66,11 +66,11 @@ class Folding(NamedTuple):
         """Names of what the inner loop moves."""
         return [WEIGHT, BIAS] if self.last.bias else [WEIGHT]
 
-    def no_moves(self, values: Parameters, n_episodes: int) -> Moves:
-        """Of so many episodes."""
-        shape = (n_episodes, *values[WEIGHT].shape[-2:])
-        weight = values[WEIGHT].new_zeros(shape)
-        return Moves(self, weight, weight.new_zeros(shape[:2]) if self.last.bias else None)
+    def no_moves(self, folded: Tensor, n_episodes: int) -> Moves:
+        """Of so many episodes, by a weight like the folded one."""
+        n_logits, n_in = folded.shape[-2:]
+        bias = folded.new_zeros(n_episodes, n_logits) if self.last.bias else None
+        return Moves(self, folded.new_zeros(n_episodes, n_logits, n_in), bias)
 
     def sizes(self, values: Parameters, rows: tuple[int, int], n_steps: int, stacked: bool) -> Sizes:
         """Of episodes with so many support and query rows."""

@@ -238,6 +238,11 @@ class BatchedNetwork:
         return by_scale
 
 
+def group_sums(values: Tensor, group: int) -> Tensor:
+    """Values of episodes [C, …] summed over groups of so many: [C / group, …]."""
+    return values.view(-1, group, *values.shape[1:]).sum(1)
+
+
 def _activate(activation: str, before: Tensor, after: Tensor) -> None:
     match activation:
         case "relu":

@@ -15,11 +15,10 @@ from mdml_kernels import SoftmaxMarginLoss, direct
 from mdml_kernels.native import library
 from torch import Tensor
 
-from mdml_fast.meta import fused_episodes, on_gpu
-from mdml_fast.meta.fused_episodes import EpisodeKernels
+from mdml_fast.meta import on_gpu
 from mdml_fast.meta.fused_folding import BIAS, WEIGHT, Folding
 from mdml_fast.meta.fused_heads import PROTOTYPES, batched_head
-from mdml_fast.meta.fused_layers import BatchedLayer, BatchedNetwork, Buffers, Layer, Network, Weights
+from mdml_fast.meta.fused_layers import BatchedLayer, BatchedNetwork, Buffers, Layer, Network, Weights, group_sums
 from mdml_fast.meta.settings import EngineSettings, Parameters
 
 
@@ -46,6 +45,29 @@ class Recipe:
     def adapted(self) -> list[str]:
         """What the inner loop trains."""
         return [name for name in self.trained if name.startswith("encoder.")]
+
+    def folds(self, values: Parameters, n_support: int, n_query: int, stacked: bool) -> Folding | None:
+        """How the last layer and the head are folded in episodes of so many rows; None where that does not pay."""
+        steps = self.settings.inner_steps
+        if self.folding and self.folding.sizes(values, (n_support, n_query), steps, stacked).fold:
+            return self.folding
+        return None
+
+    def parts(self, folding: Folding | None) -> tuple[Network, Layer | str]:
+        """The encoder and the head, as they are folded."""
+        if folding is None:
+            return self.network, self.head
+        return self.network._replace(layers=self.network.layers[:-1]), folding.layer
+
+    def odds_settings(self, values: Parameters, rows: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """For batched rows [C, …]: 1/T [C], None where it is 1, and the background [C], None where there is none."""
+        n_episodes, temperature, background = len(rows), self.loss.fixed_temperature, self.loss.background
+        tau = None if temperature == 1 else rows.new_full((n_episodes,), 1 / temperature)
+        if "loss.log_temperature" in self.trained:
+            tau = values["loss.log_temperature"].neg().exp().expand(n_episodes)
+        if "loss.background" in self.trained:
+            return tau, values["loss.background"].expand(n_episodes)
+        return tau, None if background is None else rows.new_full((n_episodes,), float(background))
 
     def weights(self, values: Parameters) -> Weights:
         """The values, and beside them what the products compute with."""
@@ -80,12 +102,9 @@ class Program:
         self.by_triton = on_gpu.takes_triton(recipe.network, recipe.head, support.device, dtype)
         by_kernels = self.by_triton or library.serves(support)
 
-        network, head, inner = recipe.network, recipe.head, recipe.adapted
-        folding, n_steps = recipe.folding, recipe.settings.inner_steps
-        if self.by_triton or (folding and not folding.sizes(values, (n_support, n_query), n_steps, stacked).fold):
-            folding = None
+        folding = None if self.by_triton else recipe.folds(values, n_support, n_query, stacked)
+        (network, head), inner = recipe.parts(folding), recipe.adapted
         if folding:
-            network, head = network._replace(layers=network.layers[:-1]), folding.layer
             inner = [name for name in inner if name not in folding.last] + folding.inner
             values = folding.values(values)
 
@@ -113,13 +132,7 @@ class Program:
             *((layer, layer) for layer in self.inner.layers),
         ]
         self.successor = dict(pairs)
-        self.moves = folding.no_moves(values, n_episodes) if folding else None
-        self._episodes = None
-        if by_kernels:
-            parts = network, head, recipe.loss
-            self._episodes = fused_episodes.make(
-                *parts, self.given.master, self.own.master, self.moves, recipe.settings
-            )
+        self.moves = folding.no_moves(values[WEIGHT], n_episodes) if folding else None
 
     def load(self, values: Parameters) -> None:
         """Take over the values."""
@@ -156,10 +169,8 @@ class Program:
             assert self.moves
             by_weight, by_bias = layer.gradients(grad, 1, self.moves.weight.dtype)
             found = self.moves.gradients(by_weight, by_bias, self.recipe.settings.inner_steps)
-            grads.update({name: _group_sums(values, group).to(query.dtype) for name, values in found.items()})
+            grads.update({name: group_sums(values, group).to(query.dtype) for name, values in found.items()})
 
-        if self._episodes:
-            return self._by_episodes(self._episodes, (support, query, is_ood), group)
         self._descend(support)
         rows = torch.cat([support, query], 1) if self.n_centers else query
         z = self.outer.forward(self.recipe.cast(rows))
@@ -171,34 +182,21 @@ class Program:
         by_scale = self.outer.backward(grad_z, collect)
         if by_scale is not None:
             assert self.recipe.network.log_scale
-            grads[self.recipe.network.log_scale] = _group_sums(by_scale, group)
+            grads[self.recipe.network.log_scale] = group_sums(by_scale, group)
         if out.tau is not None:
-            tau = self._tau(query)
+            tau, _ = self.recipe.odds_settings(self.given.master, query)
             assert tau is not None
-            grads["loss.log_temperature"] = _group_sums(-tau * out.tau, group)  # τ = exp(-log T)
+            grads["loss.log_temperature"] = group_sums(-tau * out.tau, group)  # τ = exp(-log T)
         if "loss.background" in self.recipe.trained:
             assert out.background is not None
-            grads["loss.background"] = _group_sums(out.background, group)
+            grads["loss.background"] = group_sums(out.background, group)
         return out.loss, grads
-
-    def _by_episodes(
-        self, kernels: EpisodeKernels, rows: tuple[Tensor, Tensor, Tensor], group: int
-    ) -> tuple[Tensor, Parameters]:
-        """`gradients` by the compiled kernel."""
-        tau, background = self._tau(rows[0]), self._background(rows[0])
-        loss, grads, by_background = kernels.gradients(rows, tau, background, self.recipe.loss.margin, group)
-        if "loss.background" in self.recipe.trained:
-            assert by_background is not None
-            grads["loss.background"] = _group_sums(by_background, group)
-        return loss, grads
 
     def _descend(self, support: Tensor) -> None:
         """Fill `own` and `moves` by the inner loop."""
-        tau, background = self._tau(support), self._background(support)
+        tau, background = self.recipe.odds_settings(self.given.master, support)
         if self.by_triton and self.recipe.settings.inner_steps:
             on_gpu.adapt(self.recipe, self.given, self.own, support, tau, background)
-        elif self._episodes:
-            self._episodes.adapt(support, tau, background)
         else:
             self._by_layers(self.recipe.cast(support), tau, background)
 
@@ -233,30 +231,10 @@ class Program:
         return direct.margin_gradients(
             logits,
             is_ood,
-            self._tau(logits),
-            self._background(logits),
+            *self.recipe.odds_settings(self.given.master, logits),
             margin=loss.margin,
             confidence=loss.confidence,
             form=loss.form,
             backend="cpu" if logits.device.type == "cpu" else "triton",
             needs_tau="loss.log_temperature" in self.recipe.trained,
         )
-
-    def _tau(self, rows: Tensor) -> Tensor | None:
-        """1/T [C] in the rows' dtype, None where it is 1."""
-        if "loss.log_temperature" in self.recipe.trained:
-            return self.given.master["loss.log_temperature"].neg().exp().expand(self.n_episodes)
-        temperature = self.recipe.loss.fixed_temperature
-        return None if temperature == 1 else rows.new_full((self.n_episodes,), 1 / temperature)
-
-    def _background(self, rows: Tensor) -> Tensor | None:
-        """b [C] in the rows' dtype, None where there is none."""
-        if "loss.background" in self.recipe.trained:
-            return self.given.master["loss.background"].expand(self.n_episodes)
-        background = self.recipe.loss.background
-        return None if background is None else rows.new_full((self.n_episodes,), float(background))
-
-
-def _group_sums(values: Tensor, group: int) -> Tensor:
-    """Values of episodes [C, …] summed over groups of so many: [C / group, …]."""
-    return values.view(-1, group, *values.shape[1:]).sum(1)

@@ -77,8 +77,17 @@ class GenericPath:
             name: torch.stack([part.sum(0) for part in torch.split(value, group)]) for name, value in own.items()
         }
 
-    def finished(self, grads: Parameters) -> Parameters:
-        """The gradients to the parameters, in their order, from sums or means of what `gradients` gave."""
+    def shares_threads(self, values: Parameters) -> bool:
+        """Whether threads share a batch of episodes as it is, and batches side by side gain nothing."""
+        del values
+        return False
+
+    def finished(self, values: Parameters, grads: Parameters) -> Parameters:
+        """The gradients to the parameters, in their order, from sums or means of what `gradients` gave at these values.
+
+        Without a direction's selection: values and grads are shared by all episodes, or [D, …].
+        """
+        del values
         return grads
 
     def compile(self, batch: Batch, stacked: bool) -> None:

@@ -16,12 +16,14 @@ from functools import partial
 from typing import Protocol
 
 import torch
+from mdml_kernels.native.threads import shared_by
 from torch import Tensor
 
 from mdml_fast.episodes import EpisodeBatch
 from mdml_fast.meta import chunks
 from mdml_fast.meta.compiling import first_compiled_step, in_background
 from mdml_fast.meta.engine import GROUP, GradientSums, MeanGradients, MetaEngine, MetaGradients
+from mdml_fast.meta.settings import Parameters
 from mdml_fast.threads import in_order, single_thread, workers
 
 log = logging.getLogger("mdml_fast")
@@ -39,8 +41,8 @@ class MetaScheduler:
 
     Args:
         engine: what computes a chunk.
-        chunk: episodes at once, at least 1; None measures it at the first use, or remembers.
-        threads: CPU threads that share the chunks; None for as many as torch uses. Each computes its chunk alone.
+        chunk: episodes at once on each thread, at least 1; None measures it at the first use, or remembers.
+        threads: CPU threads that share the episodes; None for as many as torch uses.
         memory: bytes that the chunks in flight may take; None for a quarter of what is free.
         cache: where measured chunk sizes are kept; None for the user's cache folder.
 
@@ -67,7 +69,10 @@ class MetaScheduler:
         self._forced, self._memory, self._cache = chunk, memory, cache or chunks.ChunkCache()
         self._chunks: dict[tuple[chunks.Shape, int], int] = {}
         self.threads = (threads or torch.get_num_threads()) if engine.device.type == "cpu" else 1
-        self._others = workers(self.threads - 1) if self.threads > 1 else None
+        # Chunks side by side, or each shared by all threads: then the work around it is done once, with no other thread
+        # waiting for the interpreter.
+        self._side_by_side = 1 if engine.shares_threads else self.threads
+        self._others = workers(self._side_by_side - 1) if self._side_by_side > 1 else None
 
     def meta_gradients(
         self, support: Tensor, query: Tensor, is_ood: Tensor, direction: Tensor | None = None
@@ -99,7 +104,7 @@ class MetaScheduler:
         ranges = ((step * episodes_per_step + start, count) for step in range(done, n_steps) for start, count in cuts)
         one = first, cuts[0][1]
         with workers(1) as sampling, self._compiling(source, one, n_steps, episodes_per_step) as due:
-            batches = in_order(sampling, (partial(source.batch, *cut) for cut in ranges), self.threads + 1)
+            batches = in_order(sampling, (partial(source.batch, *cut) for cut in ranges), self._side_by_side + 1)
             for step in range(done, n_steps):
                 due(step)
                 yield self._mean(next(batches) for _ in cuts)
@@ -107,19 +112,22 @@ class MetaScheduler:
     def _mean(self, batches: Iterable[EpisodeBatch]) -> MetaGradients:
         mean = MeanGradients(self.engine)
         with single_thread():  # torch's own threads, once awake, spin on for a while and take the cores from ours
-            for sums in self._in_order(batches):
+            for sums in self._in_order(mean.values, batches):
                 mean.add(sums)
             return mean.result()
 
-    def _in_order(self, batches: Iterable[EpisodeBatch]) -> Iterator[GradientSums]:
+    def _in_order(self, values: Parameters, batches: Iterable[EpisodeBatch]) -> Iterator[GradientSums]:
         """Computed side by side, given back in the order of the batches; one more in flight than there are threads."""
+        compute = partial(self._compute, values)
         if self._others is None:
-            return map(self._compute, batches)
-        return in_order(self._others, (partial(self._compute, batch) for batch in batches), self.threads, helping=True)
+            return map(compute, batches)
+        jobs = (partial(compute, batch) for batch in batches)
+        return in_order(self._others, jobs, self._side_by_side, helping=True)
 
-    def _compute(self, batch: EpisodeBatch) -> GradientSums:
-        with single_thread():  # whatever torch may use: bits are those of products on a single thread
-            return self.engine.gradient_sums(*self._arguments(batch))
+    def _compute(self, values: Parameters, batch: EpisodeBatch) -> GradientSums:
+        # Whatever torch may use: bits are those of products on a single thread.
+        with single_thread(), shared_by(self.threads // self._side_by_side):
+            return self.engine.gradient_sums(values, *self._arguments(batch))
 
     def _arguments(self, batch: EpisodeBatch) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
         """As the engine takes them."""
@@ -169,7 +177,8 @@ class MetaScheduler:
         shape = chunks.Shape(sample.support.shape[1], *sample.query.shape[1:])
         if (shape, n_episodes) not in self._chunks:
             self._chunks[shape, n_episodes] = self._chunk(source, first, n_episodes, shape)
-        cuts = chunks.cuts(n_episodes, self._chunks[shape, n_episodes])
+        each = self._chunks[shape, n_episodes]
+        cuts = chunks.cuts(n_episodes, each * self.threads // self._side_by_side)
         if self.engine.is_to_be_compiled:
             self._compile(source.batch(first, cuts[0][1]))
         return cuts
@@ -213,7 +222,9 @@ class MetaScheduler:
         clock = time.perf_counter if on_gpu else time.thread_time
 
         start = clock()
-        self._compute(batch).loss.cpu()  # waits for a GPU
+        with single_thread():
+            sums = self.engine.gradient_sums(self.engine.values(), *self._arguments(batch))
+        sums.loss.cpu()  # waits for a GPU
         return clock() - start
 
 

@@ -149,9 +149,12 @@ def test_folded_layers(
         outcomes.append((one.meta_gradients(*rows, is_ood, direction), one.adapt(rows[0], direction), one))
     (fused, adapted, one), (exact, adapted_too, _) = outcomes
     assert list(fused.grads) == list(one.parameters())
-    programs = one._path._kept.programs.values()
+    folding = one._path._recipe.folds(one.values(), *support.shape[1:2], query.shape[1], n_directions is not None)
+    assert folding
+    kernels, programs = one._path._kernels[folding], getattr(one._path._kept, "programs", {}).values()
+    assert bool(kernels._kept[0]) == bool(native.native().library)
     assert all(program.moves for program in programs)
-    assert all(bool(program._episodes) == bool(native.native().library) for program in programs)
+    assert bool(programs) != bool(native.native().library)
     assert_close({name: value.double() for name, value in fused.grads.items()}, exact.grads, 1e-4)
     assert_close({name: value.double() for name, value in adapted.items()}, adapted_too, 1e-5)
 

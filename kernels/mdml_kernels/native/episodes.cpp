@@ -21,10 +21,10 @@ struct EpisodeLayer {
 
 // The last of n_layers is the head. tau null: 1; background null: none; by_background [E] null: not wanted.
 // metric null: the head stays as it is. Else it stands for two layers, F = V W, and metric is V V^T (stride 0: shared).
-// SGD on W moves F by metric times the steps of one on F; their sums D and d are the head's own (own_bias null: its bias
-// stays), and cross [E / group, K, K] sums G D^T + g d^T of its gradients by the outer loss (null: not wanted).
+// SGD on W moves F by metric times the steps of one on F, and its bias likewise, unless it is fixed. Their sums D and d
+// are the head's own, and cross [E / group, K, K] sums G D^T + g d^T of its gradients by the outer loss (null: not wanted).
 struct EpisodeProgram {
-  int64_t n_layers, n_support, n_query, n_steps, group, mass, bfloat16;
+  int64_t n_layers, n_support, n_query, n_steps, group, mass, bfloat16, fixed_bias;
   const EpisodeLayer* layers;
   const float *support, *query;
   const uint8_t* is_ood;
@@ -73,7 +73,7 @@ class Episode {
     const int64_t n = std::max(of.n_support, of.n_query);
     space.outputs.resize(head), space.turned_given.resize(of.n_layers), space.stacked_given.resize(of.n_layers);
     turned_given.assign(of.n_layers, nullptr), stacked_given.assign(of.n_layers, nullptr);
-    space.own.resize(head);
+    space.own.resize(of.n_layers);
     int64_t widest = 0;
     for (int64_t l = 0; l < head; ++l) {
       space.own[l].take((of.layers[l].n_in + 1) * of.layers[l].n_out);
@@ -84,7 +84,7 @@ class Episode {
     logits = space.logits.take(n * of.layers[head].n_out);
     kept = {space.slope.take(n), space.log_sum.take(n), space.first.take(n)};
     const int64_t size_of_head = (of.layers[head].n_in + 1) * of.layers[head].n_out;
-    if (of.metric) space.folded.take(size_of_head), space.by_head.take(size_of_head);
+    if (of.metric) space.own[head].take(size_of_head), space.folded.take(size_of_head), space.by_head.take(size_of_head);
   }
 
   void adapt(int64_t e) {
@@ -152,11 +152,12 @@ class Episode {
 
   Layer<float> own_layer(int64_t e, int64_t l) const {
     const EpisodeLayer& layer = of.layers[l];
+    const bool moves = layer.bias && !(l == head && of.fixed_bias);
     if (!layer.own_weight) {
       float* mine = space.own[l].get();
-      return {mine, layer.bias ? mine + layer.n_out * layer.n_in : nullptr};
+      return {mine, moves ? mine + layer.n_out * layer.n_in : nullptr};
     }
-    return {layer.own_weight + e * layer.n_out * layer.n_in, layer.own_bias ? layer.own_bias + e * layer.n_out : nullptr};
+    return {layer.own_weight + e * layer.n_out * layer.n_in, moves ? layer.own_bias + e * layer.n_out : nullptr};
   }
 
   Layer<const float> at(int64_t e, int64_t l, bool own) const {

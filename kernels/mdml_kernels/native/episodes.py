@@ -26,17 +26,19 @@ class MlpLayer(NamedTuple):
     weight: [O, I], shared by the episodes, or [C, O, I].
     bias: [1, O] or [C, 1, O], or None.
     rectify: whether a ReLU follows.
-    own: weight [C, O, I] and bias [C, 1, O] for `adapt` to write; None for a head that is not adapted.
+    own: weight [C, O, I] and bias [C, 1, O] for `adapt` to write; None for a head that is not adapted, and for
+        `meta_gradients`.
     metric: of a head that stands for two layers, F = V W: V Vᵀ [K, K] or [C, K, K]. The inner loop then trains it, and
-        multiplies its steps by this. Its own, never None then, is what it descended by before that; a bias of None does
-        not move.
+        multiplies its steps by this. Its own is what it descended by before that.
+    fixed_bias: of such a head, whether its bias does not move.
     """
 
     weight: Tensor
     bias: Tensor | None
     rectify: bool
-    own: tuple[Tensor, Tensor | None] | None
+    own: tuple[Tensor, Tensor | None] | None = None
     metric: Tensor | None = None
+    fixed_bias: bool = False
 
 
 class InnerLoop(NamedTuple):
@@ -104,7 +106,7 @@ def meta_gradients(
     """As `adapt`, then the hinge loss of query rows [C, q, d] at confidence `max`, and its gradients.
 
     Args:
-        layers: as in `adapt`.
+        layers: as in `adapt`; adapted weights stay in the processor's cache.
         inner: likewise.
         support: likewise.
         query: see above.
@@ -120,9 +122,7 @@ def meta_gradients(
     loss = support.new_empty(n_episodes)
     by_background = None if background is None else torch.empty_like(loss)
     by_layer = [_empty_gradients(layer, n_groups) for layer in layers]
-    # Adapted weights stay in the processor's cache; a head's own also tells whether its bias moves.
-    passing = [layer if layer.metric is not None else layer._replace(own=None) for layer in layers]
-    program = _program(passing, inner, support, tau, background, by_layer)
+    program = _program(layers, inner, support, tau, background, by_layer)
     cross = None
     if layers[-1].metric is not None and inner.n_steps:
         n_logits = layers[-1].weight.shape[-2]
@@ -153,7 +153,7 @@ class _Program(ctypes.Structure):
     _fields_ = [
         *(
             (name, ctypes.c_int64)
-            for name in ("n_layers", "n_support", "n_query", "n_steps", "group", "mass", "bfloat16")
+            for name in ("n_layers", "n_support", "n_query", "n_steps", "group", "mass", "bfloat16", "fixed_bias")
         ),
         ("layers", ctypes.POINTER(_Layer)),
         *((name, ctypes.c_void_p) for name in ("support", "query", "is_ood", "tau", "background")),
@@ -181,6 +181,7 @@ def _program(
         n_steps=inner.n_steps,
         mass=inner.confidence == "mass",
         bfloat16=inner.bfloat16,
+        fixed_bias=layers[-1].fixed_bias,
         layers=(_Layer * len(layers))(*filled),
         support=support.data_ptr(),
         tau=address(tau),

@@ -1,19 +1,36 @@
-"""Work shared by as many threads as PyTorch may use. A compiled kernel leaves the interpreter to the others."""
+"""Work shared by threads. A compiled kernel leaves the interpreter to the others."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
-from collections.abc import Callable
+import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
 
+_setting = threading.local()
+
+
+@contextlib.contextmanager
+def shared_by(threads: int) -> Iterator[None]:
+    """Within it the kernels that this thread calls share their work by so many, not by as many as PyTorch may use."""
+    before = getattr(_setting, "threads", None)
+    _setting.threads = threads
+    try:
+        yield
+    finally:
+        _setting.threads = before
+
+
 def shared(run: Callable[[int, int], None], n: int, least: int) -> None:
     """Call run(begin, end) on consecutive parts of range(n), side by side; each part has at least so many."""
-    parts = max(1, min(torch.get_num_threads(), n // least))
+    threads = getattr(_setting, "threads", None) or torch.get_num_threads()
+    parts = max(1, min(threads, n // least))
     cuts = [n * i // parts for i in range(parts + 1)]
     own, *rest = itertools.pairwise(cuts)
     others = [_pool(len(rest)).submit(run, *part) for part in rest]
