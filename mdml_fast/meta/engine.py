@@ -10,11 +10,12 @@ import torch
 from mdml_kernels import SoftmaxMarginLoss
 from torch import Tensor, nn
 
+from mdml_fast.meta.batchable import check_batchable, try_forward
 from mdml_fast.meta.compiling import Compile
 from mdml_fast.meta.fused import FusedPath
 from mdml_fast.meta.generic import Batch, GenericPath
 from mdml_fast.meta.paths import Path, choose_path
-from mdml_fast.meta.settings import EngineSettings, Parameters, check_batchable
+from mdml_fast.meta.settings import EngineSettings, Parameters
 
 # Episodes whose gradients are summed as one, whatever the batch.
 GROUP = 8
@@ -48,23 +49,30 @@ class MeanGradients:
 
     So the bits of the mean do not depend on how the episodes were cut into batches, if whole groups were kept.
 
+    Args:
+        engine: what gives them.
+        n_episodes: of all of them.
+
     Attributes:
         values: the engine's parameters and buffers, for all the sums of this mean; they must not change before
             `result`.
     """
 
-    def __init__(self, engine: MetaEngine) -> None:
+    def __init__(self, engine: MetaEngine, n_episodes: int) -> None:
         self._engine, self.values = engine, engine.values()
         self._totals: Parameters = {}
         self._counts = torch.zeros(engine.n_directions, device=engine.device) if engine.n_directions else None
-        self._losses: list[Tensor] = []
+        # One tensor from the start: a small one kept of each batch lies between the large ones, and splits memory up.
+        self._losses, self._n_done = torch.empty(n_episodes, device=engine.device), 0
 
     def add(self, sums: GradientSums) -> Self:
         """Take the next episodes in."""
-        self._losses.append(sums.loss)
         if not self._totals:
+            self._losses = self._losses.to(sums.loss.dtype)
             places = () if self._counts is None else (len(self._counts),)
             self._totals = {name: value.new_zeros((*places, *value.shape[1:])) for name, value in sums.groups.items()}
+        self._losses[self._n_done : self._n_done + len(sums.loss)] = sums.loss
+        self._n_done += len(sums.loss)
         if self._counts is not None:
             assert sums.direction is not None
             self._counts += sums.direction.bincount(minlength=len(self._counts))
@@ -78,17 +86,16 @@ class MeanGradients:
 
     def result(self) -> MetaGradients:
         """The mean over all episodes, or over each direction's; this takes the totals."""
-        losses = torch.cat(self._losses)
         for total in self._totals.values():
             if self._counts is None:
-                total /= len(losses)
+                total /= self._n_done
             else:
                 total /= self._counts.clamp(min=1).to(total.dtype).view(-1, *[1] * (total.ndim - 1))
         grads = self._engine.finished(self.values, self._totals)
         if self._counts is not None and bool((idle := self._counts == 0).any()):
             for grad in grads.values():  # whatever parameters that are not finite made of a zero
                 grad[idle] = 0
-        return MetaGradients(losses, grads)
+        return MetaGradients(self._losses, grads)
 
 
 class MetaEngine:
@@ -146,11 +153,13 @@ class MetaEngine:
         if decoder is not None:
             self.modules["decoder"] = decoder
         check_batchable(self.modules)
+        first = next(iter(self.parameters().values()), torch.empty(0))
+        self.choice = choose_path(self.modules, first.device.type, dtype or first.dtype, first_order, path)
+        if self.choice.path == "generic":
+            try_forward(self.modules)
         self.n_directions = n_directions
         if n_directions is not None:
             self.modules = _stacked(self.modules, n_directions)
-        first = next(iter(self.parameters().values()), torch.empty(0))
-        self.choice = choose_path(self.modules, first.device.type, dtype or first.dtype, first_order, path)
         self._path = (FusedPath if self.choice.path == "fused" else GenericPath)(self.modules, self.settings)
         self.compile: Compile = compile if self.choice.path == "generic" else False
         self.is_to_be_compiled = self.compile is True
@@ -221,7 +230,7 @@ class MetaEngine:
         """
         if self.is_to_be_compiled:
             self.compile_for(support, query, is_ood, direction)
-        mean = MeanGradients(self)
+        mean = MeanGradients(self, len(support))
         return mean.add(self.gradient_sums(mean.values, support, query, is_ood, direction)).result()
 
     def values(self) -> Parameters:

@@ -92,6 +92,9 @@ class FusedPath:
 
     def finished(self, values: Parameters, grads: Parameters) -> Parameters:
         """See `GenericPath`."""
+        for kernels in self._kernels.values():
+            if kernels.name in grads:
+                grads = grads | kernels.parted(grads[kernels.name])
         folding, folded = self._recipe.folding, {name: grads[name] for name in GRADIENTS if name in grads}
         if folding and folded:
             grads = grads | folding.gradients({name: values[name] for name in folding.names}, folded)

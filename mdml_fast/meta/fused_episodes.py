@@ -1,7 +1,8 @@
-"""The fused path's shortest way on a CPU: whole episodes of an MLP by one compiled kernel, from the values as they are."""
+"""The fused path's shortest way on a CPU: whole episodes of an MLP by one compiled kernel, nothing copied first."""
 
 from __future__ import annotations
 
+import math
 import threading
 from typing import TYPE_CHECKING
 
@@ -37,10 +38,14 @@ class EpisodeKernels:
     Args:
         recipe: one that `takes_kernels`.
         folding: of the last layer and the head; None where they stay two.
+
+    Attributes:
+        name: of all gradients to the layers in one tensor.
     """
 
     def __init__(self, recipe: Recipe, folding: Folding | None) -> None:
         self._recipe, self._folding = recipe, folding
+        self.name = "episodes, folded" if folding else "episodes"
         network, head = recipe.parts(folding)
         assert isinstance(head, Layer)
         self._layers = [*network.layers, head]
@@ -48,6 +53,7 @@ class EpisodeKernels:
         narrow = settings.dtype == torch.bfloat16
         self._inner = episodes.InnerLoop(settings.inner_steps, settings.inner_lr, "max", narrow)
         self._kept: tuple[Parameters, list[episodes.MlpLayer]] = {}, []
+        self._shapes: dict[str, tuple[int, ...]] = {}
         self._lock = threading.Lock()
 
     def serve(self, values: Parameters, rows: Tensor) -> bool:
@@ -77,19 +83,23 @@ class EpisodeKernels:
     def gradients(
         self, values: Parameters, rows: tuple[Tensor, Tensor, Tensor], group: int
     ) -> tuple[Tensor, Parameters]:
-        """See `Program.gradients`; rows are the support [C, n, d], the query [C, q, d] and is_ood [C, q]."""
+        """See `Program.gradients`, for `parted`; rows are the support [C, n, d], the query [C, q, d], is_ood [C, q]."""
         loss, layers = self._recipe.loss, self._given(values)
         tau, background = self._recipe.odds_settings(values, rows[0])
         out = episodes.meta_gradients(layers, self._inner, *rows, tau, background, loss.margin, group)
-        grads = {} if out.cross is None else {CROSS: out.cross}
-        for layer, (by_weight, by_bias) in zip(self._layers, out.by_layer, strict=True):
-            grads[layer.weight] = by_weight
-            if layer.bias and by_bias is not None:
-                grads[layer.bias] = by_bias
+        grads = {self.name: out.by_layer}
         if "loss.background" in self._recipe.trained:
             assert out.by_background is not None
             grads["loss.background"] = group_sums(out.by_background, group)
         return out.loss, grads
+
+    def parted(self, grads: Tensor) -> Parameters:
+        """The gradients that `gradients` gave in one tensor [P], or [D, P], each by its name."""
+        parts = torch.split(grads, [math.prod(shape) for shape in self._shapes.values()], -1)
+        return {
+            name: part.view(*grads.shape[:-1], *shape).contiguous()
+            for part, (name, shape) in zip(parts, self._shapes.items(), strict=True)
+        }
 
     def _given(self, values: Parameters) -> list[episodes.MlpLayer]:
         """The layers as they start; the batches of a step come with the same values, and are worked out once."""
@@ -99,6 +109,8 @@ class EpisodeKernels:
                 layers = [_layer(layer, given) for layer in self._layers]
                 if self._folding:
                     layers[-1] = layers[-1]._replace(metric=given[METRIC], fixed_bias=self._folding.last.bias is None)
+                names = [name for layer in self._layers for name in (layer.weight, layer.bias) if name]
+                self._shapes = dict(zip([*names, CROSS], episodes.gradient_shapes(layers, self._inner), strict=False))
                 self._kept = values, layers
             return self._kept[1]
 

@@ -6,13 +6,14 @@ import contextlib
 import copy
 import functools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 from torch.func import functional_call, grad, grad_and_value, vmap
 from torch.utils._pytree import tree_map
 
+from mdml_fast.meta.batchable import batchable
 from mdml_fast.meta.compiling import Compiled, give_up, reason_of
 from mdml_fast.meta.settings import ADAPTED, EngineSettings, Parameters
 
@@ -42,7 +43,7 @@ class GenericPath:
 
     def adapt(self, values: Parameters, support: Tensor, stacked: bool) -> Parameters:
         """The adapted parameters [E, …] of support rows [E, n, d]."""
-        with _batchable(support):
+        with self._batchable(support):
             return vmap(self._episode().adapt, in_dims=(0 if stacked else None, 0))(values, support)
 
     def logits(
@@ -50,7 +51,7 @@ class GenericPath:
     ) -> Tensor:
         """Logits [E, n, K] of rows [E, n, d] under the adapted parameters [E, …]."""
         in_dims = (0, 0 if stacked else None, 0, None if support is None else 0)
-        with _batchable(rows, *([] if support is None else [support])):
+        with self._batchable(rows, *([] if support is None else [support])):
             return vmap(self._episode().adapted_logits, in_dims=in_dims)(adapted, values, rows, support)
 
     def gradients(
@@ -64,7 +65,7 @@ class GenericPath:
             ValueError: a module works in place on its rows.
         """
         batch = values, support, query, is_ood
-        with _batchable(support, query):
+        with self._batchable(support, query):
             if self.compiled is not None and self.compiled.takes(batch):
                 losses, own = self.compiled(*batch)
             else:
@@ -101,6 +102,9 @@ class GenericPath:
         """What `compile` does, for another process."""
         return functools.partial(compiled, self._modules, self._settings, tree_map(_without_the_rest, batch), stacked)
 
+    def _batchable(self, *rows: Tensor) -> contextlib.AbstractContextManager[None]:
+        return batchable(self._episode().modules, *rows)
+
     def _episode(self) -> _Episode:
         """This thread's own: functional_call puts values into a module for as long as it runs, where all see them."""
         episode: _Episode | None = getattr(self._local, "episode", None)
@@ -108,41 +112,6 @@ class GenericPath:
             episode = self._local.episode = _Episode(copy.deepcopy(self._modules), self._settings)
             self._local.shared, self._local.stacked = episode.batched(False), episode.batched(True)
         return episode
-
-
-# What vmap says of a forward that it can't batch, and what we say.
-_NOT_BATCHED = {
-    "randomness": "the forward of a module draws random numbers, as dropout does, which episodes can't share: "
-    "leave that out",
-    "inplace arithmetic": "the forward of a module writes into a tensor that it made, which has no place for every "
-    "episode: let it make a new one",
-}
-
-
-@contextlib.contextmanager
-def _batchable(*rows: Tensor) -> Iterator[None]:
-    """Refuse modules whose forward shows only now that it can't be batched over episodes.
-
-    Above all those that write into the rows [E, n, d] they are given: later steps, and the caller, read those.
-
-    Raises:
-        ValueError: one line with the remedy.
-    """
-    before = [_writes(tensor) for tensor in rows]
-    try:
-        yield
-    except RuntimeError as error:
-        for words, remedy in _NOT_BATCHED.items():
-            if words in str(error):
-                raise ValueError(remedy) from error
-        raise
-    if [_writes(tensor) for tensor in rows] != before:
-        raise ValueError("the forward of a module works in place on its rows, which later steps read: let it copy them")
-
-
-def _writes(tensor: Tensor) -> int:
-    """How often the tensor was written to; those of inference mode don't count."""
-    return 0 if tensor.is_inference() else tensor._version
 
 
 def _without_the_rest(tensor: Tensor) -> Tensor:

@@ -81,7 +81,7 @@ class MetaScheduler:
         n = len(support)
         numbers = torch.arange(n, device=support.device) if direction is None else direction
         given = _Given(EpisodeBatch(support, query, is_ood, numbers))
-        return self._mean(given.batch(*cut) for cut in self._cuts(given, 0, n))
+        return self._mean(n, (given.batch(*cut) for cut in self._cuts(given, 0, n)))
 
     def stream(
         self, source: EpisodeSource, *, n_steps: int, episodes_per_step: int, done: int = 0
@@ -104,13 +104,13 @@ class MetaScheduler:
         ranges = ((step * episodes_per_step + start, count) for step in range(done, n_steps) for start, count in cuts)
         one = first, cuts[0][1]
         with workers(1) as sampling, self._compiling(source, one, n_steps, episodes_per_step) as due:
-            batches = in_order(sampling, (partial(source.batch, *cut) for cut in ranges), self._side_by_side + 1)
+            batches = in_order(sampling, (partial(source.batch, *cut) for cut in ranges), self._side_by_side)
             for step in range(done, n_steps):
                 due(step)
-                yield self._mean(next(batches) for _ in cuts)
+                yield self._mean(episodes_per_step, (next(batches) for _ in cuts))
 
-    def _mean(self, batches: Iterable[EpisodeBatch]) -> MetaGradients:
-        mean = MeanGradients(self.engine)
+    def _mean(self, n_episodes: int, batches: Iterable[EpisodeBatch]) -> MetaGradients:
+        mean = MeanGradients(self.engine, n_episodes)
         with single_thread():  # torch's own threads, once awake, spin on for a while and take the cores from ours
             for sums in self._in_order(mean.values, batches):
                 mean.add(sums)

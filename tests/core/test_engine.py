@@ -98,12 +98,23 @@ def test_modules_that_mix_episodes_are_refused(module: nn.Module, match: str) ->
 BATCH = torch.ones(3, 16, 12), torch.ones(3, 10, 12), torch.arange(10).expand(3, -1) > 6
 
 
+class _Matrix(nn.Module):
+    """A layer that says nothing of the width of its rows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(12, 8))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        return rows @ self.weight
+
+
 class _Awkward(nn.Module):
     """Draws random numbers, or works in place: on its own rows, on a tensor that it made, or on what it gives."""
 
-    def __init__(self, where: str) -> None:
+    def __init__(self, where: str, linear: nn.Module | None = None) -> None:
         super().__init__()
-        self.linear, self.where = nn.Linear(12, 8), where
+        self.linear, self.where = linear or nn.Linear(12, 8), where
 
     def forward(self, rows: Tensor) -> Tensor:
         if self.where == "random":
@@ -119,20 +130,37 @@ class _Awkward(nn.Module):
         return self.linear(rows).relu_()
 
 
-@pytest.mark.parametrize(("where", "match"), [("random", "draws random numbers"), ("made", "a tensor that it made")])
-def test_a_forward_that_vmap_cannot_batch_is_refused_at_the_first_batch(where: str, match: str) -> None:
-    engine = MetaEngine(_Awkward(where), nn.Linear(8, 5))
+AWKWARD = {
+    "random": "encoder.1 draws random numbers",
+    "made": "encoder.1 writes into a tensor that its forward made",
+    "its rows": "encoder.1 works in place on its rows",
+    "an entry of its rows": "encoder.1 works in place on its rows",
+}
+
+
+@pytest.mark.parametrize(("where", "match"), AWKWARD.items())
+@pytest.mark.parametrize("n_directions", [None, 2])
+def test_a_forward_that_cannot_be_batched_is_refused_with_its_name(
+    where: str, match: str, n_directions: int | None
+) -> None:
+    encoder, plain, linear = nn.Sequential(nn.Identity(), _Awkward(where)), nn.Linear(20, 12), nn.Linear(8, 5)
+    state = torch.get_rng_state()
     with pytest.raises(ValueError, match=match):
-        engine.meta_gradients(*BATCH)
+        MetaEngine(encoder, linear, n_directions=n_directions)
+    if "rows" not in where:  # a head may change the embeddings
+        with pytest.raises(ValueError, match=match.replace("encoder.1", "head")):
+            MetaEngine(plain, encoder[1], n_directions=n_directions)
+    assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("where", ["its rows", "an entry of its rows"])
-def test_a_forward_that_changes_its_rows_is_refused_at_the_first_batch(where: str) -> None:
-    engine = MetaEngine(_Awkward(where), nn.Linear(8, 5))
+@pytest.mark.parametrize(("where", "match"), AWKWARD.items())
+def test_where_the_width_of_rows_is_unknown_it_is_refused_at_the_first_batch(where: str, match: str) -> None:
+    engine = MetaEngine(nn.Sequential(_Awkward(where, _Matrix())), nn.Linear(8, 5))
     support, query, is_ood = (tensor.clone() for tensor in BATCH)
-    with pytest.raises(ValueError, match="works in place on its rows"):
+    match = match.replace("encoder.1", "a module" if "rows" in where else "encoder.0")
+    with pytest.raises(ValueError, match=match):
         engine.meta_gradients(support, query, is_ood)
-    with pytest.raises(ValueError, match="works in place on its rows"):
+    with pytest.raises(ValueError, match=match):
         engine.adapt(support)
 
 

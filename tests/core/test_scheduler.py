@@ -7,7 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -15,6 +15,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from mdml_kernels import SoftmaxMarginLoss
+from mdml_kernels.native import calls
+from mdml_kernels.native import episodes as native_episodes
+from mdml_kernels.native import library as native
 from torch import nn
 
 from mdml_fast import MetaEngine, MetaGradients
@@ -132,6 +135,30 @@ def test_chunks_are_computed_side_by_side(monkeypatch: pytest.MonkeyPatch) -> No
     both = threading.Barrier(2, timeout=0.2)
     with pytest.raises(threading.BrokenBarrierError):
         mean_of(MetaScheduler(one, chunk=8, threads=1), 16)
+
+
+@pytest.mark.skipif(not native.native().library, reason="no compiled kernels here")
+def test_threads_share_a_chunk_of_whole_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each of its two parts waits until the other is being computed too."""
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Linear(12, 25), nn.ReLU(), nn.Linear(25, 7))
+    one, both, parts = MetaEngine(encoder, nn.Linear(7, 5), 3, 0.2), threading.Barrier(2, timeout=20), []
+    expected = mean_of(MetaScheduler(one, chunk=16, threads=1), 32)
+
+    def watched(run: Callable[[int, int], None], n: int, least: int) -> None:
+        def part(begin: int, end: int) -> None:
+            parts.append((begin, end))
+            both.wait()
+            run(begin, end)
+
+        shared(part, n, least)
+
+    shared = calls.shared
+    monkeypatch.setattr(calls, "shared", watched)
+    monkeypatch.setattr(native_episodes, "_LEAST_PRODUCTS", 1)
+    with on_one_thread():  # the scheduler's threads count, not torch's
+        assert equal(mean_of(MetaScheduler(one, chunk=16, threads=2), 32), expected)
+    assert sorted(parts) == [(0, 2), (2, 4)]  # groups of eight episodes
 
 
 def test_an_error_in_a_source_is_raised_and_threads_end() -> None:

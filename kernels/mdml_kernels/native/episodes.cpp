@@ -11,7 +11,7 @@ namespace mdml {
 extern "C" {
 
 // A layer of all episodes: as it is given (strides between episodes, 0 shares), as the inner loop leaves it (null: not
-// wanted), and the gradients by it [E / group, ...].
+// wanted), and the gradients by it, of one group of episodes `group_stride` after those of the one before.
 struct EpisodeLayer {
   int64_t n_in, n_out, rectify;
   const float *weight, *bias;
@@ -22,9 +22,10 @@ struct EpisodeLayer {
 // The last of n_layers is the head. tau null: 1; background null: none; by_background [E] null: not wanted.
 // metric null: the head stays as it is. Else it stands for two layers, F = V W, and metric is V V^T (stride 0: shared).
 // SGD on W moves F by metric times the steps of one on F, and its bias likewise, unless it is fixed. Their sums D and d
-// are the head's own, and cross [E / group, K, K] sums G D^T + g d^T of its gradients by the outer loss (null: not wanted).
+// are the head's own, and cross [K, K] of each group sums G D^T + g d^T of its gradients by the outer loss (null: not
+// wanted).
 struct EpisodeProgram {
-  int64_t n_layers, n_support, n_query, n_steps, group, mass, bfloat16, fixed_bias;
+  int64_t n_layers, n_support, n_query, n_steps, group, group_stride, mass, bfloat16, fixed_bias;
   const EpisodeLayer* layers;
   const float *support, *query;
   const uint8_t* is_ood;
@@ -249,14 +250,14 @@ class Episode {
   // `collect` of a head that moved, and G D^T + g d^T.
   void collect_head(int64_t e, int64_t n, const Stored* from, bool begins) {
     const EpisodeLayer& layer = of.layers[head];
-    const int64_t n_in = layer.n_in, n_out = layer.n_out, group = e / of.group;
+    const int64_t n_in = layer.n_in, n_out = layer.n_out, offset = e / of.group * of.group_stride;
     float *weight = space.by_head.get(), *bias = layer.by_bias ? weight + n_out * n_in : nullptr;
     layer_step<Kind>(size(head, n), from, stacked_below(head, n), 1.0f, {}, {weight, bias});
-    add(weight, n_out * n_in, begins, layer.by_weight + group * n_out * n_in);
-    if (bias) add(bias, n_out, begins, layer.by_bias + group * n_out);
+    add(weight, n_out * n_in, begins, layer.by_weight + offset);
+    if (bias) add(bias, n_out, begins, layer.by_bias + offset);
 
     const Layer<float> moves = own_layer(e, head);
-    float* cross = of.cross + group * n_out * n_out;
+    float* cross = of.cross + offset;
     const float* turned = Singles::turned(moves.weight, n_out, n_in, space.moves_turned);
     plus_product(begins ? nullptr : cross, weight, turned, n_out, n_out, n_in, cross);
     for (int64_t i = 0; moves.bias && i < n_out; ++i)
@@ -278,8 +279,8 @@ class Episode {
 
   void collect(int64_t group, int64_t l, int64_t n, const Stored* from, bool begins) {
     const EpisodeLayer& layer = of.layers[l];
-    const Layer<float> sums = {layer.by_weight + group * layer.n_out * layer.n_in,
-                               layer.by_bias ? layer.by_bias + group * layer.n_out : nullptr};
+    const int64_t offset = group * of.group_stride;
+    const Layer<float> sums = {layer.by_weight + offset, layer.by_bias ? layer.by_bias + offset : nullptr};
     const Layer<const float> last = begins ? Layer<const float>{} : Layer<const float>{sums.weight, sums.bias};
     layer_step<Kind>(size(l, n), from, stacked_below(l, n), 1.0f, last, sums);
   }

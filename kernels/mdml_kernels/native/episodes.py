@@ -7,6 +7,8 @@ Everything is float32 on a CPU, and parameters are contiguous.
 from __future__ import annotations
 
 import ctypes
+import itertools
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -63,15 +65,28 @@ def takes_bfloat16(layers: Sequence[MlpLayer]) -> bool:
 
 
 class MetaGradients(NamedTuple):
-    """Hinge losses [C]; by weight and bias of every layer [C / group, …], the head last; by the background [C].
-
-    Of a head with a metric, cross is G Dᵀ + g dᵀ [C / group, K, K] of its gradients G and g and what it descended by.
-    """
+    """Hinge losses [C]; gradients [C / group, …] with the `gradient_shapes` one behind the other; by background [C]."""
 
     loss: Tensor
-    by_layer: list[tuple[Tensor, Tensor | None]]
+    by_layer: Tensor
     by_background: Tensor | None
-    cross: Tensor | None
+
+
+def gradient_shapes(layers: Sequence[MlpLayer], inner: InnerLoop) -> list[tuple[int, ...]]:
+    """Of the gradients to each layer's weight and then to its bias, where it has one, the head last.
+
+    After them, for a head with a metric that took a step, [K, K]: G Dᵀ + g dᵀ of its gradients G and g and what it
+    descended by.
+    """
+    shapes: list[tuple[int, ...]] = []
+    for layer in layers:
+        n_out, n_in = layer.weight.shape[-2:]
+        shapes.append((n_out, n_in))
+        if layer.bias is not None:
+            shapes.append((n_out,))
+    if layers[-1].metric is not None and inner.n_steps:
+        shapes.append((layers[-1].weight.shape[-2],) * 2)
+    return shapes
 
 
 def adapt(
@@ -121,19 +136,20 @@ def meta_gradients(
     n_episodes, n_groups = len(support), len(support) // group
     loss = support.new_empty(n_episodes)
     by_background = None if background is None else torch.empty_like(loss)
-    by_layer = [_empty_gradients(layer, n_groups) for layer in layers]
-    program = _program(layers, inner, support, tau, background, by_layer)
-    cross = None
+    sizes = [math.prod(shape) for shape in gradient_shapes(layers, inner)]
+    by_layer = support.new_empty(n_groups, sum(sizes))
+    starts = (by_layer.data_ptr() + 4 * start for start in itertools.accumulate(sizes, initial=0))
+    addresses = [(next(starts), next(starts) if layer.bias is not None else None) for layer in layers]
+    program = _program(layers, inner, support, tau, background, addresses)
     if layers[-1].metric is not None and inner.n_steps:
-        n_logits = layers[-1].weight.shape[-2]
-        cross = support.new_empty(n_groups, n_logits, n_logits)
-        program.cross = cross.data_ptr()
+        program.cross = next(starts)
+    program.group_stride = by_layer.shape[1]
     program.query, program.is_ood, program.n_query = query.data_ptr(), is_ood.data_ptr(), query.shape[1]
     program.loss, program.by_background = loss.data_ptr(), address(by_background)
     program.margin, program.group = margin, group
     n_products = _products(layers, support.shape[1]) * inner.n_steps + _products(layers, query.shape[1])
     call("mdml_meta_gradients", n_groups, n_products * group, _LEAST_PRODUCTS, ctypes.byref(program))
-    return MetaGradients(loss, by_layer, by_background, cross)
+    return MetaGradients(loss, by_layer, by_background)
 
 
 class _Layer(ctypes.Structure):
@@ -151,10 +167,8 @@ class _Program(ctypes.Structure):
     """`EpisodeProgram` of episodes.cpp."""
 
     _fields_ = [
-        *(
-            (name, ctypes.c_int64)
-            for name in ("n_layers", "n_support", "n_query", "n_steps", "group", "mass", "bfloat16", "fixed_bias")
-        ),
+        *((name, ctypes.c_int64) for name in ("n_layers", "n_support", "n_query", "n_steps")),
+        *((name, ctypes.c_int64) for name in ("group", "group_stride", "mass", "bfloat16", "fixed_bias")),
         ("layers", ctypes.POINTER(_Layer)),
         *((name, ctypes.c_void_p) for name in ("support", "query", "is_ood", "tau", "background")),
         *((name, ctypes.c_void_p) for name in ("loss", "by_background", "cross", "metric")),
@@ -169,11 +183,11 @@ def _program(
     support: Tensor,
     tau: Tensor | None,
     background: Tensor | None,
-    by_layer: Sequence[tuple[Tensor | None, Tensor | None]] | None = None,
+    by_layer: Sequence[tuple[int | None, int | None]] | None = None,
 ) -> _Program:
-    """The tensors that go in must outlive it."""
-    nothing: list[tuple[Tensor | None, Tensor | None]] = [(None, None)] * len(layers)
-    filled = [_layer(layer, *by) for layer, by in zip(layers, by_layer or nothing, strict=True)]
+    """The tensors that go in must outlive it; by_layer are the addresses of each layer's gradients."""
+    by_layer = by_layer or [(None, None)] * len(layers)
+    filled = [_layer(layer, *by) for layer, by in zip(layers, by_layer, strict=True)]
     metric = layers[-1].metric
     return _Program(
         n_layers=len(layers),
@@ -192,26 +206,18 @@ def _program(
     )
 
 
-def _layer(layer: MlpLayer, by_weight: Tensor | None, by_bias: Tensor | None) -> _Layer:
+def _layer(layer: MlpLayer, by_weight: int | None, by_bias: int | None) -> _Layer:
     own_weight, own_bias = layer.own or (None, None)
     n_out, n_in = layer.weight.shape[-2:]
     strides = [_stride(value) for value in (layer.weight, layer.bias)]
     pointers = [address(value) for value in (layer.weight, layer.bias)]
-    return _Layer(
-        *(n_in, n_out, layer.rectify, *pointers, *strides),
-        *(address(value) for value in (own_weight, own_bias, by_weight, by_bias)),
-    )
+    own = address(own_weight), address(own_bias)
+    return _Layer(n_in, n_out, layer.rectify, *pointers, *strides, *own, by_weight, by_bias)
 
 
 def _stride(parameter: Tensor | None) -> int:
     """From one episode's to the next's; 0 where they share it."""
     return 0 if parameter is None or parameter.ndim == 2 else parameter.stride(0)
-
-
-def _empty_gradients(layer: MlpLayer, n_groups: int) -> tuple[Tensor, Tensor | None]:
-    n_out, n_in = layer.weight.shape[-2:]
-    by_bias = None if layer.bias is None else layer.bias.new_empty(n_groups, n_out)
-    return layer.weight.new_empty(n_groups, n_out, n_in), by_bias
 
 
 def _products(layers: Sequence[MlpLayer], n_rows: int) -> int:

@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-
 _setting = threading.local()
 
 

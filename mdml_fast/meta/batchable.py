@@ -1,0 +1,137 @@
+"""Which modules can be batched over episodes; all others are refused, in one line that names the module."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from functools import partial
+from types import TracebackType
+
+import torch
+from torch import Tensor, nn
+from torch.func import vmap
+
+# What vmap says of a forward that it can't batch, and what we say after the module's name.
+_NOT_BATCHED = {
+    "randomness": "draws random numbers in its forward, as dropout does, which episodes can't share: leave that out",
+    "inplace arithmetic": "writes into a tensor that its forward made, which has no place for every episode: let it "
+    "make a new one",
+}
+_CHANGES_ROWS = "works in place on its rows, which later steps read: let it copy them"
+
+
+def check_batchable(modules: nn.ModuleDict) -> None:
+    """Refuse now what would fail, or mix episodes, deep inside a batched computation.
+
+    Raises:
+        ValueError: one line with the module's name and the remedy.
+    """
+    for name, module in modules.named_modules():
+        if getattr(module, "track_running_stats", False):
+            raise ValueError(f"{name} keeps running statistics, which episodes can't share: use LayerNorm")
+        if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:
+            raise ValueError(f"{name} is dropout, which has no place in an episode's inner loop: set p=0")
+        within = getattr(module, "dropout", 0)  # of an attention or a recurrent layer
+        if isinstance(within, float | int) and within > 0:
+            raise ValueError(f"{name} has dropout, which has no place in an episode's inner loop: set dropout=0")
+        if isinstance(module, nn.RReLU):
+            raise ValueError(f"{name} draws its slopes at random, which episodes can't share: use LeakyReLU")
+        if getattr(module, "inplace", False):
+            raise ValueError(f"{name} works in place, on rows that other episodes read: set inplace=False")
+
+
+def try_forward(modules: nn.ModuleDict) -> None:
+    """Refuse modules whose forward shows only when it runs that it can't be batched.
+
+    It runs on rows of zeros, as wide as the encoder's first Linear takes them. Where there is none, or the modules want
+    other rows, the first batch will show it.
+
+    Raises:
+        ValueError: one line with the module's name and the remedy.
+    """
+    first = next((module for module in modules["encoder"].modules() if isinstance(module, nn.Linear)), None)
+    if first is None:
+        return
+    rows = first.weight.new_zeros(2, 3, first.in_features)
+
+    def run(rows: Tensor) -> Tensor:
+        z = modules["encoder"](rows)
+        modules["head"](z, z) if getattr(modules["head"], "takes_support", False) else modules["head"](z)
+        return modules["decoder"](z) if "decoder" in modules else rows
+
+    devices = [rows.device] if rows.device.type == "cuda" else []
+    try:
+        with torch.random.fork_rng(devices=devices), torch.no_grad():
+            with _watched(modules, rows[0]):
+                run(rows[0])
+            with batchable(modules, rows):
+                vmap(run)(rows)
+    except _RefusedError:
+        raise
+    except Exception:  # of a module that wants other rows
+        return
+
+
+@contextlib.contextmanager
+def batchable(modules: nn.Module, *rows: Tensor) -> Iterator[None]:
+    """Refuse modules that can't be batched over episodes while they compute on rows [E, n, d].
+
+    Above all those that write into the rows: later steps, and the caller, read those.
+
+    Raises:
+        ValueError: one line with the remedy, and the module's name where that is known.
+    """
+    before = [_writes(tensor) for tensor in rows]
+    try:
+        yield
+    except RuntimeError as error:
+        for words, remedy in _NOT_BATCHED.items():
+            if words in str(error):
+                raise _RefusedError(f"{_innermost(modules, error.__traceback__)} {remedy}") from error
+        raise
+    if [_writes(tensor) for tensor in rows] != before:
+        raise _RefusedError(f"a module {_CHANGES_ROWS}")
+
+
+class _RefusedError(ValueError):
+    """Ours, among all that a module may raise."""
+
+
+@contextlib.contextmanager
+def _watched(modules: nn.ModuleDict, rows: Tensor) -> Iterator[None]:
+    """Refuse a module that writes into the rows: the one that was running when they had changed."""
+    before, running = _writes(rows), [""]
+
+    def enter(name: str, *_: object) -> None:
+        look()
+        running.append(name)
+
+    def leave(*_: object) -> None:
+        look()
+        running.pop()
+
+    def look() -> None:
+        if _writes(rows) != before:
+            raise _RefusedError(f"{running[-1]} {_CHANGES_ROWS}")
+
+    hooks = [module.register_forward_hook(leave) for module in modules.modules()]
+    hooks += [module.register_forward_pre_hook(partial(enter, name)) for name, module in modules.named_modules()]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _innermost(modules: nn.Module, traceback: TracebackType | None) -> str:
+    """The name of the module whose forward an error came out of."""
+    names, found = {id(module): name for name, module in modules.named_modules() if name}, "a module"
+    while traceback:
+        found = names.get(id(traceback.tb_frame.f_locals.get("self")), found)
+        traceback = traceback.tb_next
+    return found
+
+
+def _writes(tensor: Tensor) -> int:
+    """How often the tensor was written to; those of inference mode don't count."""
+    return 0 if tensor.is_inference() else tensor._version
