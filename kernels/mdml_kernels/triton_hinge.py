@@ -42,9 +42,9 @@ class TritonHingeLoss:
     def backward(self, inputs: Inputs, saved: Inputs, grad: Tensor, needs: Needs) -> list[Tensor]:
         """See `autograd.RowOp`."""
         logits, tau, background, is_ood = inputs[0], *dense(inputs[1:])
-        weights, odds, log_sum, first, grad = dense((*saved, grad))
+        weights, odds, row_sum, first, grad = dense((*saved, grad))
         slope = hinge_slope(odds, is_ood, weights, grad)
-        grad_logits, *rest = triton_rows.odds_backward(logits, tau, background, self.confidence, log_sum, first, slope)
+        grad_logits, *rest = triton_rows.odds_backward(logits, tau, background, self.confidence, row_sum, first, slope)
         return needed((grad_logits, *per_episode(rest), None), needs)
 
     def double_backward(
@@ -52,8 +52,8 @@ class TritonHingeLoss:
     ) -> list[Tensor]:
         """See `autograd.RowOp`. By the odds: ∂L/∂o and ∂²L/∂o² are diagonal in the rows."""
         logits, tau, background, is_ood = inputs[0], *dense(inputs[1:])
-        weights, odds, log_sum, first, grad = dense((*saved, grad))
-        arguments = (logits, tau, background, self.confidence, log_sum, first)
+        weights, odds, row_sum, first, grad = dense((*saved, grad))
+        arguments = (logits, tau, background, self.confidence, row_sum, first)
         moves = (tangents[0], *dense(tangents[1:3]))
         by_odds = hinge_slope(odds, is_ood, weights, torch.ones_like(grad))
         weighted = grad[:, None] * by_odds
