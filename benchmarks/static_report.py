@@ -4,7 +4,8 @@
     python benchmarks/static_report.py --check    compile a part, compare it with the stored report, fail on a change
 
 A row is kernel x shape x dtype x chip: registers and stack a thread (a stack is where spills go), shared memory a
-program, global loads by width in bits, dots, and tensor-core instructions. No GPU is needed. No TRITON_INTERPRET.
+program, global loads and stores by width in bits, dots, and tensor-core instructions. No GPU is needed.
+No TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ def cases(arch: str) -> Iterator[tuple[Case, dict[str, Any]]]:
             yield from _rows(arch, n_cols, dtype)
     yield from _rows(arch, 512, "fp16")
     yield from _rows(arch, 512, "fp32", mass=True)
-    yield from _hinge()
+    yield from _hinge(arch)
     for precision in PRECISIONS:
         yield from _layers(arch, precision)
         yield from _inner_loop(arch, precision, n_rows=64)
@@ -92,7 +93,7 @@ def _rows(arch: str, n_cols: int, dtype: str, mass: bool = False) -> Iterator[tu
             constants,
             config,
         ),
-        widest,
+        {**widest, "stores": widest["width"]},
     )
     tangents = {"v_logits": logits, "v_inv_temperature": FLOAT, "v_background": background}
     outputs = {"out_logits": logits, "out_inv_temperature": FLOAT, "out_background": background, "along": FLOAT}
@@ -104,25 +105,49 @@ def _rows(arch: str, n_cols: int, dtype: str, mass: bool = False) -> Iterator[tu
             {**constants, "V_STRIDE_N": n_cols, "V_STRIDE_K": 1, "V_FLAT": True},
             launch.rows_config(n_cols, DTYPES[dtype], arch, per_thread=8),
         ),
-        widest,
+        {**widest, "stores": widest["width"]},
     )
 
 
-def _hinge() -> Iterator[tuple[Case, dict[str, Any]]]:
-    rows = {"odds": FLOAT, "is_ood": "*i1"}
-    warps = LaunchConfig(block_rows=triton_hinge.BLOCK, block_cols=1, num_warps=4)
+def _hinge(arch: str) -> Iterator[tuple[Case, dict[str, Any]]]:
+    """Numbers of rows that 16 divides, that 4 divides, and an odd one, which is read number by number."""
     kernels = triton_hinge_kernels
-    arguments: dict[str, Any] = {**rows, "sums": FLOAT, "rows_per_episode": "i32", "n_chunks": "i32"}
-    constants = {"CHUNK": triton_hinge.CHUNK, "BLOCK": triton_hinge.BLOCK}
-    yield Case("episode_sums", kernels.episode_sums_kernel, arguments, constants, warps), {"width": 32}
-    arguments = {"sums": FLOAT, "loss": FLOAT, "weights": FLOAT, "margin": "fp32", "n_chunks": "i32"}
-    yield (
-        Case("hinge", kernels.hinge_kernel, arguments, {}, LaunchConfig(1, 1, num_warps=1)),
-        {},
-    )  # AMD loads uniform addresses as scalars
-    arguments = {**rows, "weights": FLOAT, "grad": FLOAT, "slope": FLOAT, "n_rows": "i32", "rows_per_episode": "i32"}
-    constants = {"BLOCK": triton_hinge.BLOCK}
-    yield Case("hinge_slope", kernels.hinge_slope_kernel, arguments, constants, warps), {"width": 32}
+    rows = {"odds": FLOAT, "is_ood": "*u1"}
+    for n_rows in (16384, 100, 101):
+        config = launch.hinge_config(n_rows, arch)
+        sizes: dict[str, str | None] = {"rows_per_episode": "i32:16" if n_rows % 16 == 0 else "i32"}
+        tile = {"BLOCK": config.block_rows, "ALIGN": math.gcd(n_rows, 16)}
+        wide = {"width": 128 if n_rows % 4 == 0 else 32, "registers": 128}
+        chunk = triton_hinge.CHUNK if n_rows > config.block_rows else config.block_rows
+        yield (
+            Case(
+                f"episode_sums n={n_rows}",
+                kernels.episode_sums_kernel,
+                {**rows, "sums": FLOAT, **sizes, "n_chunks": "i32"},
+                {**tile, "CHUNK": chunk, **_one("n_chunks", -(-n_rows // chunk))},
+                config,
+            ),
+            {**wide, **({"narrow": 0} if n_rows % 16 == 0 else {})},
+        )
+        yield (
+            Case(
+                f"hinge_slope n={n_rows}",
+                kernels.hinge_slope_kernel,
+                {**rows, "weights": FLOAT, "grad": FLOAT, "slope": FLOAT, **sizes, "n_tiles": "i32"},
+                {**tile, **_one("n_tiles", -(-n_rows // config.block_rows))},
+                config,
+            ),
+            {**wide, "stores": wide["width"], **({"narrow": 3} if n_rows % 16 == 0 else {})},  # an episode's numbers
+        )
+    arguments: dict[str, str | None] = {"sums": FLOAT, "loss": FLOAT, "weights": FLOAT}
+    arguments |= {"margin": "fp32", "n_chunks": "i32"}
+    # AMD loads uniform addresses as scalars: no width to demand.
+    yield Case("hinge n=16384", kernels.hinge_kernel, arguments, {}, LaunchConfig(1, 1, num_warps=1)), {}
+
+
+def _one(name: str, value: int) -> dict[str, int]:
+    """A launch makes a constant of an integer that is 1."""
+    return {name: 1} if value == 1 else {}
 
 
 def _layers(arch: str, precision: Precision) -> Iterator[tuple[Case, dict[str, Any]]]:
@@ -235,6 +260,13 @@ def broken_limits(row: dict[str, Any]) -> list[str]:
             broken.append(f"{row['dots_on_tensor_cores']} of {row['dots']} dots on tensor cores: {row['tensor_core']}")
     elif any(32 < found < width for found in loads):  # 32 bits are one number a row
         broken.append(f"loads narrower than {width} bits: {row['loads']}")
+    if sum(count for found, count in loads.items() if found < width) > demand.get("narrow", math.inf):
+        broken.append(f"more than {demand['narrow']} loads narrower than {width} bits: {row['loads']}")
+    stores = {int(found) for found in row["stores"]}
+    if "stores" in demand and (
+        demand["stores"] not in stores or any(32 < found < demand["stores"] for found in stores)
+    ):
+        broken.append(f"stores not of {demand['stores']} bits: {row['stores']}")
     return broken
 
 

@@ -1,5 +1,5 @@
 """Compile a kernel for a chip that is not there, and read what the compiler made of it: registers, spills, shared
-memory, width of the global loads, tensor-core instructions.
+memory, width of the global loads and stores, tensor-core instructions.
 
 Needs neither GPU nor driver: `cuobjdump` and `nvdisasm` ship in the triton wheel. Not in a process where
 TRITON_INTERPRET is set, which replaces the compiler by the interpreter.
@@ -20,7 +20,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from mdml_kernels.launch import LaunchConfig
+from mdml_kernels.launch import LaunchConfig, is_amd
 
 ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
@@ -28,7 +28,9 @@ _TENSOR_CORE_SASS = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA|DMMA)\b")
 _TENSOR_CORE_GCN = re.compile(r"\b(v_mfma_\w+)")
 _LOAD_SASS = re.compile(r"\bLDG(?:STS)?\.E((?:\.\w+)*)")
 _LOAD_GCN = re.compile(r"\b(?:global|buffer|flat)_load_(ubyte|sbyte|ushort|sshort|short_d16|dword(?:x[234])?)")
-_GCN_BITS = {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128, "ubyte": 8, "sbyte": 8}
+_STORE_SASS = re.compile(r"\bSTG\.E((?:\.\w+)*)")
+_STORE_GCN = re.compile(r"\b(?:global|buffer|flat)_store_(byte|short|dword(?:x[234])?)")
+_GCN_BITS = {"dword": 32, "dwordx2": 64, "dwordx3": 96, "dwordx4": 128, "ubyte": 8, "sbyte": 8, "byte": 8}
 
 
 @dataclass(frozen=True)
@@ -39,7 +41,8 @@ class Case:
         name: the row of the report.
         kernel: a ``@triton.jit`` function.
         arguments: type of each run-time argument, in triton's words: ``*fp32`` (16-byte aligned), ``i32``, or
-            ``i32:16`` for an integer known to be a multiple of 16. None for an absent pointer.
+            ``i32:16`` for an integer known to be a multiple of 16. None for an absent pointer. Tensors are below 2 GiB,
+            which a launch tells AMD's compiler.
         constants: the ``tl.constexpr`` arguments.
         config: warps and pipelining depth; its tile is already among the constants.
     """
@@ -68,9 +71,9 @@ def compile_report(case: Case, arch: str) -> dict[str, Any]:
     """Compile one case for one chip and report on the machine code.
 
     Returns:
-        registers and stack_bytes a thread (a stack is where spills go), shared_bytes a program, global loads by width
-        in bits, dots and how many of them are on tensor cores, tensor-core instructions by name, and the barriers
-        that the kernel's text asks for.
+        registers and stack_bytes a thread (a stack is where spills go), shared_bytes a program, global loads and
+        stores by width in bits, dots and how many of them are on tensor cores, tensor-core instructions by name, and
+        the barriers that the kernel's text asks for.
 
     Raises:
         RuntimeError: in a process where TRITON_INTERPRET is set.
@@ -78,7 +81,7 @@ def compile_report(case: Case, arch: str) -> dict[str, Any]:
     if not isinstance(case.kernel, triton.JITFunction):
         raise RuntimeError("offline compilation needs a process without TRITON_INTERPRET")
     compiled = triton.compile(
-        source_of(case),
+        source_of(case, arch),
         target=target_of(arch),
         options=case.config.options,
     )
@@ -94,8 +97,8 @@ def compile_report(case: Case, arch: str) -> dict[str, Any]:
     }
 
 
-def source_of(case: Case) -> ASTSource:
-    """The case as triton's compiler takes it."""
+def source_of(case: Case, arch: str) -> ASTSource:
+    """The case as triton's compiler takes it, for a chip: what a launch there would be specialised to."""
     signature: dict[str, str] = {}
     constants: dict[str, Any] = dict(case.constants)
     attributes: dict[tuple[int], list[list[Any]]] = {}
@@ -111,6 +114,8 @@ def source_of(case: Case) -> ASTSource:
         signature[name] = kind.removesuffix(":16")
         if kind.startswith("*") or kind.endswith(":16"):
             attributes[(position,)] = [["tt.divisibility", 16]]
+        if kind.startswith("*") and is_amd(arch):
+            attributes[(position,)].append(["tt.pointer_range", 32])
     return ASTSource(case.kernel, signature, constants, attributes)
 
 
@@ -136,6 +141,7 @@ def _read_cubin(cubin: bytes) -> dict[str, Any]:
         "registers": int(numbers[1]),
         "stack_bytes": int(numbers[2]),
         "loads": _counted(_sass_bits(suffix) for suffix in _LOAD_SASS.findall(sass)),
+        "stores": _counted(_sass_bits(suffix) for suffix in _STORE_SASS.findall(sass)),
         "tensor_core": _counted(_TENSOR_CORE_SASS.findall(sass)),
     }
 
@@ -155,6 +161,7 @@ def _read_gcn(text: str) -> dict[str, Any]:
         "registers": int(registers[1]),
         "stack_bytes": int(scratch[1]),
         "loads": _counted(str(_GCN_BITS.get(kind, 16)) for kind in _LOAD_GCN.findall(text)),
+        "stores": _counted(str(_GCN_BITS.get(kind, 16)) for kind in _STORE_GCN.findall(text)),
         "tensor_core": _counted(_TENSOR_CORE_GCN.findall(text)),
     }
 

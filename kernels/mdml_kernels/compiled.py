@@ -48,7 +48,8 @@ def _(given: list[Tensor], mask: list[bool], kind: str, confidence: str) -> list
     shape = given[0].shape[:2]
     index = torch.int32 if kind.startswith("Triton") else torch.int64
     indices = like.new_empty(shape if confidence == "max" else (shape[0], 0), dtype=index)
-    return [like.new_empty(shape), like.new_empty(shape), indices]
+    reference = (*shape, 2) if kind == "TritonLogOdds" else shape
+    return [like.new_empty(shape), like.new_empty(reference), indices]
 
 
 @library.custom_op("mdml_kernels::log_odds_backward", mutates_args=())

@@ -60,6 +60,13 @@ def rows_config(n_cols: int, dtype: torch.dtype, arch: str, per_thread: int = 16
     )
 
 
+def hinge_config(n_rows: int, arch: str) -> LaunchConfig:
+    """Tiles of the hinge kernels over an episode's rows: 16 a thread, which are one load of 128 bits in bool."""
+    of_warp = 16 * _warp_size(arch)
+    rows = min(max(next_power_of_2(n_rows), of_warp), 2048)
+    return LaunchConfig(block_rows=rows, block_cols=1, num_warps=rows // of_warp)
+
+
 @functools.lru_cache(maxsize=64)
 def arch_of(device: torch.device) -> str:
     """``sm_90``, ``gfx942``, ...; ``interpreter`` for CPU tensors, which only Triton's interpreter takes."""

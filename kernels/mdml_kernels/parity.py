@@ -23,7 +23,7 @@ from torch import Tensor
 
 from mdml_kernels import dispatch
 from mdml_kernels.functional import linear_softmax_confidence, softmax_margin_loss
-from mdml_kernels.reference import accumulation_dtype
+from mdml_kernels.reference import Reduction, accumulation_dtype
 
 # In half precision a second derivative is the sum of two terms, each rounded to the inputs' dtype.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-7, torch.float16: 2**-10}
@@ -41,6 +41,7 @@ class Problem:
     shape: tuple[int, int, int]
     dtype: torch.dtype
     seed: int
+    reduction: Reduction = "none"
 
     def tensors(self) -> dict[str, Tensor]:
         """The differentiable inputs, float64 numbers that the problem's dtype holds exactly, and is_ood."""
@@ -65,7 +66,7 @@ class Problem:
         return made
 
     def call(self, inputs: dict[str, Tensor], backend: str) -> Tensor:
-        """The losses [E], or for a head the confidences [E, N]."""
+        """The losses [E] (reduced, where the problem says so), or for a head the confidences [E, N]."""
         options: dict[str, Any] = {
             "temperature": inputs.get("temperature", 0.75),
             "background": inputs.get("background", 0.5 if self.background == "number" else None),
@@ -78,7 +79,7 @@ class Problem:
             return linear_softmax_confidence(inputs["z"], centers=inputs["head"], scale=2.0, **options)
         form: Any = self.form
         return softmax_margin_loss(
-            inputs["logits"], inputs["is_ood"], margin=0.75, form=form, reduction="none", **options
+            inputs["logits"], inputs["is_ood"], margin=0.75, form=form, reduction=self.reduction, **options
         )
 
 

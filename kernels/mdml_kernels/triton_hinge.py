@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,12 +12,11 @@ from torch import Tensor
 from mdml_kernels import reference, triton_rows
 from mdml_kernels import triton_hinge_kernels as kernels
 from mdml_kernels.autograd import Inputs, Needs
-from mdml_kernels.launch import on_device_of
+from mdml_kernels.launch import LaunchConfig, arch_of, hinge_config, on_device_of
 from mdml_kernels.reference import Confidence
 from mdml_kernels.rows import dense, needed, per_episode
 
-BLOCK = 512  # rows of one program's tile; unmeasured
-CHUNK = 4096  # rows of one program, so that one long episode still makes enough programs; unmeasured
+CHUNK = 4096  # rows of one program that sums, so that one long episode still makes enough programs; unmeasured
 
 
 @dataclass(frozen=True)
@@ -42,9 +42,9 @@ class TritonHingeLoss:
     def backward(self, inputs: Inputs, saved: Inputs, grad: Tensor, needs: Needs) -> list[Tensor]:
         """See `autograd.RowOp`."""
         logits, tau, background, is_ood = inputs[0], *dense(inputs[1:])
-        weights, odds, log_sum, first, grad = dense((*saved, grad))
+        weights, odds, row_sum, first, grad = dense((*saved, grad))
         slope = hinge_slope(odds, is_ood, weights, grad)
-        grad_logits, *rest = triton_rows.odds_backward(logits, tau, background, self.confidence, log_sum, first, slope)
+        grad_logits, *rest = triton_rows.odds_backward(logits, tau, background, self.confidence, row_sum, first, slope)
         return needed((grad_logits, *per_episode(rest), None), needs)
 
     def double_backward(
@@ -52,8 +52,8 @@ class TritonHingeLoss:
     ) -> list[Tensor]:
         """See `autograd.RowOp`. By the odds: ∂L/∂o and ∂²L/∂o² are diagonal in the rows."""
         logits, tau, background, is_ood = inputs[0], *dense(inputs[1:])
-        weights, odds, log_sum, first, grad = dense((*saved, grad))
-        arguments = (logits, tau, background, self.confidence, log_sum, first)
+        weights, odds, row_sum, first, grad = dense((*saved, grad))
+        arguments = (logits, tau, background, self.confidence, row_sum, first)
         moves = (tangents[0], *dense(tangents[1:3]))
         by_odds = hinge_slope(odds, is_ood, weights, torch.ones_like(grad))
         weighted = grad[:, None] * by_odds
@@ -78,13 +78,14 @@ def hinge(odds: Tensor, is_ood: Tensor, margin: float) -> tuple[Tensor, Tensor]:
     loss, weights = odds.new_empty(episodes), odds.new_empty((episodes, 2))
     if not episodes:
         return loss, weights
-    chunk = CHUNK if n > BLOCK else BLOCK
+    config = hinge_config(n, arch_of(odds.device))
+    chunk = CHUNK if n > config.block_rows else config.block_rows
     n_chunks = -(-n // chunk)
     sums = odds.new_empty((episodes, n_chunks, 4))
     with on_device_of(odds):
         if n_chunks:
             kernels.episode_sums_kernel[(episodes * n_chunks,)](
-                odds, is_ood, sums, n, n_chunks, CHUNK=chunk, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=True
+                odds, is_ood, sums, n, n_chunks, CHUNK=chunk, **_tile(n, config)
             )
         kernels.hinge_kernel[(episodes,)](sums, loss, weights, margin, n_chunks, num_warps=1, enable_fp_fusion=True)
     return loss, weights
@@ -94,17 +95,16 @@ def hinge_slope(odds: Tensor, is_ood: Tensor, weights: Tensor, grad: Tensor) -> 
     """∂loss/∂o [E, N] times grad [E], of what `hinge` took and gave; all contiguous."""
     slope = torch.empty_like(odds)
     if odds.numel():
+        episodes, n = odds.shape
+        config = hinge_config(n, arch_of(odds.device))
+        n_tiles = -(-n // config.block_rows)
         with on_device_of(odds):
-            kernels.hinge_slope_kernel[(-(-odds.numel() // BLOCK),)](
-                odds,
-                is_ood,
-                weights,
-                grad,
-                slope,
-                odds.numel(),
-                odds.shape[1],
-                BLOCK=BLOCK,
-                num_warps=4,
-                enable_fp_fusion=True,
+            kernels.hinge_slope_kernel[(episodes * n_tiles,)](
+                odds, is_ood, weights, grad, slope, n, n_tiles, **_tile(n, config)
             )
     return slope
+
+
+def _tile(n_rows: int, config: LaunchConfig) -> dict[str, Any]:
+    """Constants and options that the kernels over rows share."""
+    return {"BLOCK": config.block_rows, "ALIGN": math.gcd(n_rows, 16), **config.options}

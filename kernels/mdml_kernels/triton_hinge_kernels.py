@@ -1,6 +1,7 @@
 """The hinge loss of an episode from the log-odds of its rows: sums by chunk, the loss, and the slope of every row.
 
-No atomics: a chunk's sums have a place of their own, and one program adds them in a fixed order.
+No atomics: a chunk's sums have a place of their own, and one program adds them in a fixed order. A program's rows are
+those of one episode; ALIGN, a power of two that divides their number, is how the compiler knows that loads are aligned.
 """
 
 # mypy: ignore-errors
@@ -19,31 +20,32 @@ def episode_sums_kernel(
     n_chunks,
     CHUNK: tl.constexpr,
     BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,
 ):
     """(Σ_ID S, Σ_OOD S, ID count, OOD count) of one chunk of one episode's rows; a NaN poisons both sums."""
     acc = odds.dtype.element_ty
+    n = rows_per_episode // ALIGN * ALIGN
     episode = tl.program_id(0) // n_chunks
     chunk = tl.program_id(0) % n_chunks
-    base = episode.to(tl.int64) * rows_per_episode
+    base = episode.to(tl.int64) * n
     id_sum = tl.zeros([BLOCK], acc)
     ood_sum = tl.zeros([BLOCK], acc)
-    id_count = tl.zeros([BLOCK], acc)
     ood_count = tl.zeros([BLOCK], acc)
     for start in range(0, CHUNK, BLOCK):
         rows = chunk * CHUNK + start + tl.arange(0, BLOCK)
-        live = rows < rows_per_episode
+        live = rows < n
         s = tl.sigmoid(tl.load(odds + base + rows, mask=live, other=0.0))
         ood = tl.load(is_ood + base + rows, mask=live, other=0) != 0
         bad = s != s
         id_sum += tl.where((live & ~ood) | bad, s, 0.0)
         ood_sum += tl.where(ood | bad, s, 0.0)
-        id_count += tl.where(live & ~ood, 1.0, 0.0)
         ood_count += tl.where(ood, 1.0, 0.0)
     out = sums + tl.program_id(0).to(tl.int64) * 4
     tl.store(out, tl.sum(id_sum, 0))
     tl.store(out + 1, tl.sum(ood_sum, 0))
-    tl.store(out + 2, tl.sum(id_count, 0))
-    tl.store(out + 3, tl.sum(ood_count, 0))
+    n_ood = tl.sum(ood_count, 0)
+    tl.store(out + 2, tl.minimum(n - chunk * CHUNK, CHUNK) - n_ood)
+    tl.store(out + 3, n_ood)
 
 
 @triton.jit
@@ -68,13 +70,26 @@ def hinge_kernel(sums, loss, weights, margin, n_chunks):
 
 
 @triton.jit
-def hinge_slope_kernel(odds, is_ood, weights, grad, slope, n_rows, rows_per_episode, BLOCK: tl.constexpr):
-    """∂loss/∂o of each row, times its episode's grad: the side's weight times S (1 - S)."""
-    rows = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    live = rows < n_rows
-    episodes = rows // rows_per_episode
-    ood = tl.load(is_ood + rows, mask=live, other=0) != 0
-    weight = tl.load(weights + 2 * episodes + ood.to(tl.int64), mask=live, other=0.0)
-    o = tl.load(odds + rows, mask=live, other=0.0)
-    g = tl.load(grad + episodes, mask=live, other=0.0)
-    tl.store(slope + rows, g * weight * tl.sigmoid(o) * tl.sigmoid(-o), mask=live)
+def hinge_slope_kernel(
+    odds,
+    is_ood,
+    weights,
+    grad,
+    slope,
+    rows_per_episode,
+    n_tiles,
+    BLOCK: tl.constexpr,
+    ALIGN: tl.constexpr,
+):
+    """∂loss/∂o of a tile of one episode's rows, times its grad: the side's weight times S (1 - S)."""
+    n = rows_per_episode // ALIGN * ALIGN
+    episode = (tl.program_id(0) // n_tiles).to(tl.int64)
+    rows = tl.program_id(0) % n_tiles * BLOCK + tl.arange(0, BLOCK)
+    live = rows < n
+    base = episode * n
+    g = tl.load(grad + episode)
+    id_slope = g * tl.load(weights + 2 * episode)
+    ood_slope = g * tl.load(weights + 2 * episode + 1)
+    ood = tl.load(is_ood + base + rows, mask=live, other=0) != 0
+    o = tl.load(odds + base + rows, mask=live, other=0.0)
+    tl.store(slope + base + rows, tl.where(ood, ood_slope, id_slope) * tl.sigmoid(o) * tl.sigmoid(-o), mask=live)

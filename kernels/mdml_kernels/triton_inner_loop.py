@@ -27,7 +27,7 @@ def one_class_slope(x, cols, live, n_rows, log_background, K: tl.constexpr, MASS
         top, first, second, mass = merge_statistics(never, first, b, exp_below(b, b), top, first, second, mass)
     odds, reference = log_odds(top, second, mass, log_background, MASS)
     slope = tl.where(live, -tl.sigmoid(-odds) / n_rows, 0.0)
-    return slope[:, None] * log_odds_gradient(x, cols, first[:, None], reference[:, None], MASS)
+    return slope[:, None] * log_odds_gradient(exp_below(x, reference[:, None]), cols, first[:, None], MASS)
 
 
 @triton.jit

@@ -103,7 +103,7 @@ def linear_forward_kernel(
 def tile_slope(logits, cols, scale, first, log_sum, g, K: tl.constexpr, MASS: tl.constexpr):
     """The odds' gradient g [R] pulled back to scaled logits [R, C]; 0 beyond K."""
     x = tl.where(cols[None, :] < K, logits * scale[:, None], float("-inf"))
-    return g[:, None] * log_odds_gradient(x, cols[None, :], first[:, None], log_sum[:, None], MASS)
+    return g[:, None] * log_odds_gradient(exp_below(x, log_sum[:, None]), cols[None, :], first[:, None], MASS)
 
 
 @triton.jit

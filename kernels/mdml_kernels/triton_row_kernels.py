@@ -15,6 +15,7 @@ from mdml_kernels.triton_row_math import (
     log_odds,
     log_odds_gradient,
     merge_statistics,
+    share_below,
     tile_statistics,
 )
 
@@ -25,6 +26,13 @@ def row_offsets(rows, episodes, rows_per_episode, stride_e, STRIDE_N: tl.constex
     if FLAT:
         return rows.to(tl.int64) * STRIDE_N
     return episodes.to(tl.int64) * stride_e + (rows - episodes * rows_per_episode).to(tl.int64) * STRIDE_N
+
+
+@triton.jit
+def load_reference(reference, rows, live):
+    """A row's largest summed logit, and one over the sum of exp relative to it."""
+    at = reference + 2 * rows.to(tl.int64)
+    return tl.load(at, mask=live, other=0.0), 1.0 / tl.load(at + 1, mask=live, other=1.0)
 
 
 @triton.jit
@@ -74,9 +82,14 @@ def rows_forward_kernel(
             top, first, second, mass, tile_top, tile_first, tile_second, tile_mass
         )
 
-    row_odds, row_reference = log_odds(top, second, mass, log_background, MASS)
+    row_odds, log_sum = log_odds(top, second, mass, log_background, MASS)
     tl.store(odds + rows, row_odds, mask=live)
-    tl.store(reference + rows, row_reference, mask=live)
+    if MASS:  # the largest is summed too
+        mass = mass * exp_below(second, top) + exp_below(top, top)
+        second = top
+    second = tl.where(log_sum == log_sum, second, log_sum)  # NaN
+    tl.store(reference + 2 * rows.to(tl.int64), second, mask=live)
+    tl.store(reference + 2 * rows.to(tl.int64) + 1, mass, mask=live)
     if not MASS:
         tl.store(argmax + rows, first, mask=live)
 
@@ -111,19 +124,20 @@ def rows_backward_kernel(
     scale = tl.load(inv_temperature + episodes, mask=live, other=1.0).to(acc)
     row_start = logits + row_offsets(rows, episodes, rows_per_episode, stride_e, STRIDE_N, FLAT)
     grad_start = grad_logits + rows.to(tl.int64) * K
-    log_sum = tl.load(reference + rows, mask=live, other=0.0)
+    largest, inverse_sum = load_reference(reference, rows, live)
     first = rows
     if not MASS:
         first = tl.load(argmax + rows, mask=live, other=0)
     g = tl.load(grad + rows, mask=live, other=0.0).to(acc)
-    g = tl.where(log_sum == log_sum, g, log_sum)  # the one constant slope, that of the maximum, must turn NaN as well
+    g = tl.where(largest == largest, g, largest)  # the one constant slope, that of the maximum, must turn NaN as well
 
     scale_terms = tl.zeros([BLOCK_N, BLOCK_K], acc)
     for start in range(0, K, BLOCK_K):
         cols = (start + tl.arange(0, BLOCK_K))[None, :]
         keep = live[:, None] & (cols < K)
         x = tl.load(row_start[:, None] + cols.to(tl.int64) * STRIDE_K, mask=keep, other=float("-inf")).to(acc)
-        slope = g[:, None] * log_odds_gradient(x * scale[:, None], cols, first[:, None], log_sum[:, None], MASS)
+        share = share_below(x * scale[:, None], largest[:, None], inverse_sum[:, None])
+        slope = g[:, None] * log_odds_gradient(share, cols, first[:, None], MASS)
         tl.store(grad_start[:, None] + cols, (slope * scale[:, None]).to(grad_logits.dtype.element_ty), mask=keep)
         scale_terms += tl.where(x == float("-inf"), 0.0, x * slope)
 
@@ -132,7 +146,7 @@ def rows_backward_kernel(
         slope_background = -g
         if not MASS:
             log_background = tl.load(background + episodes, mask=live, other=0.0).to(acc)
-            slope_background = -g * exp_below(log_background, log_sum)
+            slope_background = -g * share_below(log_background, largest, inverse_sum)
         tl.store(grad_background + rows, slope_background, mask=live)
 
 
@@ -180,12 +194,12 @@ def rows_double_backward_kernel(
     row_start = logits + row_offsets(rows, episodes, rows_per_episode, stride_e, STRIDE_N, FLAT)
     v_start = v_logits + row_offsets(rows, episodes, rows_per_episode, v_stride_e, V_STRIDE_N, V_FLAT)
     out_start = out_logits + rows.to(tl.int64) * K
-    log_sum = tl.load(reference + rows, mask=live, other=0.0)
+    largest, inverse_sum = load_reference(reference, rows, live)
     first = rows
     if not MASS:
         first = tl.load(argmax + rows, mask=live, other=0)
     g = tl.load(grad + rows, mask=live, other=0.0).to(acc)
-    g = tl.where(log_sum == log_sum, g, log_sum)
+    g = tl.where(largest == largest, g, largest)
 
     share_terms = tl.zeros([BLOCK_N, BLOCK_K], acc)
     first_terms = tl.zeros([BLOCK_N, BLOCK_K], acc)
@@ -195,7 +209,7 @@ def rows_double_backward_kernel(
         x = tl.load(row_start[:, None] + cols.to(tl.int64) * STRIDE_K, mask=keep, other=float("-inf")).to(acc)
         vx = tl.load(v_start[:, None] + cols.to(tl.int64) * V_STRIDE_K, mask=keep, other=0.0).to(acc)
         t = vx * scale[:, None] + tl.where(x == float("-inf"), 0.0, x * v_scale[:, None])
-        share = exp_below(x * scale[:, None], log_sum[:, None])
+        share = share_below(x * scale[:, None], largest[:, None], inverse_sum[:, None])
         if MASS:
             share_terms += share * t
         else:
@@ -212,7 +226,7 @@ def rows_double_backward_kernel(
     else:
         if background is not None:
             log_background = tl.load(background + episodes, mask=live, other=0.0).to(acc)
-            share_background = exp_below(log_background, log_sum)
+            share_background = share_below(log_background, largest, inverse_sum)
             mean_tangent += share_background * v_log_background
             slope_background = -g * share_background * (v_log_background - mean_tangent)
             tl.store(out_background + rows, slope_background, mask=live)
@@ -227,7 +241,8 @@ def rows_double_backward_kernel(
         vx = tl.load(v_start[:, None] + cols.to(tl.int64) * V_STRIDE_K, mask=keep, other=0.0).to(acc)
         masked_out = x == float("-inf")
         t = vx * scale[:, None] + tl.where(masked_out, 0.0, x * v_scale[:, None])
-        slope = g[:, None] * log_odds_gradient(x * scale[:, None], cols, first[:, None], log_sum[:, None], MASS)
+        share = share_below(x * scale[:, None], largest[:, None], inverse_sum[:, None])
+        slope = g[:, None] * log_odds_gradient(share, cols, first[:, None], MASS)
         bend = slope * (t - mean_tangent[:, None])
         if not MASS:
             bend = tl.where((cols == first[:, None]) & (slope == slope), 0.0, bend)

@@ -7,7 +7,9 @@ makes log(1 - S) exact where S rounds to 1. The log-odds L = log S - log(1 - S) 
     max     A = {first}      B = the others and the background     dL/dx = 1[first] - q,  q = exp(x - log B)
     mass    A = all logits   B = {the background}                  dL/dx = q,             q = exp(x - log A)
 
-What is summed over many logits, B for ``max`` and A for ``mass``, is a row's ``reference``: its softmax is q.
+What is summed over many logits, B for ``max`` and A for ``mass``, is a row's ``reference``: its softmax is q. As one
+number, log B or log A, it is rounded at its own size, and that turns up in every q; a kernel that reads it from memory
+takes it as a largest logit and a sum of exp relative to that one, which are not.
 """
 
 # mypy: ignore-errors
@@ -21,6 +23,12 @@ import triton.language as tl
 def exp_below(x, reference):
     """exp(x - reference), and 0 at x = -inf even where the reference is -inf too; NaN stays NaN."""
     return tl.where(x == float("-inf"), 0.0, tl.exp(x - reference))
+
+
+@triton.jit
+def share_below(x, largest, inverse_sum):
+    """exp(x - log-sum-exp), given as its largest and one over the sum relative to it; 0 at x = -inf as `exp_below`."""
+    return tl.where(x == float("-inf"), 0.0, tl.exp(x - largest) * inverse_sum)
 
 
 @triton.jit
@@ -72,9 +80,8 @@ def log_odds(top, second, mass, log_background, MASS: tl.constexpr):
 
 
 @triton.jit
-def log_odds_gradient(x, cols, first, reference, MASS: tl.constexpr):
-    """dL/dx [R, C] for first and reference [R, 1]; 0 at logits of -inf, the usual way to forbid a class."""
-    share = exp_below(x, reference)
+def log_odds_gradient(share, cols, first, MASS: tl.constexpr):
+    """dL/dx [R, C] for the softmax q [R, C] and first [R, 1]; 0 at logits of -inf, the usual way to forbid a class."""
     if MASS:
         return share
     return tl.where(cols == first, 1.0, -share)

@@ -30,9 +30,9 @@ def odds_forward(
         confidence: ``max`` or ``mass``; ``mass`` needs the background.
 
     Returns:
-        odds [E, N] and reference [E, N] in float32 (float64 for float64 logits), and the first argmax int32 [E, N],
-        empty [E, 0] for ``mass``. The reference is the log-sum-exp of the scaled logits, for ``max`` without the
-        largest and with the background.
+        odds [E, N] and reference [E, N, 2] in float32 (float64 for float64 logits), and the first argmax int32 [E, N],
+        empty [E, 0] for ``mass``. The reference is a log-sum-exp of the scaled logits, for ``max`` without the
+        largest and with the background: the largest term, and the sum of exp relative to it.
 
     Raises:
         ValueError: a shape does not fit, or there are too many rows for 32-bit row numbers.
@@ -40,7 +40,7 @@ def odds_forward(
     """
     rows, config = _prepare(logits, inv_temperature, background, confidence)
     shape = logits.shape[:2]
-    odds, reference = (logits.new_empty(shape, dtype=accumulator(logits.dtype)) for _ in range(2))
+    odds, reference = (logits.new_empty(size, dtype=accumulator(logits.dtype)) for size in (shape, (*shape, 2)))
     argmax = logits.new_empty((shape[0], 0) if confidence == "mass" else shape, dtype=torch.int32)
     if odds.numel():
         with on_device_of(logits):
@@ -81,8 +81,8 @@ def odds_backward(
     """
     rows, config = _prepare(logits, inv_temperature, background, confidence)
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
-    grad_inv_temperature = torch.empty_like(reference)
-    grad_background = None if background is None else torch.empty_like(reference)
+    grad_inv_temperature = reference.new_empty(logits.shape[:2])
+    grad_background = None if background is None else reference.new_empty(logits.shape[:2])
     if reference.numel():
         with on_device_of(logits):
             kernels.rows_backward_kernel[rows.grid](
@@ -141,8 +141,8 @@ def odds_double_backward(
     else:
         v_background = (zero.expand(shape[0]) if v_background is None else v_background).contiguous()
     out_logits = torch.empty(shape, dtype=logits.dtype, device=logits.device)
-    out_inv_temperature, along = torch.empty_like(reference), torch.empty_like(reference)
-    out_background = None if background is None else torch.empty_like(reference)
+    out_inv_temperature, along = (reference.new_empty(shape[:2]) for _ in range(2))
+    out_background = None if background is None else reference.new_empty(shape[:2])
     if reference.numel():
         with on_device_of(logits):
             kernels.rows_double_backward_kernel[rows.grid](
