@@ -147,10 +147,11 @@ def test_doctor_checks_the_engine(mdml_fast: Run, in_process: Run) -> None:
 
 def test_bench_kernels_prints_ratios(in_process: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
-    result = in_process("bench", "kernels", "--case", "pairwise [64", "--rounds", 1, "--json")
+    result = in_process("bench", "kernels", "--case", "hinge [64, 1024", "--rounds", 1, "--json")
     assert result.returncode == 0, result.stderr
     (row,) = json.loads(result.stdout)["kernels"]["rows"]
-    assert row["case"] == "pairwise [64, 1024, 512]"
+    assert row["case"] == "hinge [64, 1024, 512]"
+    assert row["ratios"].keys() == {"eager", "compile"}
     assert row["ratios"]["eager"] > 1
 
 

@@ -37,6 +37,35 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
         benchmark.run(benchmark.Case("hinge", (2, 40, 16), compiled=False), CPU, rounds=1)
 
 
+def test_a_wrong_compiler_is_not_timed(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *inputs: 1.001 * function(*inputs))
+    with pytest.raises(AssertionError, match="relative error of compile"):
+        benchmark.run(benchmark.Case("linear", (1, 40, 16)), CPU, rounds=1)
+
+
+def test_every_case_has_every_contender(monkeypatch):
+    measured = []
+    monkeypatch.setattr(benchmark, "run", lambda case, device, rounds: measured.append(case))
+    benchmark.run_all(CPU)
+    assert [case for case in measured if not case.compiled] == []
+    assert {case.form for case in measured} == {"hinge", "bce", "pairwise", "linear"}
+
+
+@pytest.mark.parametrize(("seconds", "calls"), [(0.02, 4), (2.0, 1)])
+def test_a_long_call_needs_no_warming(seconds, calls, monkeypatch):
+    """The first call that begins when 0.05 seconds have gone by is timed."""
+    now, called = [0.0], []
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(benchmark.time, "process_time", lambda: now[0])
+
+    def call():
+        called.append(now[0])
+        now[0] += seconds
+
+    assert benchmark.timed(call, CPU) == pytest.approx(seconds)
+    assert len(called) == calls
+
+
 def test_command(capsys, tmp_path):
     threads = torch.get_num_threads()
     try:
