@@ -1,8 +1,10 @@
 """torch.compile(fullgraph=True) and autocast give what eager mode gives."""
 
+import copy
+
 import pytest
 import torch
-from mdml_kernels import linear_softmax_confidence, softmax_margin_loss
+from mdml_kernels import SoftmaxMarginLoss, linear_softmax_confidence, softmax_margin_loss
 from torch.autograd import forward_ad
 from torch.func import grad, vmap
 
@@ -39,11 +41,71 @@ def test_training_step(form, confidence, backend):
     torch.testing.assert_close(ours, theirs)
 
 
-def test_the_default_compiler():
-    x = normal(3, 6, 5).requires_grad_()
-    loss = torch.compile(lambda x: softmax_margin_loss(x, OOD, form="bce"), fullgraph=True)(x)
-    expected = softmax_margin_loss(x, OOD, form="bce")
-    torch.testing.assert_close(torch.autograd.grad(loss, x), torch.autograd.grad(expected, x))
+class Model(torch.nn.Module):
+    """Three layers and the loss."""
+
+    def __init__(self, **options):
+        super().__init__()
+        torch.manual_seed(0)
+        self.layers = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 5))
+        learned = {"temperature": 0.7, "learn_temperature": True, "background": 0.3, "learn_background": True}
+        self.loss = SoftmaxMarginLoss(margin=0.9, **learned, **options)
+
+    def forward(self, rows, is_ood):
+        return self.loss(self.layers(rows), is_ood)
+
+
+def exactly(model):
+    """The same in float64, by the definition."""
+    exact = copy.deepcopy(model).double()
+    exact.loss.backend = "reference"
+    return exact
+
+
+def loss_and_gradients(model, rows, is_ood, parameters_of=None):
+    loss = model(rows, is_ood)
+    return loss, *torch.autograd.grad(loss, list((parameters_of or model).parameters()))
+
+
+MODELS = {
+    # The default compiler, once for all shapes; others, which are quick, for each, until a size is seen to change.
+    "hinge": ({"form": "hinge"}, {"dynamic": True}),
+    "bce, mass": ({"form": "bce", "confidence": "mass"}, {"backend": "aot_eager"}),
+    "hinge by the definition": ({"form": "hinge", "backend": "reference"}, {"backend": "aot_eager"}),
+}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_that_ends_in_the_loss(name):
+    options, compiler = MODELS[name]
+    model = Model(**options)
+    compiled = torch.compile(model, fullgraph=True, **compiler)
+    exact = exactly(model)
+    # Other values, then other numbers of rows, then of episodes.
+    for seed, (episodes, rows) in enumerate([(3, 6), (3, 6), (3, 9), (3, 14), (2, 11)]):
+        x = torch.randn(episodes, rows, 4, generator=torch.Generator().manual_seed(seed))
+        is_ood = torch.rand(episodes, rows, generator=torch.Generator().manual_seed(seed)) < 0.4
+        ours = loss_and_gradients(compiled, x, is_ood, model)
+        theirs = loss_and_gradients(exact, x.double(), is_ood)
+        for name, a, b in zip(["loss", *dict(model.named_parameters())], ours, theirs, strict=True):
+            assert b.abs().max() > 1e-4, name
+            assert (a.double() - b).abs().max() <= 1e-5 * b.abs().max(), name
+
+
+def test_a_compiled_model_under_autocast():
+    model = Model()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    x, exact = normal(3, 6, 4), exactly(model)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, eager = loss_and_gradients(compiled, x, OOD, model), loss_and_gradients(model, x, OOD)
+    torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-7)
+    assert {value.dtype for value in ours} == {torch.float32}
+    # Together: in the derivative by a number, a sum of terms of both signs, rounding weighs more.
+    ours, theirs = (
+        torch.cat([value.flatten().double() for value in values])
+        for values in (ours, loss_and_gradients(exact, x.double(), OOD))
+    )
+    assert 2**-12 < (ours - theirs).norm() / theirs.norm() < 2**-7  # rounded to bfloat16, and no more than that
 
 
 @pytest.mark.parametrize("head", ["weight", "centers"])
