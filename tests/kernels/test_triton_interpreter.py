@@ -29,12 +29,15 @@ KERNELS = {
 }
 # numpy warns of the NaN and infinity that checks feed it on purpose, and that masked lanes compute with.
 PYTEST = ("-m", "pytest", "-q", "-W", "ignore::RuntimeWarning", "-p", "no:cacheprovider")
-# What a launch costs in the interpreter keeps this to the transforms that batch each argument, and forward mode.
-CHOSEN = "test_transform and (bce or hinge or pairwise) and (grad or jvp or create_graph) and not third"
+# Of the tests of the wiring those that take the backend from the environment.
+CHOSEN = (
+    "(test_transform and compiled) or test_head or refused_or_right or test_training_step or one_operator or "
+    "around_what_is_compiled or test_autocast"
+)
 # The longest first, so that the two end together.
 COMMANDS = {
+    "wiring": (*PYTEST, str(HERE / "test_transforms.py"), str(HERE / "test_compile.py"), "-k", CHOSEN),
     **{name: (*PYTEST, str(FOLDER / name)) for name in KERNELS},
-    "transforms": (*PYTEST, str(HERE / "test_transforms.py"), "-k", CHOSEN),
     "parity": ("-m", "mdml_kernels.parity", "--problems", "4"),
 }
 
@@ -77,9 +80,9 @@ def test_kernels_in_the_interpreter(name, printed):
     assert set(launched) == KERNELS[name], "each kernel must run in the interpreter, and no other hide among them"
 
 
-@pytest.mark.parametrize("name", ["transforms"])
-def test_transforms_are_those_of_the_definition(name, printed):
-    assert int(re.search(r"(\d+) passed", printed(name))[1]) >= 12
+@pytest.mark.parametrize("name", ["wiring"])
+def test_transforms_and_compiled_code_give_what_the_definition_gives(name, printed):
+    assert int(re.search(r"(\d+) passed", printed(name))[1]) >= 120
 
 
 @pytest.mark.parametrize("name", ["parity"])
