@@ -6,8 +6,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from mdml_cli import app
 from mdml_kernels.native import library
 from support import COMMAND, DATA, OPEN_SETS, Run, protocol
+from threadpoolctl import threadpool_limits
 
 from mdml_fast import MDMLDetector
 from mdml_fast.data import label_table, read_table
@@ -31,6 +34,22 @@ def mdml_fast(tmp_path: Path) -> Run:
     def run(*args: object, **options: object) -> subprocess.CompletedProcess[str]:
         command = [str(COMMAND), *map(str, args)]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300, **options)
+
+    return run
+
+
+@pytest.fixture
+def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
+    """As `mdml_fast`, but in this process, which spares the seconds that imports take."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*args: object) -> subprocess.CompletedProcess[str]:
+        threads = torch.get_num_threads()
+        with threadpool_limits(None):  # what --threads sets is put back
+            exit_code = app.run([*map(str, args)])
+        torch.set_num_threads(threads)
+        said = capfd.readouterr()
+        return subprocess.CompletedProcess(args, exit_code, said.out, said.err)
 
     return run
 

@@ -146,13 +146,13 @@ def test_a_browser_renders_sorts_and_asks_for_nothing(page: Path, tmp_path: Path
         browser.close()
 
 
-def test_the_command_writes_it(mdml_fast, detector: MDMLDetector, tmp_path: Path) -> None:
+def test_the_command_writes_it(mdml_fast, in_process, detector: MDMLDetector, tmp_path: Path) -> None:
     detector.save(tmp_path / "m")
     rows, labels = table(1)
     pa.parquet.write_table(rows.append_column("class", pa.array(labels)), tmp_path / "rows.parquet")
     done = mdml_fast("report", "m", "rows.parquet", "--label", "class", "--out", "r.html", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["bytes"] == (tmp_path / "r.html").stat().st_size
-    refused = mdml_fast("report", "m", "rows.parquet", "--label", "nothing")
+    refused = in_process("report", "m", "rows.parquet", "--label", "nothing")
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1

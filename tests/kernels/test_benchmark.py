@@ -37,6 +37,35 @@ def test_a_wrong_kernel_is_not_timed(monkeypatch):
         benchmark.run(benchmark.Case("hinge", (2, 40, 16), compiled=False), CPU, rounds=1)
 
 
+def test_a_wrong_compiler_is_not_timed(monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *inputs: 1.001 * function(*inputs))
+    with pytest.raises(AssertionError, match="relative error of compile"):
+        benchmark.run(benchmark.Case("linear", (1, 40, 16)), CPU, rounds=1)
+
+
+def test_every_case_has_every_contender(monkeypatch):
+    measured = []
+    monkeypatch.setattr(benchmark, "run", lambda case, device, rounds: measured.append(case))
+    benchmark.run_all(CPU)
+    assert [case for case in measured if not case.compiled] == []
+    assert {case.form for case in measured} == {"hinge", "bce", "pairwise", "linear"}
+
+
+@pytest.mark.parametrize(("seconds", "calls"), [(0.02, 4), (2.0, 1)])
+def test_a_long_call_needs_no_warming(seconds, calls, monkeypatch):
+    """The first call that begins when 0.05 seconds have gone by is timed."""
+    now, called = [0.0], []
+    monkeypatch.setattr(benchmark.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(benchmark.time, "process_time", lambda: now[0])
+
+    def call():
+        called.append(now[0])
+        now[0] += seconds
+
+    assert benchmark.timed(call, CPU) == pytest.approx(seconds)
+    assert len(called) == calls
+
+
 def test_command(capsys, tmp_path):
     threads = torch.get_num_threads()
     try:
@@ -48,16 +77,15 @@ def test_command(capsys, tmp_path):
     assert (tmp_path / "out.json").exists()
 
 
-def collected(*arguments):
+def collecting(*arguments):
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-    return [line for line in done.stdout.splitlines() if "::" in line]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT)
 
 
 def test_pytest_runs_benchmarks_when_asked_and_only_then():
-    asked = collected("--benchmark")
+    both = [collecting("--benchmark"), collecting("benchmarks", "tests/kernels/test_readme.py")]
+    asked, plain = ([line for line in one.communicate()[0].splitlines() if "::" in line] for one in both)
     assert sum(line.startswith("benchmarks/test_kernels.py::") for line in asked) == len(benchmark.CASES)
     assert all(line.startswith("benchmarks/") for line in asked)
-    plain = collected("benchmarks", "tests/kernels/test_readme.py")
     assert plain
     assert all(line.startswith("tests/") for line in plain)

@@ -45,12 +45,13 @@ def test_resolve(requested, device, dtype, triton, linear, backend):
         ),
         (("triton", "cpu", F32, "compiler"), "needs a GPU .*available: 'cpu', 'reference'"),
         (("triton", "cuda", F32, None), "Triton is not installed; available: 'reference'"),
+        (("triton", "cuda", F64, "compiler", True), "it has no float64; available: 'reference'"),
         (("cuda", "cpu", F32, None), "backend must be one of 'auto', 'reference', 'cpu', 'triton', got 'cuda'"),
     ],
 )
 def test_what_cannot_be_served(arguments, message):
     with pytest.raises(ValueError, match=message):
-        resolve(*arguments)
+        resolve(*arguments[:4], linear=len(arguments) == 5)
 
 
 def test_explain():

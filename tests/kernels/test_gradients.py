@@ -65,6 +65,22 @@ def test_margin_loss(form, confidence, background, temperature, backend):
     assert torch.autograd.gradgradcheck(loss, tuple(inputs.values()), check_fwd_over_rev=ours, fast_mode=True)
 
 
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("backend", ["reference", "cpu"])
+@pytest.mark.usefixtures("operators")
+def test_third_derivative(form, backend):
+    def gradients(*leaves):
+        x, t, b = leaves
+        loss = softmax_margin_loss(
+            x, x.detach()[..., 0] > 0, margin=0.9, temperature=t, background=b, form=form, backend=backend
+        )
+        return torch.autograd.grad(loss.square(), leaves, create_graph=True)
+
+    leaves = [value.requires_grad_() for value in (double(1, 5, 3), double(1).abs() + 0.5, double(1, seed=1))]
+    assert all(value.abs().max() > 1e-3 for value in gradients(*leaves))
+    assert torch.autograd.gradgradcheck(gradients, leaves, fast_mode=True)
+
+
 @pytest.mark.parametrize("confidence", ["max", "mass"])
 @pytest.mark.parametrize("backend", ["reference", "cpu"])
 def test_log_odds_in_full(confidence, backend):

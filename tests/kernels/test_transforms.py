@@ -1,4 +1,7 @@
-"""Every transform of torch.func, and their nestings, give with the CPU backend what they give with the definition."""
+"""Every transform of torch.func, and their nestings, give with the CPU backend what they give with the definition.
+
+With those of `test_compile.py` these tests stand for the table in kernels/README.md.
+"""
 
 import os
 
@@ -38,7 +41,8 @@ def thrice(loss):
     """The gradient of the second derivative along two directions."""
 
     def second(x):
-        return (grad(lambda y: (grad(loss)(y) * X[1]).sum())(x) * X[1]).sum()
+        along = X[1].to(x.dtype)
+        return (grad(lambda y: (grad(loss)(y) * along).sum())(x) * along).sum()
 
     return grad(second)
 
@@ -128,30 +132,73 @@ def test_vmap_is_a_loop(form):
     assert_same(together, tuple(torch.stack(parts) for parts in zip(*one_by_one, strict=True)))
 
 
+def squares(f):
+    return lambda *arguments: f(*arguments).square().sum()
+
+
 HEADS = {
-    "grad": lambda f, w: grad(lambda *a: f(*a).square().sum(), argnums=(0, 1, 2, 3))(X[0], w[0], T, B),
-    "vmap over z": lambda f, w: vmap(grad(lambda *a: f(*a).square().sum(), argnums=(0, 1)), (0, None))(X, w[0]),
-    "vmap over the head": lambda f, w: vmap(grad(lambda *a: f(*a).square().sum(), argnums=(0, 1)), (None, 0))(X[0], w),
-    "vmap over both": lambda f, w: vmap(grad(lambda *a: f(*a).square().sum(), argnums=(0, 1)))(X, w),
-    "jacrev": lambda f, w: jacrev(f, argnums=(0, 1, 2, 3))(X[0], w[0], T, B),
-    "jacfwd": lambda f, w: jacfwd(f, argnums=(0, 1, 2, 3))(X[0], w[0], T, B),
-    "hessian": lambda f, w: hessian(lambda *a: f(*a).square().sum(), argnums=(0, 1))(X[0], w[0], T, B),
-    "third derivative": lambda f, w: thrice(lambda x: f(x, w[0]).square().sum())(X[0]),
+    "grad": lambda f, x, w, t, b: grad(squares(f), argnums=(0, 1, 2, 3))(x[0], w[0], t[0], b[0]),
+    "vmap over z": lambda f, x, w, t, b: vmap(grad(squares(f), argnums=(0, 1)), (0, None))(x, w[0]),
+    "vmap over the head": lambda f, x, w, t, b: vmap(grad(squares(f), argnums=(0, 1)), (None, 0))(x[0], w),
+    "vmap over both": lambda f, x, w, t, b: vmap(grad(squares(f), argnums=(0, 1)))(x, w),
+    "vmap over scalings": lambda f, x, w, t, b: vmap(grad(squares(f), argnums=(1, 2, 3)), (None, None, 0, 0))(
+        x[0], w[0], t, b
+    ),
+    "jacrev": lambda f, x, w, t, b: jacrev(f, argnums=(0, 1, 2, 3))(x[0], w[0], t[0], b[0]),
+    "jacfwd": lambda f, x, w, t, b: jacfwd(f, argnums=(0, 1, 2, 3))(x[0], w[0], t[0], b[0]),
+    "jvp": lambda f, x, w, t, b: jvp(f, (x[0], w[0]), (x[1], w[1])),
+    "hessian": lambda f, x, w, t, b: hessian(squares(f), argnums=(0, 1))(x[0], w[0], t[0], b[0]),
+    "third derivative": lambda f, x, w, t, b: thrice(lambda z: squares(f)(z, w[0]))(x[0]),
 }
 
 
 @pytest.mark.parametrize("head", ["weight", "centers"])
 @pytest.mark.parametrize("name", HEADS)
 def test_head(name, head):
-    heads = double(BATCH, 4, CLASSES)
+    leaves = (X, double(BATCH, 4, CLASSES), TB, BB)
 
-    def run(backend):
-        def confidence(z, w, t=T, b=B):
+    def run(backend, dtype):
+        x, w, t, b = (leaf.to(dtype) for leaf in leaves)
+
+        def confidence(z, w, t=t[0], b=b[0]):
             return linear_softmax_confidence(z, **{head: w}, temperature=t, background=b, backend=backend)
 
-        return HEADS[name](confidence, heads)
+        return HEADS[name](confidence, x, w, t, b)
 
-    assert_same(run("cpu"), run("reference"))
+    theirs = run("reference", torch.float64)
+    if BACKEND == "triton":  # its heads take float32
+        for a, b in zip(pytree.tree_leaves(run(BACKEND, torch.float32)), pytree.tree_leaves(theirs), strict=True):
+            assert (a.double() - b).abs().max() <= 1e-5 * b.abs().max()
+    else:
+        assert_same(run(BACKEND, torch.float64), theirs)
+
+
+OLD = {
+    "is_grads_batched": lambda f, x: torch.autograd.grad(f(x), x, torch.eye(EPISODES).to(x), is_grads_batched=True)[0],
+    "jacobian": lambda f, x: torch.autograd.functional.jacobian(f, x, vectorize=True),
+    "jacobian forwards": lambda f, x: torch.autograd.functional.jacobian(f, x, vectorize=True, strategy="forward-mode"),
+    "hessian": lambda f, x: torch.autograd.functional.hessian(squares(f), x, vectorize=True),
+}
+
+
+@pytest.mark.parametrize("form", ["hinge", "pairwise", "bce", "head"])
+@pytest.mark.parametrize("name", OLD)
+def test_the_vmap_of_before_torch_func_is_refused_or_right(name, form):
+    def f(x, backend=BACKEND):
+        if form == "head":
+            return linear_softmax_confidence(x, x[0, :4].detach(), backend=backend).mean(-1)
+        return softmax_margin_loss(x, OOD, margin=0.9, form=form, reduction="none", backend=backend)
+
+    def theirs(x):
+        return f(x, "reference")
+
+    x = X[0].clone().requires_grad_()
+    expected = hessian(squares(theirs))(x) if name == "hessian" else jacrev(theirs)(x)
+    assert_same(OLD[name](theirs, x), expected)
+    if BACKEND == "cpu" and form in ("hinge", "pairwise"):  # few logits go by PyTorch's own operations
+        assert_same(OLD[name](f, x), expected)
+    with pytest.raises(RuntimeError, match=r"use torch\.func"):
+        OLD[name](f, x.float())
 
 
 @pytest.mark.usefixtures("operators")
