@@ -1,4 +1,7 @@
-"""Every case of `mdml_fast.bench.engine`: checked against float64, then timed in turns; run by `pytest --benchmark`."""
+"""Every case of `mdml_fast.bench.engine`: checked against float64, then timed in turns; run by `pytest --benchmark`.
+
+pytest-benchmark times ours once more, alone: what its options store can be compared between commits.
+"""
 
 import pytest
 
@@ -7,5 +10,8 @@ from mdml_fast.bench import engine
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("case", engine.CASES, ids=lambda case: case.name)
-def test_engine(case, rows_of, device):
-    rows_of(engine).append(engine.run(case, device))
+def test_engine(case, rows_of, device, benchmark):
+    row = engine.run(case, device)
+    rows_of(engine).append(row)
+    benchmark.extra_info["times ours"] = row.ratios
+    benchmark.pedantic(engine.ours(case, device), rounds=case.rounds, warmup_rounds=2)

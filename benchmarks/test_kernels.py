@@ -1,10 +1,16 @@
-"""Every case of `mdml_kernels.benchmark`: checked against float64, then timed in turns; run by `pytest --benchmark`."""
+"""Every case of `mdml_kernels.benchmark`: checked against float64, then timed in turns; run by `pytest --benchmark`.
+
+pytest-benchmark times ours once more, alone: what its options store can be compared between commits.
+"""
 
 import pytest
-from mdml_kernels import benchmark
+from mdml_kernels import benchmark as kernels
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-@pytest.mark.parametrize("case", benchmark.CASES, ids=lambda case: case.name)
-def test_kernel(case, rows_of, device):
-    rows_of(benchmark).append(benchmark.run(case, device))
+@pytest.mark.parametrize("case", kernels.CASES, ids=lambda case: case.name)
+def test_kernel(case, rows_of, device, benchmark):
+    row = kernels.run(case, device)
+    rows_of(kernels).append(row)
+    benchmark.extra_info["times ours"] = row.ratios
+    benchmark.pedantic(kernels.ours(case, device), rounds=case.rounds, warmup_rounds=1)

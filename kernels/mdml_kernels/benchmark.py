@@ -157,6 +157,11 @@ def write(rows: list[Row], device: torch.device, path: Path) -> None:
     path.write_text(json.dumps(document(rows, device), indent=2) + "\n")
 
 
+def ours(case: Case, device: torch.device) -> Callable[[], object]:
+    """Ours on the case's inputs, forward and backward, for whoever times it alone."""
+    return functools.partial(_gradients, _ours(case), _inputs(case, device))
+
+
 def run_all(
     device: torch.device, parts: Sequence[str] = (), rounds: int | None = None, compiled: bool = True
 ) -> list[Row]:

@@ -127,6 +127,11 @@ def run(case: Case, device: torch.device, rounds: int | None = None) -> Row:
     return Row(case.name, case.n_episodes, case.flops, taken, medians, rate, chosen(), errors)
 
 
+def ours(case: Case, device: torch.device) -> Callable[[], object]:
+    """The meta-gradient of the case's episodes by our scheduler, for whoever times it alone."""
+    return functools.partial(_of(MetaScheduler(_engine(case, device))), *_episodes(case, device))
+
+
 def run_all(device: torch.device, parts: Sequence[str] = (), rounds: int | None = None) -> list[Row]:
     """The outcomes of the cases whose name holds one of the parts (all of them, where none is given)."""
     chosen = [case for case in CASES if not parts or any(part in case.name for part in parts)]
