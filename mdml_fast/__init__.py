@@ -7,7 +7,8 @@ if TYPE_CHECKING:
     from mdml_fast.detector import MDMLDetector
     from mdml_fast.errors import ArtifactError, InputError
     from mdml_fast.evaluation import evaluate
-    from mdml_fast.meta.engine import MetaEngine, MetaGradients
+    from mdml_fast.meta.engine import MetaEngine
+    from mdml_fast.meta.gradients import MetaGradients
     from mdml_fast.meta.scheduler import MetaScheduler
 
 __all__ = ["ArtifactError", "InputError", "MDMLDetector", "MetaEngine", "MetaGradients", "MetaScheduler", "evaluate"]
@@ -17,7 +18,7 @@ _HOMES = {
     "InputError": "mdml_fast.errors",
     "MDMLDetector": "mdml_fast.detector",
     "MetaEngine": "mdml_fast.meta.engine",
-    "MetaGradients": "mdml_fast.meta.engine",
+    "MetaGradients": "mdml_fast.meta.gradients",
     "MetaScheduler": "mdml_fast.meta.scheduler",
     "evaluate": "mdml_fast.evaluation",
 }

@@ -6,11 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-from mdml_cli import app
 from mdml_kernels.native import library
 from support import COMMAND, DATA, OPEN_SETS, Run, protocol
-from threadpoolctl import threadpool_limits
 
 from mdml_fast import MDMLDetector
 from mdml_fast.data import label_table, read_table
@@ -41,6 +38,11 @@ def mdml_fast(tmp_path: Path) -> Run:
 @pytest.fixture
 def in_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> Run:
     """As `mdml_fast`, but in this process, which spares the seconds that imports take."""
+    # Not above: where torch is imported so early, it does not find again what another process compiled for it.
+    import torch
+    from mdml_cli import app
+    from threadpoolctl import threadpool_limits
+
     monkeypatch.chdir(tmp_path)
 
     def run(*args: object) -> subprocess.CompletedProcess[str]:

@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 from collections.abc import Iterator
 from functools import partial
 from types import TracebackType
 
 import torch
 from torch import Tensor, nn
-from torch.func import vmap
+from torch.func import functional_call, vmap
 
 # What vmap says of a forward that it can't batch, and what we say after the module's name.
 _NOT_BATCHED = {
-    "randomness": "draws random numbers in its forward, as dropout does, which episodes can't share: leave that out",
+    "randomness": "draws random numbers in its forward, as dropout does, which episodes can't share: leave that "
+    "out, or call eval() first",
     "inplace arithmetic": "writes into a tensor that its forward made, which has no place for every episode: let it "
     "make a new one",
 }
@@ -40,36 +42,64 @@ def check_batchable(modules: nn.ModuleDict) -> None:
             raise ValueError(f"{name} works in place, on rows that other episodes read: set inplace=False")
 
 
-def try_forward(modules: nn.ModuleDict) -> None:
+def try_forward(modules: nn.ModuleDict, stacked: bool) -> None:
     """Refuse modules whose forward shows only when it runs that it can't be batched.
 
-    It runs on rows of zeros, as wide as the encoder's first Linear takes them. Where there is none, or the modules want
-    other rows, the first batch will show it.
+    A copy of them runs on rows of zeros, as wide as the encoder's first Linear takes them. Where there is none, or the
+    modules want other rows or can't be copied, the first batch will show it.
+
+    Args:
+        modules: ``encoder``, ``head`` and perhaps ``decoder``.
+        stacked: whether each episode will have parameters of its own.
 
     Raises:
-        ValueError: one line with the module's name and the remedy.
+        NotBatchableError: one line with the module's name and the remedy.
     """
-    first = next((module for module in modules["encoder"].modules() if isinstance(module, nn.Linear)), None)
-    if first is None:
+    if any(hasattr(module, "_orig_mod") for module in modules.modules()):  # compiles at its first call
         return
-    rows = first.weight.new_zeros(2, 3, first.in_features)
-
-    def run(rows: Tensor) -> Tensor:
-        z = modules["encoder"](rows)
-        modules["head"](z, z) if getattr(modules["head"], "takes_support", False) else modules["head"](z)
-        return modules["decoder"](z) if "decoder" in modules else rows
-
-    devices = [rows.device] if rows.device.type == "cuda" else []
     try:
+        forward = _Forward(copy.deepcopy(modules))
+        rows = forward.rows_of_zeros(2, 3)
+        if rows is None:
+            return
+        values = {name: value.detach() for name, value in (*forward.named_parameters(), *forward.named_buffers())}
+        if stacked:
+            values = {name: value.expand(2, *value.shape).clone() for name, value in values.items()}
+        devices = [rows.device] if rows.device.type == "cuda" else []
         with torch.random.fork_rng(devices=devices), torch.no_grad():
-            with _watched(modules, rows[0]):
-                run(rows[0])
-            with batchable(modules, rows):
-                vmap(run)(rows)
-    except _RefusedError:
+            with _watched(forward.parts, rows[0]):
+                forward(rows[0])
+            with batchable(forward.parts, rows):
+                vmap(partial(functional_call, forward), in_dims=(0 if stacked else None, 0))(values, rows)
+    except NotBatchableError:
         raise
     except Exception:  # of a module that wants other rows
         return
+
+
+class _Forward(nn.Module):
+    """All the modules, one after the other."""
+
+    def __init__(self, parts: nn.ModuleDict) -> None:
+        super().__init__()
+        self.parts = parts
+
+    def rows_of_zeros(self, *shape: int) -> Tensor | None:
+        """As wide as the encoder's first Linear takes them."""
+        linears = (module for module in self.parts["encoder"].modules() if isinstance(module, nn.Linear))
+        first = next(linears, None)
+        return None if first is None else first.weight.new_zeros(*shape, first.in_features)
+
+    def forward(self, rows: Tensor) -> Tensor:
+        """Rows [n, d] through all of them."""
+        parts, z = self.parts, self.parts["encoder"](rows)
+        parts["head"](z, z) if getattr(parts["head"], "takes_support", False) else parts["head"](z)
+        decoded: Tensor = parts["decoder"](z) if "decoder" in parts else z
+        return decoded
+
+
+class NotBatchableError(ValueError):
+    """A module can't be batched over episodes."""
 
 
 @contextlib.contextmanager
@@ -79,7 +109,7 @@ def batchable(modules: nn.Module, *rows: Tensor) -> Iterator[None]:
     Above all those that write into the rows: later steps, and the caller, read those.
 
     Raises:
-        ValueError: one line with the remedy, and the module's name where that is known.
+        NotBatchableError: one line with the remedy, and the module's name where that is known.
     """
     before = [_writes(tensor) for tensor in rows]
     try:
@@ -87,14 +117,10 @@ def batchable(modules: nn.Module, *rows: Tensor) -> Iterator[None]:
     except RuntimeError as error:
         for words, remedy in _NOT_BATCHED.items():
             if words in str(error):
-                raise _RefusedError(f"{_innermost(modules, error.__traceback__)} {remedy}") from error
+                raise NotBatchableError(f"{_innermost(modules, error.__traceback__)} {remedy}") from error
         raise
     if [_writes(tensor) for tensor in rows] != before:
-        raise _RefusedError(f"a module {_CHANGES_ROWS}")
-
-
-class _RefusedError(ValueError):
-    """Ours, among all that a module may raise."""
+        raise NotBatchableError(f"a module {_CHANGES_ROWS}")
 
 
 @contextlib.contextmanager
@@ -112,7 +138,7 @@ def _watched(modules: nn.ModuleDict, rows: Tensor) -> Iterator[None]:
 
     def look() -> None:
         if _writes(rows) != before:
-            raise _RefusedError(f"{running[-1]} {_CHANGES_ROWS}")
+            raise NotBatchableError(f"{running[-1]} {_CHANGES_ROWS}")
 
     hooks = [module.register_forward_hook(leave) for module in modules.modules()]
     hooks += [module.register_forward_pre_hook(partial(enter, name)) for name, module in modules.named_modules()]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from typing import NamedTuple, Self
 
 import torch
 from mdml_kernels import SoftmaxMarginLoss
@@ -14,88 +13,9 @@ from mdml_fast.meta.batchable import check_batchable, try_forward
 from mdml_fast.meta.compiling import Compile
 from mdml_fast.meta.fused import FusedPath
 from mdml_fast.meta.generic import Batch, GenericPath
+from mdml_fast.meta.gradients import GROUP, GradientSums, MeanGradients, MetaGradients
 from mdml_fast.meta.paths import Path, choose_path
-from mdml_fast.meta.settings import EngineSettings, Parameters
-
-# Episodes whose gradients are summed as one, whatever the batch.
-GROUP = 8
-
-
-class MetaGradients(NamedTuple):
-    """Attributes:
-    loss: the outer loss of each episode [E].
-    grads: gradient of its mean over episodes, by name: `encoder.…`, `head.…`, `loss.…`, `decoder.…`; with
-        directions [D, …], each the mean over the direction's own episodes, zero where it has none.
-    """
-
-    loss: Tensor
-    grads: Parameters
-
-
-class GradientSums(NamedTuple):
-    """Attributes:
-    loss: the outer loss of each episode [E].
-    groups: gradients by the path's own names, each [G, …], summed over groups of consecutive episodes.
-    direction: with directions, of each group (a single episode), int64 [G].
-    """
-
-    loss: Tensor
-    groups: Parameters
-    direction: Tensor | None
-
-
-class MeanGradients:
-    """The mean of gradient sums that arrive one after the other: added group by group, in the order of episodes.
-
-    So the bits of the mean do not depend on how the episodes were cut into batches, if whole groups were kept.
-
-    Args:
-        engine: what gives them.
-        n_episodes: of all of them.
-
-    Attributes:
-        values: the engine's parameters and buffers, for all the sums of this mean; they must not change before
-            `result`.
-    """
-
-    def __init__(self, engine: MetaEngine, n_episodes: int) -> None:
-        self._engine, self.values = engine, engine.values()
-        self._totals: Parameters = {}
-        self._counts = torch.zeros(engine.n_directions, device=engine.device) if engine.n_directions else None
-        # One tensor from the start: a small one kept of each batch lies between the large ones, and splits memory up.
-        self._losses, self._n_done = torch.empty(n_episodes, device=engine.device), 0
-
-    def add(self, sums: GradientSums) -> Self:
-        """Take the next episodes in."""
-        if not self._totals:
-            self._losses = self._losses.to(sums.loss.dtype)
-            places = () if self._counts is None else (len(self._counts),)
-            self._totals = {name: value.new_zeros((*places, *value.shape[1:])) for name, value in sums.groups.items()}
-        self._losses[self._n_done : self._n_done + len(sums.loss)] = sums.loss
-        self._n_done += len(sums.loss)
-        if self._counts is not None:
-            assert sums.direction is not None
-            self._counts += sums.direction.bincount(minlength=len(self._counts))
-        for name, groups in sums.groups.items():
-            if sums.direction is not None:
-                self._totals[name].index_add_(0, sums.direction, groups)
-                continue
-            for group in groups:
-                self._totals[name] += group
-        return self
-
-    def result(self) -> MetaGradients:
-        """The mean over all episodes, or over each direction's; this takes the totals."""
-        for total in self._totals.values():
-            if self._counts is None:
-                total /= self._n_done
-            else:
-                total /= self._counts.clamp(min=1).to(total.dtype).view(-1, *[1] * (total.ndim - 1))
-        grads = self._engine.finished(self.values, self._totals)
-        if self._counts is not None and bool((idle := self._counts == 0).any()):
-            for grad in grads.values():  # whatever parameters that are not finite made of a zero
-                grad[idle] = 0
-        return MetaGradients(self._losses, grads)
+from mdml_fast.meta.settings import EngineSettings, Parameters, check_rows
 
 
 class MetaEngine:
@@ -156,7 +76,7 @@ class MetaEngine:
         first = next(iter(self.parameters().values()), torch.empty(0))
         self.choice = choose_path(self.modules, first.device.type, dtype or first.dtype, first_order, path)
         if self.choice.path == "generic":
-            try_forward(self.modules)
+            try_forward(self.modules, stacked=n_directions is not None)
         self.n_directions = n_directions
         if n_directions is not None:
             self.modules = _stacked(self.modules, n_directions)
@@ -181,7 +101,7 @@ class MetaEngine:
     @property
     def shares_threads(self) -> bool:
         """Whether threads share a batch of episodes as it is (`shared_by` says how many), bit for bit."""
-        return self._path.shares_threads(self.values())
+        return self._path.shares_threads(self.values(), self.n_directions is not None)
 
     def buffers(self) -> dict[str, Tensor]:
         """What the modules hold that is not trained, by name; with directions [D, …]."""
@@ -197,8 +117,10 @@ class MetaEngine:
         Returns:
             The adapted parameters by name, each [E, …]; no graph leads back to the shared ones.
         """
+        values = self.values()
+        self._check_rows(values, support=support)
         direction = self._direction(direction, len(support))
-        return self._path.adapt(_of_directions(self.values(), direction), support, direction is not None)
+        return self._path.adapt(_of_directions(values, direction), support, direction is not None)
 
     def logits(
         self, adapted: Parameters, rows: Tensor, support: Tensor | None = None, direction: Tensor | None = None
@@ -213,9 +135,10 @@ class MetaEngine:
         """
         if self._path.takes_support and support is None:
             raise ValueError("this engine's head needs the support rows: give support=")
+        values = self.values()
+        self._check_rows(values, rows=rows, **({} if support is None else {"support": support}))
         direction = self._direction(direction, len(rows))
-        values = _of_directions(self.values(), direction)
-        return self._path.logits(adapted, values, rows, support, direction is not None)
+        return self._path.logits(adapted, _of_directions(values, direction), rows, support, direction is not None)
 
     def meta_gradients(
         self, support: Tensor, query: Tensor, is_ood: Tensor, direction: Tensor | None = None
@@ -251,6 +174,9 @@ class MetaEngine:
             is_ood: likewise.
             direction: as in `adapt`.
         """
+        self._check_rows(values, support=support, query=query)
+        if is_ood.dtype != torch.bool or is_ood.shape != query.shape[:2]:
+            raise ValueError(f"is_ood must be bool {list(query.shape[:2])}, got {is_ood.dtype} {list(is_ood.shape)}")
         direction = self._direction(direction, len(support))
         group = GROUP if direction is None else 1
         values = _of_directions(values, direction)
@@ -287,6 +213,10 @@ class MetaEngine:
         """Floating point operations of an episode of so many rows, roughly: those of the products with the weights."""
         weights = sum(value.numel() for value in self.parameters().values()) // (self.n_directions or 1)
         return 6.0 * weights * (n_support * self.settings.inner_steps + n_query)
+
+    def _check_rows(self, values: Parameters, **given: Tensor) -> None:
+        dtype = None if self.settings.dtype else next((value.dtype for value in values.values()), None)
+        check_rows(given, dtype, self._path.n_features)
 
     def _batch(self, support: Tensor, query: Tensor, is_ood: Tensor, direction: Tensor | None) -> tuple[Batch, bool]:
         """As the generic path takes it, and whether the values are stacked."""

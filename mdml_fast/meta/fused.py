@@ -7,6 +7,7 @@ import threading
 
 import torch
 from mdml_kernels import SoftmaxMarginLoss
+from mdml_kernels.native.episodes import MlpLayer
 from torch import Tensor, nn
 
 from mdml_fast.meta.fused_episodes import EpisodeKernels, takes_kernels
@@ -32,6 +33,7 @@ class FusedPath:
         trained = [name for name, _ in modules.named_parameters()]
         self._recipe = Recipe(network, head, loss, settings, trained, read_folding(network, head, modules))
         self.takes_support = self._recipe.takes_support
+        self.n_features: int | None = modules.get_parameter(network.layers[0].weight).shape[-1]
         self._kernels: dict[Folding | None, EpisodeKernels] = {}
         if takes_kernels(self._recipe):
             self._kernels = {folding: EpisodeKernels(self._recipe, folding) for folding in (None, self._recipe.folding)}
@@ -39,9 +41,9 @@ class FusedPath:
 
     def adapt(self, values: Parameters, support: Tensor, stacked: bool) -> Parameters:
         """See `GenericPath`."""
-        kernels = self._serving(values, support, 0, stacked)
-        if kernels and self._recipe.settings.inner_steps:
-            return kernels.adapt(values, support, stacked)
+        kernels, layers = self._serving(values, support, 0, stacked)
+        if kernels and layers and self._recipe.settings.inner_steps:
+            return kernels.adapt(layers, values, support, stacked)
         if self._recipe.settings.inner_steps:
             adapted = self._program(values, support, 0, stacked).adapt(values, support)
         else:
@@ -74,9 +76,9 @@ class FusedPath:
             ]
             losses, grads = zip(*parts, strict=True)
             return torch.cat(losses), {name: torch.cat([part[name] for part in grads]) for name in grads[0]}
-        kernels = self._serving(values, support, query.shape[1], stacked)
-        if kernels:
-            return kernels.gradients(values, (support, query, is_ood), min(group, len(support)))
+        kernels, layers = self._serving(values, support, query.shape[1], stacked)
+        if kernels and layers:
+            return kernels.gradients(layers, values, (support, query, is_ood), min(group, len(support)))
         program = self._program(values, support, query.shape[1], stacked)
         if program.run is None:
             gradients = functools.partial(program.gradients, group=min(group, len(support)))
@@ -85,10 +87,10 @@ class FusedPath:
         result: tuple[Tensor, Parameters] = program.run(support, query, is_ood)
         return result
 
-    def shares_threads(self, values: Parameters) -> bool:
+    def shares_threads(self, values: Parameters, stacked: bool) -> bool:
         """See `GenericPath`."""
         first = next(iter(values.values()))
-        return bool(self._kernels) and all(kernels.serve(values, first) for kernels in self._kernels.values())
+        return bool(self._kernels) and all(one.layers(values, first, stacked) for one in self._kernels.values())
 
     def finished(self, values: Parameters, grads: Parameters) -> Parameters:
         """See `GenericPath`."""
@@ -100,11 +102,13 @@ class FusedPath:
             grads = grads | folding.gradients({name: values[name] for name in folding.names}, folded)
         return {name: grads[name].to(values[name].dtype) for name in self._recipe.trained}
 
-    def _serving(self, values: Parameters, support: Tensor, n_query: int, stacked: bool) -> EpisodeKernels | None:
-        """What computes whole episodes of this shape, where such kernels are."""
+    def _serving(
+        self, values: Parameters, support: Tensor, n_query: int, stacked: bool
+    ) -> tuple[EpisodeKernels | None, list[MlpLayer] | None]:
+        """What computes whole episodes of this shape, and the layers it takes; None where there are no such kernels."""
         folding = self._recipe.folds(values, support.shape[1], n_query, stacked) if self._kernels else None
         kernels = self._kernels.get(folding)
-        return kernels if kernels and kernels.serve(values, support) else None
+        return kernels, kernels.layers(values, support, stacked) if kernels else None
 
     def _program(self, values: Parameters, support: Tensor, n_query: int, stacked: bool) -> Program:
         """This thread's program for batches of this shape, with these values in it."""

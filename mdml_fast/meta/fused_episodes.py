@@ -56,17 +56,27 @@ class EpisodeKernels:
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._lock = threading.Lock()
 
-    def serve(self, values: Parameters, rows: Tensor) -> bool:
-        """Whether this machine has the kernels, and these values and rows are such as they take."""
-        if not native.serves(rows):
-            return False
-        layers = self._given(values)
-        plain = native.serves(*(layer.weight for layer in layers))
-        return plain and (not self._inner.bfloat16 or episodes.takes_bfloat16(layers))
+    def layers(self, values: Parameters, rows: Tensor, stacked: bool) -> list[episodes.MlpLayer] | None:
+        """The layers as they start; None where these kernels don't serve such values and rows on this machine.
 
-    def adapt(self, values: Parameters, support: Tensor, stacked: bool) -> Parameters:
-        """The encoder after the inner loop on support rows [C, n, d]: [C, …] by name; values are [C, …] if stacked."""
-        n, given = len(support), self._given(values)
+        The batches of a step come with the same shared values, from which the layers are worked out once. Values are
+        [C, …] if stacked.
+        """
+        if not native.serves(rows):
+            return None
+        with self._lock:
+            of, layers = self._kept
+            if stacked or of is not values:
+                layers = self._started(values)
+            if not stacked:
+                self._kept = values, layers
+        given = [value for layer in layers for value in layer[:2] if value is not None]
+        plain = native.serves(*given, *(values[name] for name in ("loss.background",) if name in values))
+        return layers if plain and (not self._inner.bfloat16 or episodes.takes_bfloat16(layers)) else None
+
+    def adapt(self, given: list[episodes.MlpLayer], values: Parameters, support: Tensor, stacked: bool) -> Parameters:
+        """The encoder after the inner loop on support rows [C, n, d]: [C, …] by name; given: their `layers`."""
+        n = len(support)
         names = [name for layer in self._layers[:-1] for name in (layer.weight, layer.bias) if name]
         own = {name: values[name].new_empty(n, *values[name].shape[stacked:]) for name in names}
         owns: list[tuple[Tensor, Tensor | None] | None] = [
@@ -81,12 +91,12 @@ class EpisodeKernels:
         return own | (moves.adapted(values) if moves else {})
 
     def gradients(
-        self, values: Parameters, rows: tuple[Tensor, Tensor, Tensor], group: int
+        self, given: list[episodes.MlpLayer], values: Parameters, rows: tuple[Tensor, Tensor, Tensor], group: int
     ) -> tuple[Tensor, Parameters]:
         """See `Program.gradients`, for `parted`; rows are the support [C, n, d], the query [C, q, d], is_ood [C, q]."""
-        loss, layers = self._recipe.loss, self._given(values)
+        loss = self._recipe.loss
         tau, background = self._recipe.odds_settings(values, rows[0])
-        out = episodes.meta_gradients(layers, self._inner, *rows, tau, background, loss.margin, group)
+        out = episodes.meta_gradients(given, self._inner, *rows, tau, background, loss.margin, group)
         grads = {self.name: out.by_layer}
         if "loss.background" in self._recipe.trained:
             assert out.by_background is not None
@@ -97,22 +107,18 @@ class EpisodeKernels:
         """The gradients that `gradients` gave in one tensor [P], or [D, P], each by its name."""
         parts = torch.split(grads, [math.prod(shape) for shape in self._shapes.values()], -1)
         return {
-            name: part.view(*grads.shape[:-1], *shape).contiguous()
+            name: part.view(*grads.shape[:-1], *shape).clone(memory_format=torch.contiguous_format)
             for part, (name, shape) in zip(parts, self._shapes.items(), strict=True)
         }
 
-    def _given(self, values: Parameters) -> list[episodes.MlpLayer]:
-        """The layers as they start; the batches of a step come with the same values, and are worked out once."""
-        with self._lock:
-            if self._kept[0] is not values:
-                given = self._folding.values(values) if self._folding else values
-                layers = [_layer(layer, given) for layer in self._layers]
-                if self._folding:
-                    layers[-1] = layers[-1]._replace(metric=given[METRIC], fixed_bias=self._folding.last.bias is None)
-                names = [name for layer in self._layers for name in (layer.weight, layer.bias) if name]
-                self._shapes = dict(zip([*names, CROSS], episodes.gradient_shapes(layers, self._inner), strict=False))
-                self._kept = values, layers
-            return self._kept[1]
+    def _started(self, values: Parameters) -> list[episodes.MlpLayer]:
+        given = self._folding.values(values) if self._folding else values
+        layers = [_layer(layer, given) for layer in self._layers]
+        if self._folding:
+            layers[-1] = layers[-1]._replace(metric=given[METRIC], fixed_bias=self._folding.last.bias is None)
+        names = [name for layer in self._layers for name in (layer.weight, layer.bias) if name]
+        self._shapes = dict(zip([*names, CROSS], episodes.gradient_shapes(layers, self._inner), strict=False))
+        return layers
 
 
 def _layer(layer: Layer, given: Parameters) -> episodes.MlpLayer:

@@ -122,7 +122,7 @@ class BatchedLayer:
             self.weight if self._exact else buffers.take("grad weight", (n_episodes, n_out, n_in), self.weight.dtype)
         )
         self.rows = self.grad_rows
-        self._native = self._exact and native.serves(self.weight)
+        self._native = self._exact and native.serves(*(v for v in (self.weight, self.bias) if v is not None))
 
     @property
     def _exact(self) -> bool:

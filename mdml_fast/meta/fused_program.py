@@ -64,9 +64,9 @@ class Recipe:
         n_episodes, temperature, background = len(rows), self.loss.fixed_temperature, self.loss.background
         tau = None if temperature == 1 else rows.new_full((n_episodes,), 1 / temperature)
         if "loss.log_temperature" in self.trained:
-            tau = values["loss.log_temperature"].neg().exp().expand(n_episodes)
+            tau = values["loss.log_temperature"].neg().exp().to(rows.dtype).expand(n_episodes)
         if "loss.background" in self.trained:
-            return tau, values["loss.background"].expand(n_episodes)
+            return tau, values["loss.background"].to(rows.dtype).expand(n_episodes)
         return tau, None if background is None else rows.new_full((n_episodes,), float(background))
 
     def weights(self, values: Parameters) -> Weights:
@@ -100,7 +100,6 @@ class Program:
         self.n_episodes, self.n_centers = n_episodes, n_support if recipe.takes_support else 0
         buffers, dtype = Buffers(support.device), support.dtype
         self.by_triton = on_gpu.takes_triton(recipe.network, recipe.head, support.device, dtype)
-        by_kernels = self.by_triton or library.serves(support)
 
         folding = None if self.by_triton else recipe.folds(values, n_support, n_query, stacked)
         (network, head), inner = recipe.parts(folding), recipe.adapted
@@ -111,6 +110,7 @@ class Program:
         def memory(name: str, *episodes: int) -> Tensor:
             """For a value. Products are fastest with weights [I, O]; kernels want them as they are, [O, I]."""
             shape = (*episodes, *values[name].shape)
+            by_kernels = self.by_triton or library.serves(values[name])
             if name in inner and values[name].ndim - stacked == 2 and not by_kernels:
                 *outer, n_out, n_in = shape
                 return values[name].new_empty(*outer, n_in, n_out).mT

@@ -40,6 +40,7 @@ class GenericPath:
         self._local = threading.local()
         self.compiled: Compiled | None = None
         self.takes_support = bool(getattr(modules["head"], "takes_support", False))
+        self.n_features: int | None = None  # any that the modules take
 
     def adapt(self, values: Parameters, support: Tensor, stacked: bool) -> Parameters:
         """The adapted parameters [E, …] of support rows [E, n, d]."""
@@ -78,9 +79,9 @@ class GenericPath:
             name: torch.stack([part.sum(0) for part in torch.split(value, group)]) for name, value in own.items()
         }
 
-    def shares_threads(self, values: Parameters) -> bool:
+    def shares_threads(self, values: Parameters, stacked: bool) -> bool:
         """Whether threads share a batch of episodes as it is, and batches side by side gain nothing."""
-        del values
+        del values, stacked
         return False
 
     def finished(self, values: Parameters, grads: Parameters) -> Parameters:

@@ -58,6 +58,8 @@ def _why_not_fused(modules: nn.ModuleDict, device: str, dtype: torch.dtype, firs
         return "second order needs a graph through the inner loop"
     if "decoder" in modules:
         return "there is a decoder"
+    if len(dict(modules.named_parameters())) < len(dict(modules.named_parameters(remove_duplicate=False))):
+        return "modules share a parameter"
     if read_encoder(encoder) is None:
         return f"the encoder ({type(encoder).__name__}) is no Sequential of Linear, ReLU, GELU and Tanh"
     if read_head(head) is None:

@@ -22,7 +22,8 @@ from torch import Tensor
 from mdml_fast.episodes import EpisodeBatch
 from mdml_fast.meta import chunks
 from mdml_fast.meta.compiling import first_compiled_step, in_background
-from mdml_fast.meta.engine import GROUP, GradientSums, MeanGradients, MetaEngine, MetaGradients
+from mdml_fast.meta.engine import MetaEngine
+from mdml_fast.meta.gradients import GROUP, GradientSums, MeanGradients, MetaGradients
 from mdml_fast.meta.settings import Parameters
 from mdml_fast.threads import in_order, single_thread, workers
 

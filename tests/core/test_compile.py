@@ -17,7 +17,7 @@ from mdml_fast import MetaEngine
 from mdml_fast.episodes import EpisodeBatch
 from mdml_fast.meta import compiling, scheduler
 from mdml_fast.meta.compiling import Background, Compiled, first_compiled_step
-from mdml_fast.meta.engine import MetaGradients
+from mdml_fast.meta.gradients import MetaGradients
 from mdml_fast.meta.scheduler import MetaScheduler
 
 FAILED = "engine: goes on without torch.compile, which failed: "

@@ -164,6 +164,88 @@ def test_where_the_width_of_rows_is_unknown_it_is_refused_at_the_first_batch(whe
         engine.adapt(support)
 
 
+class _Told(nn.Module):
+    """Remembers what it was called with, and how often."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear, self.seen = nn.Linear(12, 8), []
+        self.register_buffer("calls", torch.zeros(()))
+
+    def forward(self, rows: Tensor) -> Tensor:
+        self.seen.append(rows)
+        self.calls += 1
+        return self.linear(rows)
+
+
+def test_the_trial_leaves_no_trace() -> None:
+    encoder = _Told()
+    MetaEngine(encoder, nn.Linear(8, 5), n_directions=2)
+    with pytest.raises(ValueError, match="head draws random numbers"):
+        MetaEngine(encoder, _Awkward("random", nn.Linear(8, 5)))
+    assert (encoder.seen, float(encoder.calls)) == ([], 0.0)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in encoder.modules())
+    # Rows of zeros are not what every module wants.
+    images = [rows.unsqueeze(2).expand(-1, -1, 3, -1) for rows in BATCH[:2]]
+    engine = MetaEngine(nn.Sequential(nn.Conv1d(3, 4, 3), nn.Flatten(), nn.Linear(40, 8)), nn.Linear(8, 5))
+    assert engine.meta_gradients(*images, BATCH[2]).loss.isfinite().all()
+
+
+def test_a_trial_has_parameters_as_an_episode_has() -> None:
+    """What a forward makes like its own weight has a place for every episode, where the weight has."""
+
+    class Made(_Matrix):
+        def forward(self, rows: Tensor) -> Tensor:
+            made = self.weight.new_zeros(rows.shape[0], 8)
+            made[:] = rows @ self.weight
+            return made
+
+    class Wide(nn.Sequential):
+        def forward(self, rows: Tensor) -> Tensor:
+            return self[0](rows) + 0 * self[1](rows)
+
+    MetaEngine(Wide(Made(), nn.Linear(12, 8)), nn.Linear(8, 5), n_directions=3)
+    with pytest.raises(ValueError, match=r"encoder\.0 writes into a tensor"):
+        MetaEngine(Wide(Made(), nn.Linear(12, 8)), nn.Linear(8, 5))
+
+
+@pytest.mark.parametrize("path", ["fused", "generic"])
+@pytest.mark.parametrize(
+    ("change", "match"),
+    [
+        ({"support": lambda rows: rows.double()}, "support is torch.float64, and the parameters are torch.float32"),
+        ({"query": lambda rows: rows.bfloat16()}, "query is torch.bfloat16"),
+        ({"query": lambda rows: rows[:2]}, "query .* must be of the episodes and features of"),
+        ({"query": lambda rows: rows[..., :11]}, "query .* must be of the episodes and features of"),
+        ({"support": lambda rows: rows[0]}, "support must be .*got"),
+        ({"is_ood": lambda flags: flags.long()}, "is_ood must be bool"),
+        ({"is_ood": lambda flags: flags[:1]}, "is_ood must be bool"),
+        (dict.fromkeys(("support", "query", "is_ood"), lambda rows: rows[:0]), "one episode at least"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(path: str, change: dict[str, object], match: str) -> None:
+    engine = MetaEngine(nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 6)), nn.Linear(6, 5), path=path)
+    given = dict(zip(("support", "query", "is_ood"), BATCH, strict=True))
+    with pytest.raises(ValueError, match=match):
+        engine.meta_gradients(**given | {name: how(given[name]) for name, how in change.items()})
+
+
+def test_the_fused_path_knows_how_wide_rows_are() -> None:
+    engine = MetaEngine(nn.Sequential(nn.Linear(13, 8), nn.ReLU(), nn.Linear(8, 6)), nn.Linear(6, 5), path="fused")
+    with pytest.raises(ValueError, match="the 13 features of the encoder"):
+        engine.meta_gradients(*BATCH)
+    with pytest.raises(ValueError, match="the 13 features of the encoder"):
+        engine.logits(engine.adapt(torch.ones(3, 16, 13)), BATCH[1])
+
+
+def test_modules_that_share_a_parameter_take_the_generic_path() -> None:
+    encoder, head = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 12)), nn.Linear(12, 8)
+    head.weight = encoder[0].weight
+    engine = MetaEngine(encoder, head)
+    assert engine.choice == ("generic", "modules share a parameter")
+    assert set(engine.meta_gradients(*BATCH).grads) == set(engine.parameters())
+
+
 def test_a_forward_may_change_what_it_made() -> None:
     assert MetaEngine(_Awkward("nowhere else"), nn.Linear(8, 5)).meta_gradients(*BATCH).loss.isfinite().all()
 

@@ -1,5 +1,7 @@
 """The fused path against the generic one and a plain loop, for every network, head and loss that it takes."""
 
+import copy
+
 import pytest
 import torch
 from mdml_kernels import SoftmaxMarginLoss
@@ -146,16 +148,22 @@ def test_folded_layers(
         one = MetaEngine(encoder, head, 4, 0.2, margin, n_directions=n_directions, path=path)
         one.modules.to(dtype)
         rows = support.to(dtype), query.to(dtype)
-        outcomes.append((one.meta_gradients(*rows, is_ood, direction), one.adapt(rows[0], direction), one))
-    (fused, adapted, one), (exact, adapted_too, _) = outcomes
+        before = one.meta_gradients(*rows, is_ood, direction)
+        for value in one.parameters().values():  # in place, and as a view; nothing may be left of the earlier ones
+            value.data = (1.1 * value.data.mT.contiguous()).mT if value.ndim > 1 else value.data
+            value.data.add_(0.01)
+        after = one.meta_gradients(*rows, is_ood, direction)
+        outcomes.append((before, after, one.adapt(rows[0], direction), one))
+    (earlier, fused, adapted, one), (exact_earlier, exact, adapted_too, _) = outcomes
     assert list(fused.grads) == list(one.parameters())
     folding = one._path._recipe.folds(one.values(), *support.shape[1:2], query.shape[1], n_directions is not None)
     assert folding
     kernels, programs = one._path._kernels[folding], getattr(one._path._kept, "programs", {}).values()
-    assert bool(kernels._kept[0]) == bool(native.native().library)
+    assert bool(kernels._shapes) == bool(native.native().library)
     assert all(program.moves for program in programs)
     assert bool(programs) != bool(native.native().library)
-    assert_close({name: value.double() for name, value in fused.grads.items()}, exact.grads, 1e-4)
+    for actual, expected in ((earlier, exact_earlier), (fused, exact)):
+        assert_close({name: value.double() for name, value in actual.grads.items()}, expected.grads, 1e-4)
     assert_close({name: value.double() for name, value in adapted.items()}, adapted_too, 1e-5)
 
 
@@ -189,11 +197,27 @@ def test_dtypes_may_differ(dtypes: tuple[torch.dtype, ...], n_logits: int) -> No
         ENCODERS["relu"]().to(encoder), nn.Linear(4, n_logits).to(head), 2, 0.1, SoftmaxMarginLoss(), dtype=products
     )
     assert one.choice.path == "fused"
-    out = one.meta_gradients(*episodes(3, rows))
+    for value in one.parameters().values():
+        if value.ndim == 1:  # zeros, in which a wrong dtype would not show
+            value.data.normal_()
+    given = episodes(3, rows)
+    out = one.meta_gradients(*given)
     assert {name: grad.dtype for name, grad in out.grads.items()} == {
         name: value.dtype for name, value in one.parameters().items()
     }
-    assert all(grad.isfinite().all() for grad in out.grads.values())
+    parts = (copy.deepcopy(one.modules[name]).double() for name in ("encoder", "head"))
+    exact = MetaEngine(*parts, 2, 0.1, SoftmaxMarginLoss(), path="generic")
+    _, expected = loop_meta_gradients(exact, *(tensor.double() for tensor in given[:2]), given[2])
+    rough = torch.bfloat16 in dtypes
+    assert_close({name: grad.double() for name, grad in out.grads.items()}, expected, 0.25 if rough else 1e-4)
+
+
+def test_biases_of_another_dtype_are_no_weights() -> None:
+    one = engine("relu", "linear", "hinge, fixed", 2, torch.float32, path="fused")
+    for name, value in one.parameters().items():
+        value.data = value.data.double() if name.endswith("bias") else value.data
+    with pytest.raises(RuntimeError, match="dtype"):  # torch's own: products of both there are none
+        one.meta_gradients(*episodes(3, torch.float32))
 
 
 def test_results_are_not_overwritten_by_the_next_call() -> None:

@@ -1,15 +1,17 @@
 """The CPU's compiled kernels: how they come about, and each of them against float64."""
 
+import gc
 import os
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mdml_kernels import softmax_margin_loss
-from mdml_kernels.native import episodes, layers, library, neighbours, rows
+from mdml_kernels.native import calls, episodes, layers, library, neighbours, rows
 
 WIDTHS = st.integers(1, 40)
 
@@ -211,6 +213,22 @@ def test_adapt_equals_autograd(bfloat16, confidence):
             if expected is not None:
                 error = (value[episode].double() - expected).norm() / expected.norm()
                 assert error < tolerance
+
+
+def test_a_part_of_a_call_holds_its_memory(monkeypatch):
+    """It goes on where the caller is interrupted, and what it reads and writes must not be another's by then."""
+    parts, head = [], episodes.MlpLayer(torch.randn(3, 4), torch.randn(1, 3), False)
+    monkeypatch.setattr(calls, "shared", lambda run, n, least: parts.append(run))
+    rows, is_ood = [torch.randn(2, 5, 4) for _ in range(2)], torch.zeros(2, 5, dtype=torch.bool)
+    inner = episodes.InnerLoop(0, 0.1, "max")
+    out = episodes.meta_gradients([head], inner, *rows, is_ood, None, torch.zeros(2), 0.5, 1)
+    held = [weakref.ref(tensor) for tensor in (head.weight, head.bias, *rows, is_ood, *out)]
+    del head, rows, is_ood, out
+    gc.collect()
+    assert all(reference() is not None for reference in held)
+    parts.clear()
+    gc.collect()
+    assert all(reference() is None for reference in held)
 
 
 @settings(deadline=None, max_examples=60)

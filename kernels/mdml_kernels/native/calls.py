@@ -11,7 +11,7 @@ from mdml_kernels.native import library
 from mdml_kernels.native.threads import shared
 
 
-def call(name: str, n: int, size: int, worthwhile: int, *arguments: Any) -> None:
+def call(name: str, n: int, size: int, worthwhile: int, *arguments: Any, held: tuple[Any, ...] = ()) -> None:
     """Run a kernel on range(n), in parts side by side.
 
     Args:
@@ -21,12 +21,13 @@ def call(name: str, n: int, size: int, worthwhile: int, *arguments: Any) -> None
         worthwhile: less than this is not worth a thread of its own.
         arguments: what follows the bounds of a part: tensors by their memory, None as null, whole numbers, or what
             ctypes made already. A tensor is contiguous, or its strides are among the arguments.
+        held: whose memory the arguments name beside their own.
     """
     compiled = library.native().library
     assert compiled is not None
     function, given = getattr(compiled, name), [_in_c(argument) for argument in arguments]
 
-    def run(begin: int, end: int) -> None:
+    def run(begin: int, end: int, held: tuple[Any, ...] = (*arguments, *held)) -> None:  # noqa: ARG001 - see `shared`
         function(ctypes.c_int64(begin), ctypes.c_int64(end), *given)
 
     shared(run, n, least=max(1, worthwhile // max(1, size)))

@@ -104,7 +104,8 @@ def adapt(
     support, tau, background = support.contiguous(), whole(tau), whole(background)
     program = _program(layers, inner, support, tau, background)
     n_products = _products(layers, support.shape[1]) * inner.n_steps
-    call("mdml_adapt", len(support), n_products, _LEAST_PRODUCTS, ctypes.byref(program))
+    held = (layers, support, tau, background)
+    call("mdml_adapt", len(support), n_products, _LEAST_PRODUCTS, ctypes.byref(program), held=held)
 
 
 def meta_gradients(
@@ -148,7 +149,8 @@ def meta_gradients(
     program.loss, program.by_background = loss.data_ptr(), address(by_background)
     program.margin, program.group = margin, group
     n_products = _products(layers, support.shape[1]) * inner.n_steps + _products(layers, query.shape[1])
-    call("mdml_meta_gradients", n_groups, n_products * group, _LEAST_PRODUCTS, ctypes.byref(program))
+    held = (layers, support, query, is_ood, tau, background, loss, by_layer, by_background)
+    call("mdml_meta_gradients", n_groups, n_products * group, _LEAST_PRODUCTS, ctypes.byref(program), held=held)
     return MetaGradients(loss, by_layer, by_background)
 
 

@@ -27,20 +27,24 @@ def shared_by(threads: int) -> Iterator[None]:
 
 
 def shared(run: Callable[[int, int], None], n: int, least: int) -> None:
-    """Call run(begin, end) on consecutive parts of range(n), side by side; each part has at least so many."""
+    """Call run(begin, end) on consecutive parts of range(n), side by side; each part has at least so many.
+
+    Where this thread is interrupted the others go on: run must hold the memory that it works on.
+    """
     threads = getattr(_setting, "threads", None) or torch.get_num_threads()
     parts = max(1, min(threads, n // least))
     cuts = [n * i // parts for i in range(parts + 1)]
     own, *rest = itertools.pairwise(cuts)
-    others = [_pool(len(rest)).submit(run, *part) for part in rest]
+    others = [_pool().submit(run, *part) for part in rest]
     run(*own)
     for other in others:
         other.result()
 
 
 @functools.cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, "mdml-kernels")
+def _pool() -> ThreadPoolExecutor:
+    """It starts a thread where none is idle."""
+    return ThreadPoolExecutor(max(64, os.cpu_count() or 1), "mdml-kernels")
 
 
 # A forked child has none of its parent's threads.
