@@ -19,16 +19,19 @@ def call(name: str, n: int, size: int, worthwhile: int, *arguments: Any, held: t
         n: how many things it does.
         size: what each of them takes.
         worthwhile: less than this is not worth a thread of its own.
-        arguments: what follows the bounds of a part: tensors by their memory, None as null, whole numbers, or what
-            ctypes made already. A tensor is contiguous, or its strides are among the arguments.
+        arguments: what follows the bounds of a part: tensors by their memory, None as null, whole numbers, `c_float`s,
+            or a reference that ctypes made. A tensor is contiguous, or its strides are among the arguments.
         held: whose memory the arguments name beside their own.
     """
     compiled = library.native().library
     assert compiled is not None
-    function, given = getattr(compiled, name), [_in_c(argument) for argument in arguments]
+    function = getattr(compiled, name)
+    if function.argtypes is None:  # an argument is of the same kind in every call
+        function.argtypes = [ctypes.c_int64, ctypes.c_int64, *map(_kind, arguments)]
+    given = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]
 
     def run(begin: int, end: int, held: tuple[Any, ...] = (*arguments, *held)) -> None:  # noqa: ARG001 - see `shared`
-        function(ctypes.c_int64(begin), ctypes.c_int64(end), *given)
+        function(begin, end, *given)
 
     shared(run, n, least=max(1, worthwhile // max(1, size)))
 
@@ -43,7 +46,7 @@ def whole(values: Tensor | None) -> Tensor | None:
     return None if values is None else values.contiguous()
 
 
-def _in_c(argument: Any) -> Any:
-    if argument is None or isinstance(argument, Tensor):
-        return ctypes.c_void_p(address(argument))
-    return ctypes.c_int64(argument) if isinstance(argument, int) else argument
+def _kind(argument: Any) -> type:
+    if isinstance(argument, int):
+        return ctypes.c_int64
+    return ctypes.c_float if isinstance(argument, ctypes.c_float) else ctypes.c_void_p
