@@ -91,9 +91,11 @@ def test_a_model_that_ends_in_the_loss(name):
         is_ood = torch.rand(episodes, rows, generator=torch.Generator().manual_seed(seed)) < 0.4
         ours = loss_and_gradients(compiled, x, is_ood, model)
         theirs = loss_and_gradients(exact, x.double(), is_ood)
+        # A derivative by a number is a sum of terms of both signs, which may leave little of them.
+        least = 0.01 * max(b.abs().max() for b in theirs)
         for name, a, b in zip(["loss", *dict(model.named_parameters())], ours, theirs, strict=True):
             assert b.abs().max() > 1e-4, name
-            assert (a.double() - b).abs().max() <= 1e-5 * b.abs().max(), name
+            assert (a.double() - b).abs().max() <= 1e-5 * max(b.abs().max(), least), name
 
 
 def test_a_compiled_model_under_autocast():

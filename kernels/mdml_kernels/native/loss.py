@@ -42,7 +42,7 @@ class NativeMarginLoss:
     def forward(self, inputs: Inputs) -> tuple[Tensor, ...]:
         """The losses; then to save: ∂L/∂o, log Σ e^x of what is not the first maximum, and which that is."""
         logits, tau, background, is_ood = inputs
-        small = logits[:1].numel() <= _LONG_EPISODE
+        small = logits.shape[1:].numel() <= _LONG_EPISODE
         if self.form == "hinge" and small and rows.serves_rows(logits, tau):
             if self.ahead is None or logits.shape[-1] <= rows.SHORT:
                 return rows.hinge(logits, tau, background, is_ood, self.margin)
