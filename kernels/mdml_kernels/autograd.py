@@ -95,7 +95,8 @@ class _Forward(Function):
         needs = tuple(ctx.needs_input_grad[1:])
         if not any(needs):
             return None, *(None for _ in needs)
-        return None, *spread(_Backward.apply(ctx.op, needs, grad, *ctx.saved_tensors), needs)
+        backward = _Backward.forward if _is_last() else _Backward.apply
+        return None, *spread(backward(ctx.op, needs, grad, *ctx.saved_tensors), needs)
 
     @staticmethod
     def jvp(ctx: Any, _op: Any, *tangents: Tensor | None) -> tuple[Any, ...]:
@@ -107,6 +108,15 @@ class _Forward(Function):
     @staticmethod
     def vmap(info: Any, in_dims: tuple[Any, ...], *args: Any) -> Any:
         return _folded(_Forward, info, in_dims, args)
+
+
+def _is_last() -> bool:
+    """Whether nothing asks for a derivative of what is computed now, in any way: then no node is needed around it."""
+    return (
+        not torch.is_grad_enabled()
+        and not torch._C._are_functorch_transforms_active()
+        and torch.autograd.forward_ad._current_level < 0
+    )
 
 
 class _Backward(Function):
