@@ -10,8 +10,5 @@ from mdml_fast.bench import engine
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("case", engine.CASES, ids=lambda case: case.name)
-def test_engine(case, rows_of, device, benchmark):
-    row = engine.run(case, device)
-    rows_of(engine).append(row)
-    benchmark.extra_info["times ours"] = row.ratios
-    benchmark.pedantic(engine.ours(case, device), rounds=case.rounds, warmup_rounds=2)
+def test_engine(case, measure):
+    measure(engine, case)

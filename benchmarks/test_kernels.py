@@ -9,8 +9,5 @@ from mdml_kernels import benchmark as kernels
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("case", kernels.CASES, ids=lambda case: case.name)
-def test_kernel(case, rows_of, device, benchmark):
-    row = kernels.run(case, device)
-    rows_of(kernels).append(row)
-    benchmark.extra_info["times ours"] = row.ratios
-    benchmark.pedantic(kernels.ours(case, device), rounds=case.rounds, warmup_rounds=1)
+def test_kernel(case, measure):
+    measure(kernels, case)
