@@ -124,10 +124,10 @@ def flops_per_row(detector: MDMLDetector) -> float:
     """Of the products with the normals, with the encoders' weights and with the whitening matrix."""
     tensors = detector.model_.to_tensors()
     anchors, d = tensors["normals0.rows"].shape
-    n_directions, n_learners = len(tensors["encoders.outer.weight"]), len(tensors["normals0.centres"])
+    n_directions = len(tensors["encoders.outer.weight"])
     embedded = min(anchors, detector.model_.config.neighbourhood.references)
     inner = tensors["encoders.inner.weight"].numel()
-    return 2.0 * (anchors * d + n_directions * embedded * d + 2 * inner + n_learners * d * d)
+    return 2.0 * (anchors * d + n_directions * embedded * d + 2 * inner + d * d)
 
 
 def sgemm_rate(size: int = 2048, rounds: int = 5) -> float:

@@ -18,9 +18,11 @@ Positions = npt.NDArray[np.intp]
 Counts = npt.NDArray[np.int64]
 
 # The share of the normals that is kept out of training to calibrate on.
-CALIBRATION_SHARE = 0.2
+CALIBRATION_SHARE = 1 / 3
 # More calibration normals than this only cost time: a rate of 1 % is then known to a tenth of itself.
 CALIBRATION_ROWS = 10_000
+# A score that equals a calibration score is this share of a rank above it: at levels of whole ranks it is no alarm.
+TIE = 1e-6
 
 
 class Promise(StrEnum):
@@ -54,11 +56,14 @@ class ConformalCalibration:
         self._codes = None if self.groups is None else np.unique(self.groups, return_inverse=True)[1]
 
     def p_value(self, scores: Floats, groups: Names | None = None) -> Floats:
-        """(1 + number of calibration scores ≤ s) / (n + 1) for each score s [N].
+        """(k + u) / (n + 1) for each score s [N]: k calibration scores are up to s, and it is u on the way to the next.
 
-        For a new normal row, P(p_value ≤ α) ≤ α for every α (Vovk, Gammerman, Shafer, "Algorithmic learning in a
-        random world", 2005), as long as it is exchangeable with the calibration normals: with those of its own group,
-        where the groups of both are given. A row of a group without calibration normals is compared with all.
+        With u = 1, P(p_value ≤ α) ≤ α for a new normal row and every α (Vovk, Gammerman, Shafer, "Algorithmic learning
+        in a random world", 2005), as long as it is exchangeable with the calibration normals: with those of its own
+        group, where the groups of both are given. But at an α between two ranks it is below α, by up to 1 / (n + 1).
+        So u is linear in s between two calibration scores, which keeps the promise where the scores' distribution
+        function is convex, as in a lower tail; above tied scores, which lines don't describe, it stays 1. A row of a
+        group without calibration normals is compared with all.
         """
         p_values = _p_values(self.scores, scores)
         if groups is not None and self.groups is not None:
@@ -88,14 +93,26 @@ class ConformalCalibration:
             n = len(self.scores)
             return certified_rank(n, rate, confidence, self._effect(math.ceil(rate * n), confidence)) / (n + 1)
         if promise is Promise.FDR:
-            return benjamini_hochberg(p_values, rate, counts)
+            return benjamini_hochberg(self.whole_ranks(p_values), rate, counts)
         return rate
 
     def score_threshold(self, level: float) -> float:
-        """Rows without a group are alarms at a level where they score below this; -inf where none is."""
+        """Rows without a group are alarms at a level where they score below this; -inf where none is, inf for all."""
         n = len(self.scores)
-        n_levels = np.count_nonzero(np.arange(1, n + 1) / (n + 1) <= level)
-        return float(self.scores[n_levels - 1]) if n_levels else -math.inf
+        rank = math.floor(level * (n + 1) + TIE / 2)
+        if rank < 1 or rank > n:
+            return -math.inf if rank < 1 else math.inf
+        starts, widths = lines(self.scores)
+        way = max(level * (n + 1) - rank, 0.0) if np.isfinite(starts[rank]) else 0.0
+        return float(self.scores[rank - 1] + way * widths[rank])
+
+    def whole_ranks(self, p_values: Floats) -> Floats:
+        """P-values [N] rounded up to those of whole ranks, k / (n + 1): of so few values a stream can be counted.
+
+        The law behind `benjamini_hochberg` is theirs, too.
+        """
+        n = len(self.scores)
+        return np.ceil(p_values * (n + 1) - TIE / 2) / (n + 1)
 
     def lowest_rate(self, promise: Promise = Promise.MARGINAL, confidence: float = 0.95) -> float:
         """The lowest rate at which an alarm can be raised at all."""
@@ -118,7 +135,24 @@ class ConformalCalibration:
 
 def _p_values(calibration: Floats, scores: Floats) -> Floats:
     ranks = np.searchsorted(calibration, scores, side="right")
-    return (ranks.astype(np.float64) + 1.0) / (len(calibration) + 1.0)
+    starts, widths = lines(calibration)
+    way = (scores - starts[ranks]) / widths[ranks]
+    p_values: Floats = (ranks + way.clip(TIE, 1.0)) / (len(calibration) + 1.0)
+    return p_values
+
+
+def lines(calibration: Floats) -> tuple[Floats, Floats]:
+    """Where the line begins that p-values of scores between two ordered calibration scores [n] lie on, and its width.
+
+    Both by rank [n + 1]: how many of these a score has reached. One that begins at -inf has its end's value all along.
+    """
+    starts = np.concatenate([[-np.inf], calibration])
+    widths = np.concatenate([[1.0], np.diff(calibration), [1.0]])
+    tied = np.flatnonzero(widths[1:-1] == 0)
+    # Among tied scores, and above them.
+    starts[tied + 1] = starts[tied + 2] = starts[-1] = -np.inf
+    widths[tied + 1] = 1.0
+    return starts, widths
 
 
 def certified_rank(n: int, rate: float, confidence: float, effect: float = 1.0) -> int:
@@ -165,48 +199,32 @@ def benjamini_hochberg(p_values: Floats, rate: float, counts: Counts | None = No
     return float(p_values[order[passing[-1]]]) if len(passing) else 0.0
 
 
-def calibration_split(
-    n_normals: int, false_alarm_rate: float, groups: Names | None, seed: int
-) -> tuple[Positions, Positions]:
-    """Positions of the normals to train on, and of those to calibrate on.
+def calibration_rows(n_normals: int, false_alarm_rate: float, seed: int) -> Positions:
+    """Positions, increasing, of the normals to calibrate on.
 
-    A fifth is for calibration, at most 10 000; more, up to half, where the promised rate needs it: ⌈1/α⌉ - 1 normals.
-    With groups it is half of them, two at least: rows of one group resemble each other, and a rate found on three
-    groups may be twice as high on a fourth.
+    A third of them, at most 10 000; more, up to half, where the promised rate needs it: ⌈1/α⌉ - 1 normals.
 
     Args:
         n_normals: how many normals there are.
         false_alarm_rate: the promised rate α.
-        groups: group of each normal [n_normals], none of which may be on both sides; or None.
         seed: of the choice.
-
-    Raises:
-        InputError: all normals are of one group.
     """
     needed = math.ceil(1 / false_alarm_rate) - 1
     share = min(math.ceil(CALIBRATION_SHARE * n_normals), CALIBRATION_ROWS)
     n_calibration = min(n_normals // 2, max(share, needed))
-    if groups is None:
-        order = np.random.default_rng(seed).permutation(n_normals)
-        return np.sort(order[n_calibration:]), np.sort(order[:n_calibration])
-    return split_by_group(groups, 0.5, seed, at_least=2)
+    return np.sort(np.random.default_rng(seed).permutation(n_normals)[:n_calibration])
 
 
-def split_by_group(groups: Names, share: float, seed: int, at_least: int = 1) -> tuple[Positions, Positions]:
-    """Positions in groups [N] of the rest, and of about `share` of the groups, `at_least` so many if one more is left.
+def split_by_group(groups: Names, share: float, seed: int) -> tuple[Positions, Positions]:
+    """Positions in groups [N] of the rest, and of about `share` of the groups, one at least.
 
     Raises:
         InputError: there is one group only.
     """
     names, codes = np.unique(groups.astype(str), return_inverse=True)
-    check_groups(names)
-    n_held_out = min(max(round(share * len(names)), at_least), len(names) - 1)
+    if len(names) < 2:
+        raise InputError(f"all normal rows are of one group, {names[0]!r}; a split needs two: leave the group out")
+    n_held_out = min(max(round(share * len(names)), 1), len(names) - 1)
     splitter = GroupShuffleSplit(1, test_size=n_held_out, random_state=seed)
     rest, held_out = next(splitter.split(codes, groups=codes))
     return rest, held_out
-
-
-def check_groups(names: npt.NDArray[np.str_]) -> None:
-    """Raise InputError where there is one group only."""
-    if len(names) < 2:
-        raise InputError(f"all normal rows are of one group, {names[0]!r}; a split needs two: leave the group out")

@@ -28,8 +28,8 @@ from mdml_fast.inputs import (
 )
 from mdml_fast.kept import ANOMALY, KeptRows
 from mdml_fast.known import KnownRows
-from mdml_fast.meta.left_out import BOTH
-from mdml_fast.meta.model import Model
+from mdml_fast.meta.left_out import BOTH, FIRST, SECOND, left_out_by_both, left_out_in_turn
+from mdml_fast.meta.model import HeldOut, Model
 from mdml_fast.meta.training import Progress
 from mdml_fast.presets import Config, model_class, preset_config
 from mdml_fast.stored import load_detector, save_detector
@@ -111,7 +111,8 @@ class MDMLDetector(AlarmsMixin, OutlierMixin, BaseEstimator):  # type: ignore[mi
             y: class of each row [N]; None means that all are normal. Without anomalies it learns from normals alone.
             normal: the names of the normal classes; overrides the constructor's.
             groups: group of each row [N]: what judges a normal to calibrate on has learned nothing from its group, and
-                a normal is not compared with its own group. They are remembered for `p_value`.
+                a normal is not compared with its own group; that takes a second training. They are remembered for
+                `p_value`.
             progress: told after each outer step.
             checkpoint: a file for the state of the run, which stays when the run is cut off.
             resume: go on from that file, where there is one.
@@ -128,8 +129,10 @@ class MDMLDetector(AlarmsMixin, OutlierMixin, BaseEstimator):  # type: ignore[mi
         normals = np.flatnonzero(is_normal)
         group_names = named_groups(groups, table.num_rows)
         parts = np.full(len(labels), ANOMALY, dtype=np.int8)
-        normal_groups = None if group_names is None else group_names[normals]
-        parts[normals] = model_class(config).divide(config, len(normals), self.false_alarm_rate, normal_groups, seed)
+        if group_names is None:
+            parts[normals] = left_out_by_both(len(normals), self.false_alarm_rate, seed)
+        else:
+            parts[normals] = left_out_in_turn(group_names[normals], seed)
         self.encoder_ = FeatureEncoder.fit(table, is_normal, np.flatnonzero(parts != BOTH))
         self.feature_names_in_ = np.array(table.column_names, dtype=object)
         self.n_features_in_ = table.num_columns
@@ -190,8 +193,7 @@ class MDMLDetector(AlarmsMixin, OutlierMixin, BaseEstimator):  # type: ignore[mi
 
     def _learn(self, rows: KeptRows, config: Config, seed: int, previous: Model | None = None, **how: Any) -> None:
         """Train the model on the rows, from the previous one if there is one, and calibrate it."""
-        training = rows.training()
-        model: Model = model_class(config).fit(training, config, seed=seed, previous=previous, **how)
+        model, held_out = self._trained(rows, config, seed, previous, **how)
         labels, anomalies = rows.labels.astype(str), rows.parts == ANOMALY
         normals = np.isin(labels, self.normal_classes_)
         known_normals = KnownRows.sample(rows.rows[normals], rows.labels[normals], seed)
@@ -199,15 +201,37 @@ class MDMLDetector(AlarmsMixin, OutlierMixin, BaseEstimator):  # type: ignore[mi
             family = self.known_normals_.rows[self.known_normals_.names == name]
             model.adapt(family)
             known_normals = known_normals.with_family(family, name)
-        assert model.held_out is not None
-        positions, scores = model.held_out
-        groups = None if training.groups is None else training.groups[positions]
-        self.calibration_ = ConformalCalibration(scores, groups)
+        groups = None if rows.groups is None else rows.groups[rows.parts != ANOMALY][held_out.positions]
+        self.calibration_ = ConformalCalibration(held_out.scores, groups)
         self.model_, self.kept_ = model, rows.bounded()
         self.known_normals_: KnownRows = known_normals
         self.known_anomalies_ = KnownRows.sample(rows.rows[anomalies], rows.labels[anomalies], seed)
         self.anomaly_classes_ = np.unique(labels[anomalies]).tolist()
         self.notes_ = self._notes()
+
+    def _trained(
+        self,
+        rows: KeptRows,
+        config: Config,
+        seed: int,
+        previous: Model | None,
+        checkpoint: Path | None = None,
+        resume: bool = False,
+        **how: Any,
+    ) -> tuple[Model, HeldOut]:
+        """The model, and the normals to calibrate on with their scores.
+
+        What is left out in turn gets a sibling of the model, from scratch, which judges what the model learns from.
+        """
+        fit = model_class(config).fit
+        given = rows.training(FIRST)
+        model: Model = fit(given, config, seed=seed, previous=previous, checkpoint=checkpoint, resume=resume, **how)
+        assert model.held_out is not None
+        if not rows.in_turn:
+            return model, model.held_out
+        sibling: Model = fit(rows.training(SECOND), config, seed=seed, **how | {"progress": None})
+        assert sibling.held_out is not None
+        return model, model.held_out.with_others(sibling.held_out)
 
     def score_samples(self, X: Any) -> Floats:
         """The score of each row [N], higher is more normal."""

@@ -14,14 +14,14 @@ from torch import Tensor
 from mdml_fast.calibration import CALIBRATION_ROWS, Positions
 from mdml_fast.data.encoding import Floats, Rows
 from mdml_fast.data.labelled import Names
-from mdml_fast.meta.left_out import BOTH, FIRST, NEITHER, SECOND, LeftOut
+from mdml_fast.meta.left_out import BOTH, FIRST, NEITHER, SECOND, LeftOut, judged_by
 from mdml_fast.meta.model import TrainingRows
 from mdml_fast.meta.neighbours import innermost
 
-# What a row is, if it is no normal; of a normal it says which learner leaves it out.
+# What a row is, if it is no normal; of a normal it says which model leaves it out.
 ANOMALY = 4
 Parts = npt.NDArray[np.int8]
-# So many rows stay: normals that no learner leaves out, as many as encoders and views learn from, and anomalies of each
+# So many rows stay: normals that no model leaves out, as many as encoders and views learn from, and anomalies of each
 # class.
 TRAINING_ROWS, FAMILY_ROWS = 20_000, 1_000
 
@@ -36,10 +36,10 @@ class KeptRows:
     Attributes:
         rows: float32 [n, d].
         labels: the class of each [n].
-        parts: ANOMALY, or of a normal the learner that leaves it out [n].
+        parts: ANOMALY, or of a normal the model that leaves it out [n].
         keys: in [0, 1) [n].
         groups: the group of each [n], or None.
-        n_seen: how many normals there ever were that the first learner leaves out, the second, neither, or both.
+        n_seen: how many normals there ever were that the first model leaves out, the second, neither, or both.
     """
 
     rows: Rows
@@ -93,25 +93,29 @@ class KeptRows:
     def recalibrated(self, rows: Rows, label: str, groups: Names | None) -> KeptRows:
         """With these normals [n, d] of a class to calibrate on, of groups [n] or none, in place of the earlier ones.
 
-        What one learner left out before, both learn from.
+        What was left out before is learned from.
         """
-        others = self._take(np.flatnonzero(self.parts != BOTH))
-        normals = np.where(others.parts == ANOMALY, ANOMALY, NEITHER).astype(np.int8)
-        others = replace(others, parts=normals, n_seen=(0, 0, sum(self.n_seen) - self.n_seen[BOTH], 0))
+        parts = np.where(self.parts == ANOMALY, ANOMALY, NEITHER).astype(np.int8)
+        others = replace(self, parts=parts, n_seen=(0, 0, sum(self.n_seen), 0))
         labels = np.full(len(rows), label, dtype=object)
         parts = np.full(len(rows), BOTH, dtype=np.int8)
         # Rows of no named group are one of their own.
         names = labels if groups is None else groups
         return others.with_rows(KeptRows.draw(rows, labels, parts, names, 0.0, len(rows))).bounded()
 
-    def training(self) -> TrainingRows:
-        """What a model learns from."""
+    @property
+    def in_turn(self) -> bool:
+        """Whether two models leave normals out in turn."""
+        return bool(np.isin(self.parts, (FIRST, SECOND)).any())
+
+    def training(self, model: int = FIRST) -> TrainingRows:
+        """What the first or the second model is given."""
         anomalies = self.parts == ANOMALY
         groups = None if self.groups is None else self.groups[~anomalies]
         return TrainingRows(
             self.rows[~anomalies],
             self.labels[~anomalies],
-            self.parts[~anomalies],
+            judged_by(model, self.parts[~anomalies]),
             self.rows[anomalies],
             self.labels[anomalies],
             groups,
@@ -133,7 +137,7 @@ class KeptRows:
         return self.with_rows(KeptRows.draw(rows, labels, parts, groups, contamination, seed)).bounded()
 
     def _divide(self, groups: Names | None, n_normals: int, rng: np.random.Generator) -> LeftOut:
-        """Which learner leaves each of so many further normals out: each as large a share of them as of the earlier.
+        """Which model leaves each of so many further normals out: each as large a share of them as of the earlier.
 
         Normals of a group that is known join it; with groups, a new one is left out as often as a known one is.
         """

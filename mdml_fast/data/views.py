@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Self
 
 import numpy as np
@@ -103,45 +103,6 @@ class Views:
         level = torch.lerp(levels.gather(1, upper - 1), levels.gather(1, upper), share)
         beyond = (columns - knots[:, -1:]).relu().log1p() - (knots[:, :1] - columns).relu().log1p()
         return level.T, beyond.T
-
-
-class LearnerViews:
-    """The views that each learner has of rows, one learner after the other.
-
-    Args:
-        learners: the views of each.
-    """
-
-    def __init__(self, learners: Iterable[Views]) -> None:
-        self.learners = list(learners)
-
-    def transform(self, rows: Tensor) -> Tensor:
-        """Rows [N, d] in each view of each learner [D, N, d]."""
-        return torch.cat([views.transform(rows) for views in self.learners])
-
-    def whitened(self, rows: Tensor) -> Tensor:
-        """Of rows in all views [D, N, d] each learner's whitened one [L, N, d]."""
-        return rows[VIEWS.index("whitened") :: len(VIEWS)]
-
-    def to(self, device: torch.device) -> LearnerViews:
-        """The same views on a device."""
-        return LearnerViews(views.to(device) for views in self.learners)
-
-    @property
-    def tensors(self) -> dict[str, Tensor]:
-        """All tensors, by learner and name."""
-        return {
-            f"{place}.{name}": value for place, own in enumerate(self.learners) for name, value in own.tensors.items()
-        }
-
-    @classmethod
-    def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
-        """The inverse of `tensors`."""
-        n_learners = len({name.partition(".")[0] for name in tensors})
-        return cls(
-            Views({name.partition(".")[2]: value for name, value in tensors.items() if name.startswith(f"{place}.")})
-            for place in range(n_learners)
-        )
 
 
 def _clip(rows: Tensor) -> Tensor:

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from mdml_fast.calibration import TIE, lines
 from mdml_fast.data.encoding import SOFT_CLIP, CategoricalColumn, FeatureEncoder, NumericColumn
 from mdml_fast.data.views import CLIP, VIEWS, Views
 from mdml_fast.detector import MDMLDetector
 from mdml_fast.export.graph import BOOL, DOUBLE, FLOAT, STRING, Graph
 from mdml_fast.meta.default import DefaultModel
+from mdml_fast.meta.ensemble import HALVES
 from mdml_fast.meta.neighbours import SPARE
 from mdml_fast.meta.paper import PaperModel
 from mdml_fast.meta.scoring import NormalFamily, Scorer
@@ -36,10 +38,7 @@ def onnx_model(detector: MDMLDetector) -> Any:
     else:
         assert isinstance(model, PaperModel)
         score = _paper_score(graph, model, rows)
-    calibration = detector.calibration_.scores
-    rank = graph.op("Squeeze", graph.count_below(calibration[None], graph.op("Unsqueeze", score, [0]), equal=True), [0])
-    count = np.float64(len(calibration) + 1)
-    p_value = graph.op("Div", graph.op("Add", graph.cast(rank, DOUBLE), np.float64(1.0)), count)
+    p_value = _p_value(graph, detector.calibration_.scores, score)
     graph.output("score", score, DOUBLE)
     graph.output("p_value", p_value, DOUBLE)
     graph.output("is_anomaly", graph.op("LessOrEqual", p_value, np.float64(detector.fixed_level())), BOOL)
@@ -48,6 +47,15 @@ def onnx_model(detector: MDMLDetector) -> Any:
         "mdml-fast: score (higher is more normal), conformal p-value, alarm",
         {name: json.dumps(value) for name, value in metadata.items()},
     )
+
+
+def _p_value(graph: Graph, calibration: np.ndarray, score: str) -> str:
+    """`ConformalCalibration.p_value`, float64 [N]."""
+    n = len(calibration)
+    rank = graph.op("Squeeze", graph.count_below(calibration[None], graph.op("Unsqueeze", score, [0]), equal=True), [0])
+    starts, widths = (graph.op("Gather", values, rank) for values in lines(calibration))
+    way = graph.op("Clip", graph.op("Div", graph.op("Sub", score, starts), widths), np.float64(TIE), np.float64(1.0))
+    return str(graph.op("Div", graph.op("Add", graph.cast(rank, DOUBLE), way), np.float64(n + 1)))
 
 
 def onnx_inputs(encoder: FeatureEncoder, table: pa.Table) -> dict[str, np.ndarray]:
@@ -105,8 +113,7 @@ def _encode(graph: Graph, encoder: FeatureEncoder) -> str:
 def _default_score(graph: Graph, model: DefaultModel, rows: str) -> str:
     """The score, float64 [N]; each step is that of the library, and rounded to float32 where that is."""
     parts = model.scorer
-    learners = parts.families[0].neighbourhood.views.learners
-    views = graph.op("Concat", *(_views(graph, own, rows) for own in learners), axis=0)
+    views = _views(graph, parts.families[0].neighbourhood.views, rows)
     embedded = _embed(graph, parts.families[0], views)
     probability = _probability(graph, parts.head, rows) if parts.head else None
     anomaly = [_family(graph, parts, family, rows, views, embedded) for family in parts.families]
@@ -154,7 +161,7 @@ def _views(graph: Graph, views: Views, rows: str) -> str:
 def _embed(graph: Graph, family: NormalFamily, views: str) -> str:
     """`Ensemble.embed`: float32 [D, N, d]."""
     w = {name: weight.double().numpy() for name, weight in family.neighbourhood.ensemble.weights.items()}
-    x = graph.cast(views, DOUBLE)
+    x = graph.cast(graph.op("Concat", *[views] * HALVES, axis=0), DOUBLE)
     hidden = graph.op("Add", graph.op("MatMul", x, w["inner.weight"].swapaxes(1, 2)), w["inner.bias"][:, None])
     correction = graph.op("MatMul", graph.op("Relu", hidden), w["outer.weight"].swapaxes(1, 2))
     scaled = graph.op("Mul", x, np.exp(w["log_scale"])[:, None])
@@ -165,16 +172,15 @@ def _family(graph: Graph, scorer: Scorer, family: NormalFamily, rows: str, views
     """How anomalous rows are for one family of normals, float32 [N]."""
     neighbourhood, config = family.neighbourhood, family.neighbourhood.config
     normals = neighbourhood.normals.numpy()[None]
-    anchor = _neighbours(graph, graph.op("Unsqueeze", rows, [0]), normals, config.anchor_neighbours)
+    knn = _neighbours(graph, graph.op("Unsqueeze", rows, [0]), normals, config.anchor_neighbours)
     directions = _neighbours(graph, embedded, neighbourhood.embedded.numpy(), config.neighbours)
-    centres = neighbourhood.centres.numpy()[:, None]
-    whitened = graph.op("Gather", views, np.arange(len(centres)) * len(VIEWS) + VIEWS.index("whitened"), axis=0)
-    difference = graph.cast(graph.op("Sub", whitened, centres), DOUBLE)
-    squared = graph.op("ReduceSum", graph.op("Mul", difference, difference), [2], keepdims=1)
-    mahalanobis = graph.op("Transpose", graph.cast(graph.op("Sqrt", squared), FLOAT), perm=[0, 2, 1])
-    by_learner = graph.op("Reshape", directions, np.array([len(centres), len(VIEWS), -1]))
-    means = graph.op("ReduceMean", graph.op("Concat", mahalanobis, by_learner, axis=1), [0], keepdims=0)
-    scores = _tail_scores(graph, family.tails, graph.op("Concat", anchor, means, axis=0))
+    whitened = graph.op("Gather", views, np.array([VIEWS.index("whitened")]), axis=0)
+    difference = graph.cast(graph.op("Sub", whitened, neighbourhood.centre.numpy()), DOUBLE)
+    squared = graph.op("ReduceSum", graph.op("Mul", difference, difference), [2], keepdims=0)
+    mahalanobis = graph.cast(graph.op("Sqrt", squared), FLOAT)
+    by_half = graph.op("Reshape", directions, np.array([HALVES, len(VIEWS), -1]))
+    means = graph.op("ReduceMean", by_half, [0], keepdims=0)
+    scores = _tail_scores(graph, family.tails, graph.op("Concat", knn, mahalanobis, means, axis=0))
     powers = graph.op("Pow", scores, np.float32(scorer.fusion.power))
     return str(graph.op("Pow", graph.op("MatMul", scorer.weights.numpy(), powers), np.float32(1 / scorer.fusion.power)))
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
+from mdml_fast.calibration import TIE, lines
 from mdml_fast.data.encoding import SOFT_CLIP, CategoricalColumn, FeatureEncoder, NumericColumn
 from mdml_fast.detector import MDMLDetector
 from mdml_fast.meta.default import DefaultModel
@@ -68,6 +69,8 @@ class _Program(nn.Module):
     """Encoding, score, p-value and alarm, as tensors; the model's own code where it is tensors."""
 
     calibration: Tensor
+    starts: Tensor
+    widths: Tensor
 
     def __init__(self, detector: MDMLDetector) -> None:
         super().__init__()
@@ -75,13 +78,17 @@ class _Program(nn.Module):
         assert isinstance(model, DefaultModel | PaperModel)
         self._columns, self._model = detector.encoder_.columns, model
         self._level = detector.fixed_level()
-        self.register_buffer("calibration", torch.from_numpy(detector.calibration_.scores))
+        calibration = detector.calibration_.scores
+        starts, widths = lines(calibration)
+        for name, values in {"calibration": calibration, "starts": starts, "widths": widths}.items():
+            self.register_buffer(name, torch.from_numpy(values))
 
     def forward(self, numbers: Tensor, codes: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Score, p-value and alarm."""
         score = self._score(self._encode(numbers, codes)).double()
         rank = torch.searchsorted(self.calibration, score, right=True)
-        p_value = (rank.double() + 1.0) / (len(self.calibration) + 1.0)
+        way = (score - self.starts[rank]) / self.widths[rank]
+        p_value = (rank.double() + way.clamp(TIE, 1.0)) / (len(self.calibration) + 1.0)
         return score, p_value, p_value <= self._level
 
     def _score(self, rows: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The ensemble of directions: for each view of each learner an encoder of its own, all trained together."""
+"""The ensemble of directions: for each view and half of the families an encoder of its own, all trained together."""
 
 from __future__ import annotations
 
@@ -19,6 +19,9 @@ from mdml_fast.meta.engine import MetaEngine
 from mdml_fast.meta.heads import PrototypeHead
 from mdml_fast.meta.history import History
 from mdml_fast.meta.training import Progress, train
+
+# In each view the directions take complementary halves of the seen families.
+HALVES = 2
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,7 @@ class EnsembleConfig:
 
 
 class Ensemble:
-    """D trained encoders, each of one view.
+    """D trained encoders: those of one half of the seen families, view by view, then those of the other.
 
     Args:
         weights: of the encoders, by parameter name, each [D, …].
@@ -63,9 +66,9 @@ class Ensemble:
         self.weights, self.trained_on = weights, trained_on
 
     def embed(self, rows: Tensor) -> Tensor:
-        """Embeddings [D, N, d] of rows in each direction's view [D, N, d], computed in float64 and rounded once."""
+        """Embeddings [D, N, d] of rows in each view [4, N, d], computed in float64 and rounded once."""
         weights = {name: weight.double() for name, weight in self.weights.items()}
-        x = rows.double()
+        x = rows.double().repeat(HALVES, 1, 1)
         # `ResidualEncoder`, written out: a module lends its parameters to one thread at a time only.
         hidden = torch.baddbmm(weights["inner.bias"].unsqueeze(1), x, weights["inner.weight"].mT).relu()
         z = torch.addcmul(hidden @ weights["outer.weight"].mT, x, weights["log_scale"].exp().unsqueeze(1))
@@ -79,9 +82,10 @@ class Ensemble:
         features through propagating activation differences", 2017).
 
         Args:
-            rows: x in each direction's view [D, N, d].
-            steps: s in it [D, N, d].
+            rows: x in each view [4, N, d].
+            steps: s in it [4, N, d].
         """
+        rows, steps = rows.repeat(HALVES, 1, 1), steps.repeat(HALVES, 1, 1)
         scale = self.weights["log_scale"].exp().unsqueeze(1)
         inner, outer = self.weights["inner.weight"], self.weights["outer.weight"]
         at_row = torch.baddbmm(self.weights["inner.bias"].unsqueeze(1), rows, inner.mT)
@@ -92,7 +96,7 @@ class Ensemble:
 
 
 def train_ensemble(
-    normals: Sequence[Tensor],
+    normals: Tensor,
     anomalies: Tensor,
     labels: Names,
     config: EnsembleConfig,
@@ -103,15 +107,14 @@ def train_ensemble(
     progress: Progress | None = None,
     checkpoint: Checkpoint | None = None,
 ) -> tuple[Ensemble, History]:
-    """Train one encoder for each view of each of two learners, all in one batched computation.
+    """Train one encoder for each view and each of two halves of the families, all in one batched computation.
 
-    Of each kind of view the learners take complementary halves of the seen families: for every labelled row there is
-    a direction that never saw its family, which is what the weights are learned from.
+    For every labelled row there is thus a direction in each view that never saw its family, which is what the weights
+    are learned from.
 
     Args:
-        normals: of each direction in its own view [D], float [n, d]: the first learner's, then the second's.
-        anomalies: labelled anomalies in each direction's view, float [D, M, d]; M may be 0, then synthetic ones stand
-            in.
+        normals: in each view, float [4, n, d].
+        anomalies: labelled anomalies in each view, float [4, M, d]; M may be 0, then synthetic ones stand in.
         labels: their classes [M].
         config: the constants.
         seed: of the halves, the episodes, the synthetic anomalies and the initial weights.
@@ -125,7 +128,7 @@ def train_ensemble(
     """
     rng = np.random.default_rng(seed)
     names = np.unique(labels.astype(str)).tolist() if config.labelled else []
-    halves = _halves(len(normals), names, rng, previous)
+    halves = _halves(names, rng, previous)
     sampler = _sampler(normals, anomalies, labels, halves, config, rng, seed)
     engine = _engine(anomalies.shape[-1], len(halves), config, seed, dtype, anomalies.device)
     if previous:
@@ -161,25 +164,22 @@ def train_ensemble(
     return Ensemble(weights, halves), history
 
 
-def _halves(
-    n_directions: int, names: Sequence[str], rng: np.random.Generator, previous: Ensemble | None
-) -> list[list[str]]:
+def _halves(names: Sequence[str], rng: np.random.Generator, previous: Ensemble | None) -> list[list[str]]:
     """The seen families that each direction is trained on; none where there are fewer than two halves."""
-    n_views = n_directions // 2
     if previous is None:
-        orders = [rng.permutation(names).tolist() for _ in range(n_views)]
+        orders = [rng.permutation(names).tolist() for _ in VIEWS]
         cut = len(names) // 2
         return [order[:cut] for order in orders] + [order[cut:] for order in orders]
     halves = [list(own) for own in previous.trained_on]
     known = {name for own in halves for name in own}
-    for pair in zip(halves[:n_views], halves[n_views:], strict=True):
+    for pair in zip(halves[: len(VIEWS)], halves[len(VIEWS) :], strict=True):
         for name in rng.permutation([name for name in names if name not in known]).tolist():
             min(pair, key=len).append(name)
     return halves
 
 
 def _sampler(
-    normals: Sequence[Tensor],
+    normals: Tensor,
     anomalies: Tensor,
     labels: Names,
     halves: Sequence[Sequence[str]],
@@ -187,29 +187,31 @@ def _sampler(
     rng: np.random.Generator,
     seed: int,
 ) -> EpisodeSampler:
-    """Episodes over one matrix: direction by direction the normals, the synthetic, then the labelled anomalies."""
+    """Episodes over one matrix: view by view the normals, the synthetic, then the labelled anomalies."""
     names = np.unique(labels.astype(str)).tolist()
     within = [np.arange(config.n_synthetic)]
     within += [np.flatnonzero(labels == name) + config.n_synthetic for name in names]
     rows: list[Tensor] = []
-    id_rows, ood_rows, directions = [], [], []
+    id_rows, ood_rows = [], []
     start = 0
-    for place, (own, labelled, half) in enumerate(zip(normals, anomalies, halves, strict=True)):
+    for own, labelled in zip(normals, anomalies, strict=True):
         synthetic = torch.as_tensor(synthetic_rows(own.cpu().numpy(), config.n_synthetic, rng), device=own.device)
         rows += [own, synthetic, labelled]
         id_rows.append(start + np.arange(len(own)))
         ood_rows += [start + len(own) + positions for positions in within]
         start += len(own) + len(synthetic) + len(labelled)
+    directions = []
+    for place, half in enumerate(halves):
         # Families are drawn evenly: a labelled row to a synthetic one.
-        first = place * len(within)
+        view = place % len(VIEWS)
+        first = view * len(within)
         families = [first + 1 + names.index(name) for name in half]
         made_up = [first] * max(len(families), 1) if config.synthetic or not families else []
-        directions.append(Direction((place,), (*families, *made_up)))
-    n_learners = len(normals) // len(VIEWS)
+        directions.append(Direction((view,), (*families, *made_up)))
     return EpisodeSampler(
         torch.cat(rows),
-        Families(VIEWS * n_learners, tuple(id_rows)),
-        Families(("synthetic", *names) * len(normals), tuple(ood_rows)),
+        Families(VIEWS, tuple(id_rows)),
+        Families(("synthetic", *names) * len(VIEWS), tuple(ood_rows)),
         directions,
         n_support=config.n_prototypes,
         n_query_id=config.n_queries,

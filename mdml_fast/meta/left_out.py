@@ -1,38 +1,44 @@
-"""Which normals a learner leaves out, so that it can judge them as it would judge new ones."""
+"""Which normals a model leaves out, so that it can judge them as it would judge new ones."""
 
 from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
 
-from mdml_fast.calibration import check_groups
+from mdml_fast.calibration import calibration_rows
 from mdml_fast.data.labelled import Names
+from mdml_fast.errors import InputError
 
-# Which of a model's two learners leaves a normal out. A model of one learner leaves out what both do.
+# Which model leaves a normal out: the one that is kept, its sibling (see `left_out_in_turn`), neither, or both.
 FIRST, SECOND, NEITHER, BOTH = range(4)
 LeftOut = npt.NDArray[np.int8]
 
 
-def left_out_in_turn(n_normals: int, groups: Names | None, share: float, seed: int) -> LeftOut:
-    """Which learner leaves each normal [N] out: each about that share of the rows, whole groups [N] where given.
+def left_out_by_both(n_normals: int, rate: float, seed: int) -> LeftOut:
+    """Left out [N] are the `calibration_rows`, by any model."""
+    left_out = np.full(n_normals, NEITHER, dtype=np.int8)
+    left_out[calibration_rows(n_normals, rate, seed)] = BOTH
+    return left_out
 
-    Of two groups or more each learner leaves out one at least, if the share is a half.
+
+def left_out_in_turn(groups: Names, seed: int) -> LeftOut:
+    """Which of two models leaves each normal [N] out: about half of them each, whole groups [N], one at least.
+
+    Rows of a group resemble each other, so a group is judged by a model that has learned nothing from it; with two, no
+    group is left without normals to calibrate on.
 
     Raises:
         InputError: all normals are of one group.
     """
-    names = np.arange(n_normals) if groups is None else groups.astype(str)
-    units, codes, sizes = np.unique(names, return_inverse=True, return_counts=True)
-    if groups is not None:
-        check_groups(units)
-    order = np.random.default_rng(seed).permutation(len(units))
-    middles = np.empty(len(units))
+    names, codes, sizes = np.unique(groups.astype(str), return_inverse=True, return_counts=True)
+    if len(names) < 2:
+        raise InputError(f"all normal rows are of one group, {names[0]!r}; a split needs two: leave the group out")
+    order = np.random.default_rng(seed).permutation(len(names))
+    middles = np.empty(len(names))
     middles[order] = np.cumsum(sizes[order]) - sizes[order] / 2
-    last = (1 - share) * n_normals
-    learner = np.where(middles <= share * n_normals, FIRST, np.where(middles > last, SECOND, NEITHER))
-    return learner[codes].astype(np.int8)
+    return np.where(middles <= len(groups) / 2, FIRST, SECOND)[codes].astype(np.int8)
 
 
-def judged_by(learner: int, left_out: LeftOut) -> npt.NDArray[np.bool_]:
-    """Whether a learner leaves each normal out [N]."""
-    return np.isin(left_out, (learner, BOTH))
+def judged_by(model: int, left_out: LeftOut) -> npt.NDArray[np.bool_]:
+    """Whether a model, FIRST or SECOND, leaves each normal out [N]."""
+    return np.isin(left_out, (model, BOTH))

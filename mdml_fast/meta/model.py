@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -16,31 +17,29 @@ from mdml_fast.calibration import Positions
 from mdml_fast.data.encoding import Floats, Rows
 from mdml_fast.data.labelled import Names
 from mdml_fast.meta.history import History
-from mdml_fast.meta.left_out import LeftOut
 
 
 class TrainingRows(NamedTuple):
     """Encoded training rows: normals [N, d] with classes [N], anomalies [M, d] with classes [M]; M may be 0.
 
-    `left_out` [N]: by which learner. `groups` [N]: normals of one group resemble each other more than those of two; or
-    None.
+    `held_out` [N]: the normals to calibrate on, from which nothing may be learned. `groups` [N]: normals of one group
+    resemble each other more than those of two; or None.
     """
 
     normals: Rows
     normal_labels: Names
-    left_out: LeftOut
+    held_out: npt.NDArray[np.bool_]
     anomalies: Rows
     anomaly_labels: Names
     groups: Names | None = None
 
-    def without(self, positions: Positions) -> TrainingRows:
-        """These rows less the normals at some positions."""
-        stays = np.ones(len(self.normals), dtype=np.bool_)
-        stays[positions] = False
+    def to_learn_from(self) -> TrainingRows:
+        """These rows less the normals that are held out."""
+        stays = ~self.held_out
         return self._replace(
             normals=self.normals[stays],
             normal_labels=self.normal_labels[stays],
-            left_out=self.left_out[stays],
+            held_out=self.held_out[stays],
             groups=None if self.groups is None else self.groups[stays],
         )
 
@@ -51,6 +50,10 @@ class HeldOut(NamedTuple):
     positions: Positions
     scores: Floats
 
+    def with_others(self, others: HeldOut) -> HeldOut:
+        """These and others."""
+        return HeldOut(np.concatenate([self.positions, others.positions]), np.concatenate([self.scores, others.scores]))
+
 
 class Model(Protocol):
     """A trained model: scores encoded rows, higher for more normal ones."""
@@ -59,14 +62,6 @@ class Model(Protocol):
     history: History
     # What to calibrate on; None in a model that was loaded.
     held_out: HeldOut | None
-
-    @classmethod
-    def divide(cls, config: Any, n_normals: int, rate: float, groups: Names | None, seed: int) -> LeftOut:
-        """Which learner leaves each normal out [N], for false alarms at that rate; groups [N] stay whole.
-
-        Raises:
-            InputError: all normals are of one group.
-        """
 
     def score(self, rows: Rows) -> Floats:
         """The score of each row [N, d] -> [N]."""
@@ -86,7 +81,7 @@ class Model(Protocol):
 
 def fingerprint(rows: TrainingRows, config: Any, seed: int, dtype: torch.dtype | None) -> str:
     """What decides the weights' bits: the data, the settings and torch's version."""
-    labels = [rows.normal_labels.tolist(), rows.left_out.tolist(), rows.anomaly_labels.tolist()]
+    labels = [rows.normal_labels.tolist(), rows.held_out.tolist(), rows.anomaly_labels.tolist()]
     settings = [asdict(config), seed, str(dtype), torch.__version__, *labels]
     digest = hashlib.sha256(json.dumps(settings).encode())
     for matrix in (rows.normals, rows.anomalies):

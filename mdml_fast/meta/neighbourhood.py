@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mdml_fast.data.views import VIEWS, LearnerViews
-from mdml_fast.meta.ensemble import Ensemble
+from mdml_fast.data.views import VIEWS, Views
+from mdml_fast.meta.ensemble import HALVES, Ensemble
 from mdml_fast.meta.neighbours import neighbour_distances
 
 
@@ -26,7 +26,8 @@ class NeighbourhoodConfig:
 
 
 # What rows are measured by: the anchor first.
-SCORES = ("knn", "mahalanobis", *VIEWS)
+ANCHORS = ("knn", "mahalanobis")
+SCORES = (*ANCHORS, *VIEWS)
 
 
 class Neighbourhood:
@@ -34,11 +35,11 @@ class Neighbourhood:
 
     Args:
         config: the constants.
-        views: the fitted views, of L learners.
-        ensemble: the trained encoders, D directions: one for each view of each learner.
+        views: the fitted views.
+        ensemble: the trained encoders of D directions.
         normals: float [n, d]; the first so many are used, so their order should be random.
         families: int [n]; a normal that is one of these rows itself is not compared with its own family.
-        centres: what Mahalanobis distances are from, in each learner's whitened view [L, d].
+        centre: what Mahalanobis distances are from, in the whitened view [d].
 
     Attributes:
         embedded: the first so many of the normals in each direction's embedding [D, n, d].
@@ -47,13 +48,13 @@ class Neighbourhood:
     def __init__(
         self,
         config: NeighbourhoodConfig,
-        views: LearnerViews,
+        views: Views,
         ensemble: Ensemble,
         normals: Tensor,
         families: Tensor,
-        centres: Tensor,
+        centre: Tensor,
     ) -> None:
-        self.config, self.views, self.ensemble, self.centres = config, views, ensemble, centres
+        self.config, self.views, self.ensemble, self.centre = config, views, ensemble, centre
         self.normals = normals[: config.anchor_references]
         self.families = families[: config.anchor_references]
         with torch.inference_mode():
@@ -63,42 +64,40 @@ class Neighbourhood:
         """Distances [6, N] of rows [N, d] from the normals, by `SCORES`.
 
         The mean distance to the nearest normals as they are; the Mahalanobis distance of the clipped row from their
-        centre; the mean distance to the nearest normals in the embeddings of each kind of view. All but the first are
-        means over the learners.
+        centre; of each view the mean, over its directions, of the mean distances to the nearest normals in their
+        embeddings.
 
         Args:
             rows: float [N, d].
             families: int [N], where the rows are normals of these families themselves.
-            counted: the directions that judge each row, bool [D, N]: those that learned nothing from it. Where none
-                does, or it is None, all do.
+            counted: the directions that judge each row, bool [D, N]: those that learned nothing from it. Where none of
+                a view does, or it is None, all do.
         """
-        anchor, by_learner = self.by_learner(rows, families)
+        anchors, directions = self.by_direction(rows, families)
         if counted is None:
-            return torch.cat([anchor, by_learner.mean(0)])
-        chosen = counted.view(len(by_learner), len(VIEWS), -1)
-        # The first value belongs to the learner as a whole.
-        chosen = torch.cat([chosen.any(1, keepdim=True), chosen], dim=1)
-        chosen = (chosen | ~chosen.any(0)).to(by_learner.dtype)
-        return torch.cat([anchor, (chosen * by_learner).sum(0) / chosen.sum(0)])
+            return torch.cat([anchors, directions.mean(0)])
+        chosen = counted.view(directions.shape)
+        chosen = (chosen | ~chosen.any(0)).to(directions.dtype)
+        return torch.cat([anchors, (chosen * directions).sum(0) / chosen.sum(0)])
 
-    def by_learner(self, rows: Tensor, families: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The distances by `SCORES`: the first [1, N], and those that each learner finds [L, 5, N]."""
-        config, n_embedded = self.config, self.embedded.shape[1]
+    def by_direction(self, rows: Tensor, families: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The distances by `ANCHORS` [2, N], and those in each direction's embedding [2 halves, 4 views, N]."""
+        config = self.config
         views = self.views.transform(rows)
-        anchor = neighbour_distances(
+        knn = neighbour_distances(
             rows.unsqueeze(0),
             self.normals.unsqueeze(0),
             config.anchor_neighbours,
             families=families,
             reference_families=self.families,
         )
-        from_centre = self.views.whitened(views) - self.centres.unsqueeze(1)
-        mahalanobis = from_centre.norm(dim=-1, keepdim=True, dtype=torch.float64).to(rows.dtype).mT
+        from_centre = views[VIEWS.index("whitened")] - self.centre
+        mahalanobis = from_centre.norm(dim=-1, dtype=torch.float64).to(rows.dtype).unsqueeze(0)
         directions = neighbour_distances(
             self.ensemble.embed(views),
             self.embedded,
             config.neighbours,
             families=families,
-            reference_families=self.families[:n_embedded],
+            reference_families=self.families[: self.embedded.shape[1]],
         )
-        return anchor, torch.cat([mahalanobis, directions.view(len(self.centres), len(VIEWS), rows.shape[0])], dim=1)
+        return torch.cat([knn, mahalanobis]), directions.view(HALVES, len(VIEWS), rows.shape[0])

@@ -12,9 +12,7 @@ import torch
 from mdml_kernels import SoftmaxMarginLoss, softmax_log_odds
 from torch import Tensor, nn
 
-from mdml_fast.calibration import calibration_split
 from mdml_fast.data.encoding import Floats, Rows
-from mdml_fast.data.labelled import Names
 from mdml_fast.episodes import (
     EpisodeSampler,
     Families,
@@ -26,7 +24,6 @@ from mdml_fast.episodes import (
 from mdml_fast.meta.checkpoint import Checkpoint
 from mdml_fast.meta.engine import MetaEngine
 from mdml_fast.meta.history import History
-from mdml_fast.meta.left_out import BOTH, NEITHER, LeftOut
 from mdml_fast.meta.model import HeldOut, TrainingRows, fingerprint
 from mdml_fast.meta.settings import ADAPTED, Parameters
 from mdml_fast.meta.training import Progress, train
@@ -105,13 +102,6 @@ class PaperModel:
         self.temperature = float(torch.as_tensor(loss.temperature).detach())
 
     @classmethod
-    def divide(cls, config: PaperConfig, n_normals: int, rate: float, groups: Names | None, seed: int) -> LeftOut:  # noqa: ARG003
-        """See `Model`: some are left out of everything."""
-        left_out = np.full(n_normals, NEITHER, dtype=np.int8)
-        left_out[calibration_split(n_normals, rate, groups, seed)[1]] = BOTH
-        return left_out
-
-    @classmethod
     def fit(
         cls,
         rows: TrainingRows,
@@ -140,8 +130,8 @@ class PaperModel:
             checkpoint: a file for the state of the run; it stays when the run is cut off.
             resume: go on from that file.
         """
-        given, judged = rows, np.flatnonzero(rows.left_out != NEITHER)
-        rows = rows.without(judged)
+        given, judged = rows, np.flatnonzero(rows.held_out)
+        rows = rows.to_learn_from()
         engine = _engine(config, rows.normals.shape[1], seed, dtype, device)
         if previous:
             earlier = previous._engine.parameters()

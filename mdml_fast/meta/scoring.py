@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mdml_fast.meta.fusion import FusionConfig, fuse
-from mdml_fast.meta.neighbourhood import Neighbourhood
+from mdml_fast.meta.neighbourhood import ANCHORS, Neighbourhood
 from mdml_fast.meta.shares import TINY, distance_shares
 from mdml_fast.meta.tails import Tails
 from mdml_fast.meta.trees import TreeHead, excess
@@ -59,8 +59,8 @@ class Scorer(NamedTuple):
         probability = self.head.mean(leaves) if self.head and leaves is not None else rows.new_zeros(len(rows))
         scored = [self._amounts(family, rows, probability) for family in self.families]
         anomaly, closest = torch.stack([own for own, _ in scored]).min(0)
-        centres = torch.stack([family.neighbourhood.centres for family in self.families])[closest]
-        shares = distance_shares(self.families[0].neighbourhood, rows, normals, centres.transpose(0, 1))
+        centres = torch.stack([family.neighbourhood.centre for family in self.families])[closest]
+        shares = distance_shares(self.families[0].neighbourhood, rows, normals, centres)
         place = torch.arange(len(rows), device=rows.device)
         chosen = torch.stack([amounts for _, amounts in scored])[closest, :, place]
         parts = torch.einsum("nc,cnd->nd", chosen, shares)
@@ -74,15 +74,15 @@ class Scorer(NamedTuple):
         return fuse(self.weights, scores, self.fusion) + self.head_gain * excess(probability, family.gate)
 
     def _amounts(self, family: NormalFamily, rows: Tensor, probability: Tensor) -> tuple[Tensor, Tensor]:
-        """How anomalous rows are to a family [N], and what each distance adds to that [1 + 5 L, N].
+        """How anomalous rows are to a family [N], and what each distance adds to that [2 + D, N].
 
         The fused score f = (Σ w s^p)^(1/p) is the sum of w s^p f^(1-p) over the scores s; what the mean of the
-        learners' distances adds is shared by them as the sum is.
+        directions' distances adds is shared by them as the sum is.
         """
-        anchor, by_learner = family.neighbourhood.by_learner(rows)
-        means = by_learner.mean(0)
-        scores, power = family.tails.score(torch.cat([anchor, means])), self.fusion.power
+        anchors, directions = family.neighbourhood.by_direction(rows)
+        means = directions.mean(0)
+        scores, power = family.tails.score(torch.cat([anchors, means])), self.fusion.power
         fused = fuse(self.weights, scores, self.fusion)
         parts = self.weights.unsqueeze(1) * scores.pow(power) * fused.pow(1 - power)
-        shared = parts[1:] * by_learner / (len(by_learner) * means).clamp(min=TINY)
-        return self.of_family(family, scores, probability), torch.cat([parts[:1], shared.flatten(0, 1)])
+        shared = parts[len(ANCHORS) :] * directions / (len(directions) * means).clamp(min=TINY)
+        return self.of_family(family, scores, probability), torch.cat([parts[: len(ANCHORS)], shared.flatten(0, 1)])

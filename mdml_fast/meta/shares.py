@@ -13,7 +13,7 @@ TINY = 1e-12
 
 
 def distance_shares(neighbourhood: Neighbourhood, rows: Tensor, normals: Tensor, centres: Tensor) -> Tensor:
-    """The share of each feature in each distance of `Neighbourhood.by_learner` [1 + 5 L, N, d]: the anchor's first.
+    """The share of each feature in each distance of `Neighbourhood.by_direction` [2 + D, N, d]: the anchors' first.
 
     A squared distance between a row and a normal is exactly a sum over the features. Its parts are divided by it, so
     that they sum to 1; those of the Mahalanobis distance, which is from the centre, fall short of 1 by the normal's own
@@ -23,24 +23,19 @@ def distance_shares(neighbourhood: Neighbourhood, rows: Tensor, normals: Tensor,
         neighbourhood: whose views and encoders count.
         rows: float [N, d].
         normals: what each is compared with, float [N, d].
-        centres: what each Mahalanobis distance is from, in each learner's whitened view [L, N, d].
+        centres: what each Mahalanobis distance is from, in the whitened view [N, d].
     """
-    views = neighbourhood.views
+    views, whitened = neighbourhood.views, VIEWS.index("whitened")
     seen, others = views.transform(rows), views.transform(normals)
     steps, weights = seen - others, neighbourhood.ensemble.pull_back(seen, seen - others)
-    from_centre = views.whitened(seen) - centres
-    around_centre = from_centre + views.whitened(others) - centres
-    shares = [_normalised((rows - normals).square())]
-    for place, own in enumerate(views.learners):
-        mine = slice(place * len(VIEWS), (place + 1) * len(VIEWS))
-        # |v|² - |u|² is the product of v - u with v + u.
-        mahalanobis = own.by_feature("whitened", steps[mine], around_centre[place])
-        squared = from_centre[place].square().sum(-1, keepdim=True)
-        shares.append(mahalanobis / squared.clamp(min=TINY))
-        shares += [
-            _normalised(own.by_feature(view, steps[mine], weight))
-            for view, weight in zip(VIEWS, weights[mine], strict=True)
-        ]
+    from_centre = seen[whitened] - centres
+    # |v|² - |u|² is the product of v - u with v + u.
+    around_centre = from_centre + others[whitened] - centres
+    squared = from_centre.square().sum(-1, keepdim=True).clamp(min=TINY)
+    shares = [_normalised((rows - normals).square()), views.by_feature("whitened", steps, around_centre) / squared]
+    shares += [
+        _normalised(views.by_feature(VIEWS[place % len(VIEWS)], steps, weight)) for place, weight in enumerate(weights)
+    ]
     return torch.stack(shares)
 
 

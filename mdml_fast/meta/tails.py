@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
 # The outermost 5 % of the normals (at least 20, at most half) give the tail its slope.
 TAIL_SHARE, TAIL_ROWS = 0.05, 20
+# Parts that normals are divided into where each is scored by the tails of the others.
+FOLDS = 20
 
 
 class Tails:
@@ -34,6 +37,22 @@ class Tails:
     def fit(cls, distances: Tensor) -> Tails:
         """From unsorted distances [C, n]."""
         return cls(distances.sort(dim=1).values)
+
+    @classmethod
+    def scores_of_others(cls, distances: Tensor, families: Tensor) -> Tensor:
+        """The tail scores [C, n] of distances [C, n], each by the tails of rows of other families [n] alone.
+
+        A row is less strange among rows that it is one of: scores by its own tails would promise too few alarms.
+        """
+        codes = torch.unique(families, return_inverse=True)[1]
+        n_families = int(codes.max()) + 1
+        order = np.random.default_rng(0).permutation(n_families)
+        folds = torch.as_tensor(order % FOLDS, device=codes.device)[codes]
+        scores = torch.empty_like(distances)
+        for fold in range(min(n_families, FOLDS)):
+            own = folds == fold
+            scores[:, own] = cls.fit(distances[:, ~own]).score(distances[:, own])
+        return scores
 
     def pareto(self) -> tuple[Tensor, Tensor, Tensor]:
         """The tail: where it starts [C, 1], its index [C, 1], and the score there, a scalar."""

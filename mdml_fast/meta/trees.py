@@ -5,7 +5,6 @@ They are kept as plain arrays and walked here, so that a model holds no pickled 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from typing import Self
 
@@ -17,7 +16,6 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from mdml_fast.data.encoding import Floats, Rows
-from mdml_fast.meta.left_out import FIRST, SECOND, LeftOut, judged_by
 
 # Nodes visited at once: rows times trees.
 BLOCK_VALUES = 2**16
@@ -47,48 +45,25 @@ class TreeHead:
     def fit(
         cls,
         normals: Rows,
-        left_out: LeftOut,
         anomalies: Rows,
         n_trees: int,
         seed: int,
         device: torch.device,
-    ) -> tuple[Self, Tensor]:
-        """Balanced extra trees, half of them for each learner.
-
-        After Geurts, Ernst, Wehenkel, "Extremely randomized trees", 2006.
+    ) -> Self:
+        """Balanced extra trees (Geurts, Ernst, Wehenkel, "Extremely randomized trees", 2006).
 
         Args:
             normals: float32 [n, d].
-            left_out: which learner leaves each out [n].
-            anomalies: float32 [M, d]; both learn from all of them.
-            n_trees: how many, both together.
+            anomalies: float32 [M, d].
+            n_trees: how many.
             seed: of the trees.
             device: where the trees shall be walked.
-
-        Returns:
-            The head, and for each normal [n] the mean probability of the trees that left it out; 0 without any.
         """
-        trees: list[BaseDecisionTree] = []
-        total, n_judges = np.zeros(len(normals)), np.zeros(len(normals))
-        for learner in (FIRST, SECOND):
-            judged = judged_by(learner, left_out)
-            own = normals[~judged]
-            forest = ExtraTreesClassifier(
-                math.ceil(n_trees / 2),
-                class_weight="balanced",
-                random_state=seed + learner,
-                n_jobs=torch.get_num_threads(),
-            )
-            is_anomaly = np.arange(len(own) + len(anomalies)) >= len(own)
-            forest.fit(np.concatenate([own, anomalies]), is_anomaly)
-            trees += forest.estimators_
-            # Threads would add up the trees in an order of their own.
-            if judged.any():
-                total[judged] += forest.set_params(n_jobs=1).predict_proba(normals[judged])[:, 1]
-                n_judges[judged] += 1
-        probability = total / n_judges.clip(min=1)
-        tensors = {name: tensor.to(device) for name, tensor in _tables(trees).items()}
-        return cls(tensors), torch.as_tensor(probability, dtype=torch.float32, device=device)
+        forest = ExtraTreesClassifier(
+            n_trees, class_weight="balanced", random_state=seed, n_jobs=torch.get_num_threads()
+        )
+        forest.fit(np.concatenate([normals, anomalies]), np.arange(len(normals) + len(anomalies)) >= len(normals))
+        return cls({name: tensor.to(device) for name, tensor in _tables(forest.estimators_).items()})
 
     def probability(self, rows: Tensor) -> Tensor:
         """The probability of "anomaly" [N] of rows [N, d]."""

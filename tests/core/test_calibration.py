@@ -9,7 +9,7 @@ from mdml_fast.calibration import (
     ConformalCalibration,
     Promise,
     benjamini_hochberg,
-    calibration_split,
+    calibration_rows,
     certified_rank,
     design_effect,
 )
@@ -123,15 +123,11 @@ def test_benjamini_hochberg_of_known_p_values() -> None:
     assert counted == benjamini_hochberg(np.array([0.01, *[0.03] * 5, *[0.9] * 4]), 0.05) == 0.03
 
 
-def test_calibration_takes_a_fifth_more_where_the_rate_needs_it_and_no_more_than_pays() -> None:
-    for n, rate, expected in [(1000, 0.05, 200), (300, 0.01, 99), (100, 0.01, 50), (10**6, 0.01, 10_000)]:
-        train, calibration = calibration_split(n, rate, None, seed=0)
-        assert len(calibration) == expected
-        assert len(train) + len(calibration) == n
-    groups = np.array([f"g{i % 7}" for i in range(70)], dtype=object)
-    train, calibration = calibration_split(70, 0.01, groups, seed=0)
-    assert len(set(groups[calibration])) == 4
-    assert not set(groups[train]) & set(groups[calibration])
+def test_calibration_takes_a_third_more_where_the_rate_needs_it_and_no_more_than_pays() -> None:
+    for n, rate, expected in [(1000, 0.05, 334), (280, 0.01, 99), (100, 0.01, 50), (10**6, 0.01, 10_000)]:
+        rows = calibration_rows(n, rate, seed=0)
+        assert len(np.unique(rows)) == expected
+        assert 0 <= rows.min() <= rows.max() < n
 
 
 def test_groups_are_held_against_their_own_normals() -> None:

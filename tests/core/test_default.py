@@ -21,11 +21,11 @@ from mdml_fast.evaluation import EvaluationProtocol, evaluate
 from mdml_fast.meta.default import DefaultConfig, DefaultModel
 from mdml_fast.meta.encoders import ResidualEncoder
 from mdml_fast.meta.ensemble import Ensemble, EnsembleConfig
-from mdml_fast.meta.fusion import FusionConfig, fuse, learn_weights, prior_weights
-from mdml_fast.meta.left_out import BOTH, FIRST, NEITHER, SECOND, left_out_in_turn
+from mdml_fast.meta.fusion import FusionConfig, learn_weights, prior_weights
+from mdml_fast.meta.left_out import BOTH, FIRST, NEITHER, SECOND, left_out_by_both, left_out_in_turn
 from mdml_fast.meta.model import TrainingRows
 from mdml_fast.meta.neighbours import neighbour_distances
-from mdml_fast.meta.tails import Tails
+from mdml_fast.meta.tails import FOLDS, Tails
 from mdml_fast.meta.trees import TreeHead, _rounded_down, excess
 
 CPU = torch.device("cpu")
@@ -114,6 +114,19 @@ def test_tails_of_equal_distances_are_finite_and_rank_what_is_beyond() -> None:
     assert (scores[1:].diff() > 0).all()
 
 
+@pytest.mark.parametrize("n_families", [60, 7], ids=["rows of their own", "groups"])
+def test_held_out_distances_are_scored_by_the_tails_of_other_families(n_families: int) -> None:
+    distances = torch.as_tensor(np.random.default_rng(0).pareto(3, size=(2, 60)) + 1)
+    families = torch.arange(60) % n_families
+    folds = torch.as_tensor(np.random.default_rng(0).permutation(n_families) % FOLDS)[families]
+    for family in range(n_families):
+        own, fold = families == family, folds == folds[family]
+        stranger = distances.clone()
+        stranger[:, own] *= 100
+        scores = Tails.scores_of_others(stranger, families)
+        torch.testing.assert_close(scores[:, own], Tails.fit(distances[:, ~fold]).score(stranger[:, own]))
+
+
 def test_weights_go_to_the_score_that_finds_the_families_and_stay_near_the_anchor_otherwise() -> None:
     rng = np.random.default_rng(0)
     normals = torch.as_tensor(rng.exponential(size=(6, 500)), dtype=torch.float32)
@@ -141,22 +154,13 @@ def test_trees_walk_as_scikit_learn_does() -> None:
     rows, labels = data()
     rows = rows.astype(np.float32)
     is_anomaly = labels != "ok"
-    left_out = (np.arange(300) % 4).astype(np.int8)
-    head, held_out = TreeHead.fit(rows[~is_anomaly], left_out, rows[is_anomaly], 30, 5, CPU)
+    head = TreeHead.fit(rows[~is_anomaly], rows[is_anomaly], 30, 5, CPU)
     new = np.random.default_rng(1).normal(scale=3, size=(400, 6)).astype(np.float32)
-    expected, others = [], np.zeros((2, 300))
-    for learner in (FIRST, SECOND):
-        judged = (left_out == learner) | (left_out == BOTH)
-        kept = np.r_[~judged, np.ones(40, dtype=bool)]
-        forest = ExtraTreesClassifier(15, class_weight="balanced", random_state=5 + learner).fit(
-            rows[kept], is_anomaly[kept]
-        )
-        expected.append(forest.predict_proba(new)[:, 1])
-        others[learner] = forest.predict_proba(rows[:300])[:, 1]
-    judged = np.choose(left_out, [others[FIRST], others[SECOND], np.zeros(300), others.mean(0)])
-    np.testing.assert_allclose(held_out, judged, atol=1e-6)
-    np.testing.assert_allclose(head.probability(torch.as_tensor(new)), np.mean(expected, axis=0), atol=1e-6)
-    beyond = excess(head.probability(torch.as_tensor(rows)), held_out.quantile(0.98))
+    forest = ExtraTreesClassifier(30, class_weight="balanced", random_state=5).fit(rows, is_anomaly)
+    expected = forest.predict_proba(new)[:, 1]
+    np.testing.assert_allclose(head.probability(torch.as_tensor(new)), expected, atol=1e-6)
+    fresh = torch.as_tensor(data(1)[0][:300], dtype=torch.float32)
+    beyond = excess(head.probability(torch.as_tensor(rows)), head.probability(fresh).quantile(0.98))
     assert (beyond[~is_anomaly] > 0).float().mean() < 0.05
     assert (beyond[is_anomaly] > 0.3).all()
 
@@ -191,74 +195,63 @@ def test_training_lowers_the_loss_of_every_direction_together(fitted: MDMLDetect
         assert encoders["encoders.outer.weight"][direction].abs().max() > 0
 
 
-def test_distances_are_averaged_over_the_learners_that_learned_nothing_from_a_row(fitted: MDMLDetector) -> None:
+def test_distances_are_averaged_over_the_directions_that_learned_nothing_from_a_row(fitted: MDMLDetector) -> None:
     neighbourhood = fitted.model_._families[0].neighbourhood
     rows = torch.as_tensor(data(1)[0][:4], dtype=torch.float32)
-    anchor, by_learner = neighbourhood.by_learner(rows)
+    anchors, directions = neighbourhood.by_direction(rows)
     counted = torch.zeros(2, len(VIEWS), 4, dtype=torch.bool)
     counted[0, :, 0] = True
     counted[1, :, 1] = True
     counted[0, 0, 2] = counted[1, 1:, 2] = True
     means = neighbourhood.distances(rows, counted=counted.flatten(0, 1))
-    torch.testing.assert_close(means[:1], anchor)
-    torch.testing.assert_close(means[1:, 0], by_learner[0, :, 0])
-    torch.testing.assert_close(means[1:, 1], by_learner[1, :, 1])
-    # The centre's distance is a learner's that judges the row in any view.
-    torch.testing.assert_close(means[1, 2], by_learner[:, 0, 2].mean())
-    torch.testing.assert_close(means[2, 2], by_learner[0, 1, 2])
-    torch.testing.assert_close(means[3:, 2], by_learner[1, 2:, 2])
+    torch.testing.assert_close(means[:2], anchors)
+    torch.testing.assert_close(means[2:, 0], directions[0, :, 0])
+    torch.testing.assert_close(means[2:, 1], directions[1, :, 1])
+    torch.testing.assert_close(means[2, 2], directions[0, 0, 2])
+    torch.testing.assert_close(means[3:, 2], directions[1, 1:, 2])
     # Where none does, both do.
-    torch.testing.assert_close(means[1:, 3], by_learner[:, :, 3].mean(0))
-    torch.testing.assert_close(neighbourhood.distances(rows)[1:], by_learner.mean(0))
+    torch.testing.assert_close(means[2:, 3], directions[:, :, 3].mean(0))
+    torch.testing.assert_close(neighbourhood.distances(rows)[2:], directions.mean(0))
 
 
-def test_a_normal_is_judged_by_the_learner_that_left_it_out() -> None:
+def test_nothing_is_learned_from_a_normal_to_calibrate_on() -> None:
     rows, labels = data()
     normals, anomalies = rows[:300].astype(np.float32), rows[300:].astype(np.float32)
-    left_out = left_out_in_turn(300, None, 0.25, 0)
+    held_out = np.arange(300) % 3 == 0
 
     def fit(normals: np.ndarray) -> DefaultModel:
-        training = TrainingRows(normals, labels[:300], left_out, anomalies, labels[300:])
+        training = TrainingRows(normals, labels[:300], held_out, anomalies, labels[300:])
         return DefaultModel.fit(training, FAST, seed=0, device=CPU)
 
     model = fit(normals)
     assert model.held_out is not None
-    assert sorted(model.held_out.positions.tolist()) == np.flatnonzero(left_out != NEITHER).tolist()
+    assert sorted(model.held_out.positions.tolist()) == np.flatnonzero(held_out).tolist()
     place = int(model.held_out.positions[0])
     altered = normals.copy()
     altered[place] = 30
     changed = fit(altered)
     before, after = model.to_tensors(), changed.to_tensors()
-    # The learner that left the altered row out has the views and encoders that it had.
-    judge = int(left_out[place])
-    same = [torch.equal(before[f"views.{learner}.knots"], after[f"views.{learner}.knots"]) for learner in (0, 1)]
-    assert same == [judge == 0, judge == 1]
-    own = slice(4 * judge, 4 * judge + 4)
-    assert torch.equal(before["encoders.outer.weight"][own], after["encoders.outer.weight"][own])
-    assert not torch.equal(before["encoders.outer.weight"], after["encoders.outer.weight"])
-
-    known = changed._families[0]
+    learned = [name for name in before if name.startswith(("views.", "encoders.", "trees."))]
+    assert len(learned) > 10
+    assert all(torch.equal(before[name], after[name]) for name in learned)
+    assert not torch.equal(before["normals0.distances"], after["normals0.distances"])
+    # Nor is it held against itself: among the others' tails it is stranger than by those it is part of.
     assert changed.held_out is not None
-    counted = torch.zeros(8, 1, dtype=torch.bool)
-    counted[own] = True
-    row = torch.as_tensor(altered[place : place + 1])
-    itself = (known.neighbourhood.normals == row).all(1)
-    distances = known.neighbourhood.distances(row, known.neighbourhood.families[itself], counted)
-    fused = fuse(changed._weights, known.tails.score(distances), FAST.fusion)
-    assert float(fused) <= -changed.held_out.scores[0] <= float(fused + changed._head_gain)
+    assert -changed.held_out.scores[0] > -changed.score(altered[place : place + 1])[0]
 
 
 @given(st.lists(st.integers(0, 30), min_size=2, max_size=60).filter(lambda codes: len(set(codes)) > 1))
-def test_groups_are_left_out_whole_and_each_learner_leaves_some_out(codes: list[int]) -> None:
+def test_groups_are_left_out_whole_and_each_model_leaves_some_out(codes: list[int]) -> None:
     largest = max(map(codes.count, codes))
-    for share in (0.5, 0.25):
-        left_out = left_out_in_turn(len(codes), np.array(codes, dtype=object), share, 0)
-        pairs = set(zip(codes, left_out.tolist(), strict=True))
-        assert len(pairs) == len(set(codes))
-        for learner in (FIRST, SECOND):
-            assert abs((left_out == learner).sum() - share * len(codes)) <= largest / 2
-            assert share < 0.5 or learner in left_out
-        assert share < 0.5 or NEITHER not in left_out
+    left_out = left_out_in_turn(np.array(codes, dtype=object), 0)
+    assert len(set(zip(codes, left_out.tolist(), strict=True))) == len(set(codes))
+    assert set(left_out.tolist()) == {FIRST, SECOND}
+    assert abs((left_out == FIRST).sum() - len(codes) / 2) <= largest / 2
+
+
+def test_without_groups_both_models_leave_a_third_out() -> None:
+    left_out = left_out_by_both(300, 0.05, 0)
+    assert dict(zip(*np.unique(left_out, return_counts=True), strict=True)) == {NEITHER: 200, BOTH: 100}
 
 
 @pytest.mark.parametrize(
@@ -323,22 +316,22 @@ def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:
         assert torch.equal(value, resumed.model_.to_tensors()[name]), name
 
 
-def test_of_many_normals_each_learner_takes_a_fair_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    learned_from: list[int] = []
+def test_of_many_normals_a_sample_is_learned_from(monkeypatch: pytest.MonkeyPatch) -> None:
+    learned_from: list[np.ndarray] = []
     fit = Views.fit
 
     def counted(normals: np.ndarray) -> Views:
-        learned_from.append(len(normals))
+        learned_from.append(normals)
         return fit(normals)
 
     monkeypatch.setattr(Views, "fit", counted)
-    detector = MDMLDetector(replace(FAST, training_normals=200), random_state=0)
-    detector.fit(*data(n=1000), normal=["ok"])
-    assert len(learned_from) == 2
-    assert all(120 <= n <= 180 for n in learned_from)
-    # Calibration normals of both learners: the first rows are no learner's own.
-    parts = detector.kept_.training().left_out[detector.model_.held_out.positions]
-    assert 0.3 < np.mean(parts == FIRST) < 0.7
+    detector = MDMLDetector(replace(FAST, training_normals=200, judged_normals=150), random_state=0)
+    rows, labels = data(n=1000)
+    detector.fit(rows, labels, normal=["ok"])
+    assert [len(rows) for rows in learned_from] == [200]
+    assert len(detector.calibration_.scores) == 150
+    held_out = detector.kept_.training().normals[detector.model_.held_out.positions]
+    assert not {row.tobytes() for row in learned_from[0]} & {row.tobytes() for row in held_out}
 
 
 def test_a_large_family_is_learned_from_in_part() -> None:
@@ -353,15 +346,15 @@ def test_a_large_family_is_learned_from_in_part() -> None:
 
 def test_embeddings_are_the_encoders_own_in_whatever_thread() -> None:
     generator = torch.Generator().manual_seed(0)
-    encoders = [ResidualEncoder(5, 7) for _ in range(3)]
+    encoders = [ResidualEncoder(5, 7) for _ in range(2 * len(VIEWS))]
     for parameter in (value for encoder in encoders for value in encoder.parameters()):
         parameter.data = torch.randn(parameter.shape, generator=generator) / 3
     weights = {
         name: torch.stack([encoder.state_dict()[name] for encoder in encoders]) for name in encoders[0].state_dict()
     }
-    ensemble = Ensemble(weights, [[], [], []])
-    rows = torch.randn(3, 400, 5, generator=generator)
-    expected = torch.stack([encoder(own) for encoder, own in zip(encoders, rows, strict=True)])
+    ensemble = Ensemble(weights, [[]] * len(encoders))
+    rows = torch.randn(len(VIEWS), 400, 5, generator=generator)
+    expected = torch.stack([encoder(own) for encoder, own in zip(encoders, rows.repeat(2, 1, 1), strict=True)])
     with ThreadPoolExecutor(4) as pool:
         for embedded in pool.map(ensemble.embed, [rows] * 40):
             torch.testing.assert_close(embedded, expected.detach(), rtol=1e-5, atol=1e-6)

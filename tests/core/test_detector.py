@@ -4,12 +4,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from sklearn.base import clone
 from sklearn.metrics import roc_auc_score
 
 from mdml_fast import ArtifactError, InputError, MDMLDetector
 from mdml_fast.artifact import SCHEMA_VERSION
-from mdml_fast.calibration import ConformalCalibration, calibration_split, split_by_group
+from mdml_fast.calibration import ConformalCalibration, split_by_group
 from mdml_fast.meta.paper import PaperConfig
 
 FAST = PaperConfig(outer_steps=20, episodes_per_step=8)
@@ -212,13 +214,48 @@ def test_conformal_p_values_hold_their_rate() -> None:
 
 def test_p_value_counts_ties_against_the_alarm() -> None:
     calibration = ConformalCalibration(np.array([1.0, 2.0, 2.0]))
-    assert calibration.p_value(np.array([0.0, 1.0, 2.0, 9.0])).tolist() == [0.25, 0.5, 1.0, 1.0]
+    p_values = calibration.p_value(np.array([0.0, 1.0, 1.5, 2.0, 9.0]))
+    np.testing.assert_allclose(p_values, [0.25, 0.25, 0.375, 1.0, 1.0], atol=1e-6)
+    # At the level of a whole rank, a row that ties is no alarm.
+    assert p_values[1] > 0.25
+    # Above tied scores there is no line, and the next score has the rank that it has.
+    calibration = ConformalCalibration(np.array([1.0, 1.0, 2.0, 3.0]))
+    p_values = calibration.p_value(np.array([0.0, 1.0, 1.5, 2.0, 2.5, 3.0]))
+    np.testing.assert_allclose(p_values, [0.2, 0.6, 0.6, 0.6, 0.7, 1.0], atol=1e-6)
 
 
-def test_groups_stay_on_one_side() -> None:
-    groups = np.array([f"run{i % 7}" for i in range(100)], dtype=object)
-    train, calibration = calibration_split(100, 0.1, groups, seed=0)
-    assert sorted([*train, *calibration]) == list(range(100))
-    assert not set(groups[train]) & set(groups[calibration])
+scores = st.lists(st.integers(-20, 20) | st.floats(-1e3, 1e3, allow_subnormal=False), min_size=1, max_size=30)
+
+
+@given(scores, scores, st.floats(0.001, 0.999))
+def test_p_values_order_rows_as_scores_do_and_are_no_more_than_a_rank_below_the_plain_ones(
+    calibration: list[float], rows: list[float], level: float
+) -> None:
+    found, given_scores = ConformalCalibration(np.array(calibration, dtype=float)), np.sort(np.array(rows, dtype=float))
+    p_values, n = found.p_value(given_scores), len(calibration)
+    assert (np.diff(p_values) >= 0).all()
+    plain = (np.searchsorted(found.scores, given_scores, side="right") + 1) / (n + 1)
+    assert (p_values <= plain + 1e-12).all()
+    assert (p_values > plain - 1 / (n + 1)).all()
+    np.testing.assert_allclose(found.whole_ranks(p_values), plain, rtol=1e-9)
+    # Alarms of a level are the rows below its score, but for rounding, and for one that ties with a single score.
+    threshold = found.score_threshold(level)
+    clear = np.abs(p_values - level) > 1e-5
+    assert ((p_values <= level) == (given_scores < threshold))[clear].all()
+
+
+def test_between_ranks_a_rate_is_held_exactly_where_plain_p_values_fall_short() -> None:
+    rng = np.random.default_rng(0)
+    found: dict[str, list[float]] = {"lines": [], "plain": []}
+    for _ in range(3000):
+        calibration, new = ConformalCalibration(-rng.exponential(size=150)), -rng.exponential(size=300)
+        p_values = calibration.p_value(new)
+        found["lines"].append((p_values <= 0.01).mean())
+        found["plain"].append((calibration.whole_ranks(p_values) <= 0.01).mean())
+    assert np.mean(found["plain"]) < 0.0075
+    assert 0.0085 < np.mean(found["lines"]) < 0.0103
+
+
+def test_a_split_by_group_leaves_one_on_each_side() -> None:
     rest, held_out = split_by_group(np.array(["a", "b"], dtype=object), 0.01, 0)
     assert len(rest) == len(held_out) == 1
