@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -12,6 +13,9 @@ from torch import Tensor
 from mdml_fast.episodes.directions import Direction
 from mdml_fast.episodes.families import Families
 from mdml_fast.episodes.random import uniform
+
+# Episodes whose rows are drawn at once: that costs little more than one's, and a run takes them one after the other.
+BLOCK = 64
 
 
 class EpisodeBatch(NamedTuple):
@@ -72,6 +76,7 @@ class EpisodeSampler:
             for number, own in enumerate(directions)
         ]
         rng = np.random.default_rng(seed)
+        self._block = functools.lru_cache(maxsize=4)(self._drawn)
         self._id = _FamilyTable(id_families, [direction.id_families for direction in directions], rng, rows.device)
         self._ood = _FamilyTable(ood_families, [direction.ood_families for direction in directions], rng, rows.device)
 
@@ -81,26 +86,26 @@ class EpisodeSampler:
 
     def batch(self, first: int, n_episodes: int) -> EpisodeBatch:
         """Episodes first, …, first + n_episodes - 1."""
-        episode = torch.arange(first, first + n_episodes, device=self.rows.device).unsqueeze(-1)
-        direction = self.directions(first, n_episodes).unsqueeze(-1)
+        end, start = first + n_episodes, first // BLOCK
+        blocks = [self._block(block) for block in range(start, -(-end // BLOCK))]
+        drawn = torch.cat(blocks)[first - start * BLOCK : end - start * BLOCK]
+        support, query = self.rows[drawn[:, : self.n_support]], self.rows[drawn[:, self.n_support :]]
+        is_ood = torch.arange(query.shape[1], device=self.rows.device) >= self.n_query_id
+        return EpisodeBatch(support, query, is_ood.expand(n_episodes, -1), self.directions(first, n_episodes))
+
+    def _drawn(self, block: int) -> Tensor:
+        """The positions of the rows of a block's episodes, int64 [BLOCK, n + q]."""
+        episode = torch.arange(block * BLOCK, (block + 1) * BLOCK, device=self.rows.device).unsqueeze(-1)
+        direction = episode % self.n_directions
         # Each kind of draw has numbers of its own: two for each row, and the cut of each family.
         sizes = [self.n_support, self.n_query_id, self.n_query_ood]
         support, query_id, query_ood = torch.arange(sum(sizes), device=self.rows.device).split(sizes)  # type: ignore[no-untyped-call]
-        support_rows = self._id.draw(self.seed, episode, direction, support, half=0)
-        query_rows = torch.cat(
-            [
-                self._id.draw(self.seed, episode, direction, query_id, half=1),
-                self._ood.draw(self.seed, episode, direction, query_ood, half=None),
-            ],
-            dim=1,
-        )
-        is_ood = torch.arange(query_rows.shape[1], device=self.rows.device) >= self.n_query_id
-        return EpisodeBatch(
-            self.rows[support_rows],
-            self.rows[query_rows],
-            is_ood.expand(n_episodes, -1),
-            direction.squeeze(-1),
-        )
+        draws = [
+            self._id.draw(self.seed, episode, direction, support, half=0),
+            self._id.draw(self.seed, episode, direction, query_id, half=1),
+            self._ood.draw(self.seed, episode, direction, query_ood, half=None),
+        ]
+        return torch.cat(draws, dim=1)
 
 
 def _listed(families: Families, chosen: Sequence[int]) -> str:

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
-from torch import Tensor, nn
+from torch import Tensor
 
 from mdml_fast.errors import ArtifactError
 from mdml_fast.files import replace_file
+from mdml_fast.meta.adam import Adam
 from mdml_fast.meta.history import History
 
 SECONDS_BETWEEN_SAVES = 2.0
@@ -32,8 +31,8 @@ class Checkpoint:
         self.path, self.fingerprint, self.resume = path, fingerprint, resume
         self._last_save = -SECONDS_BETWEEN_SAVES
 
-    def restore(self, params: Mapping[str, nn.Parameter], optimizer: torch.optim.Adam, history: History) -> None:
-        """Fill parameters, optimiser and the history of the steps done from the file, where there is one.
+    def restore(self, optimizer: Adam, history: History) -> None:
+        """Fill the parameters, their moments and the history of the steps done from the file, where there is one.
 
         Raises:
             ArtifactError: the file is damaged, or of another run.
@@ -50,24 +49,24 @@ class Checkpoint:
             raise ArtifactError(
                 f"{self.path} is of a run with other data, settings or versions; repeat those or train without --resume"
             )
-        state = {}
-        for index, (name, param) in enumerate(params.items()):
-            param.data.copy_(tensors[f"param.{name}"])
-            state[index] = {key: tensors[f"{key}.{name}"] for key in ("step", "exp_avg", "exp_avg_sq")}
-        optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+        for name, value in _state(optimizer).items():
+            value.copy_(tensors[name])
         losses, by_direction = json.loads(metadata["history"])
+        optimizer.n_steps = len(losses)
         history.losses.extend(losses)
         history.by_direction.extend(by_direction)
 
-    def save_sometimes(self, params: Mapping[str, nn.Parameter], optimizer: torch.optim.Adam, history: History) -> None:
+    def save_sometimes(self, optimizer: Adam, history: History) -> None:
         """Write the file, unless that was done less than two seconds ago."""
         if time.monotonic() - self._last_save < SECONDS_BETWEEN_SAVES:
             return
-        tensors: dict[str, Tensor] = {}
-        for name, param in params.items():
-            tensors[f"param.{name}"] = param.detach()
-            tensors |= {f"{key}.{name}": value for key, value in optimizer.state[param].items()}
         metadata = {"fingerprint": self.fingerprint, "history": json.dumps([history.losses, history.by_direction])}
         with replace_file(self.path) as temporary:
-            temporary.write_bytes(save(tensors, metadata))
+            temporary.write_bytes(save(_state(optimizer), metadata))
         self._last_save = time.monotonic()
+
+
+def _state(optimizer: Adam) -> dict[str, Tensor]:
+    """The parameters and their moments, by name."""
+    parts = {"param": optimizer.params, "first": optimizer.first, "second": optimizer.second}
+    return {f"{part}.{name}": value for part, tensors in parts.items() for name, value in tensors.items()}

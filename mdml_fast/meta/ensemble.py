@@ -13,6 +13,7 @@ from torch import Tensor
 from mdml_fast.data.labelled import Names
 from mdml_fast.data.views import VIEWS
 from mdml_fast.episodes import Direction, EpisodeSampler, Families, synthetic_rows
+from mdml_fast.meta.adam import Adam
 from mdml_fast.meta.checkpoint import Checkpoint
 from mdml_fast.meta.encoders import ResidualEncoder
 from mdml_fast.meta.engine import MetaEngine
@@ -135,22 +136,17 @@ def train_ensemble(
         for name, weight in previous.weights.items():
             engine.parameters()[f"encoder.{name}"].data.copy_(weight)
     _start_at_the_data(engine, sampler, config)
-    rates = {"encoder.log_scale": config.scale_rate, "loss.background": config.scale_rate}
-    # Adam's weight decay w adds w·p to the gradient of p: that of w/2·p².
+    rates = dict.fromkeys(engine.parameters(), config.network_rate)
+    rates |= {"encoder.log_scale": config.scale_rate, "loss.background": config.scale_rate}
+    # w·p is the gradient of w/2·p².
     decay = {
         "encoder.log_scale": 2 * config.shrinkage / anomalies.shape[-1],
         "encoder.outer.weight": 2 * config.shrinkage,
     }
-    optimizer = torch.optim.Adam(
-        [
-            {"params": [param], "lr": rates.get(name, config.network_rate), "weight_decay": decay.get(name, 0.0)}
-            for name, param in engine.parameters().items()
-        ]
-    )
     history = train(
         engine,
         sampler,
-        optimizer,
+        Adam(engine.parameters(), rates, decay),
         n_steps=config.further_steps if previous else config.steps,
         episodes_per_step=len(halves),
         progress=progress,

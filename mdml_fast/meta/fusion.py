@@ -12,6 +12,7 @@ from torch.nn.functional import softplus
 
 from mdml_fast.data.encoding import Floats
 from mdml_fast.data.labelled import Names
+from mdml_fast.meta.adam import Adam
 
 
 @dataclass(frozen=True)
@@ -67,15 +68,14 @@ def learn_weights(normals: Tensor, anomalies: Tensor, labels: Names, prior: Tens
     prior = prior.to(normals)
     quantiles = torch.tensor(config.quantiles, dtype=normals.dtype, device=normals.device)
     logits = prior.log().requires_grad_()
-    optimizer = torch.optim.Adam([logits], lr=config.rate)
+    optimizer = Adam({"logits": logits}, {"logits": config.rate})
     for _ in range(config.steps):
         weights = logits.softmax(0)
         thresholds = fuse(weights, normals, config).quantile(quantiles)
         missed = softplus(thresholds.unsqueeze(1) - fuse(weights, anomalies, config)).mean(0) @ share
         divergence = weights @ (weights / prior).log()
-        optimizer.zero_grad()
-        (missed + config.pull / len(families) * divergence).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
+        (grad,) = torch.autograd.grad(missed + config.pull / len(families) * divergence, logits)
+        optimizer.step({"logits": grad})
     return logits.detach().softmax(0)
 
 

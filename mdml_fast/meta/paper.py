@@ -21,6 +21,7 @@ from mdml_fast.episodes import (
     normal_families,
     synthetic_rows,
 )
+from mdml_fast.meta.adam import Adam
 from mdml_fast.meta.checkpoint import Checkpoint
 from mdml_fast.meta.engine import MetaEngine
 from mdml_fast.meta.history import History
@@ -140,7 +141,7 @@ class PaperModel:
         history = train(
             engine,
             _sampler(rows, config, seed, device),
-            torch.optim.Adam(engine.parameters().values(), lr=config.outer_lr),
+            Adam(engine.parameters(), dict.fromkeys(engine.parameters(), config.outer_lr)),
             n_steps=config.further_steps if previous else config.outer_steps,
             episodes_per_step=config.episodes_per_step,
             progress=progress,

@@ -6,9 +6,8 @@ import logging
 import time
 from typing import Protocol
 
-import torch
-
 from mdml_fast.episodes import EpisodeSampler
+from mdml_fast.meta.adam import Adam
 from mdml_fast.meta.checkpoint import Checkpoint
 from mdml_fast.meta.engine import MetaEngine
 from mdml_fast.meta.history import History
@@ -28,7 +27,7 @@ class Progress(Protocol):
 def train(
     engine: MetaEngine,
     sampler: EpisodeSampler,
-    optimizer: torch.optim.Adam,
+    optimizer: Adam,
     *,
     n_steps: int,
     episodes_per_step: int,
@@ -43,7 +42,7 @@ def train(
     Args:
         engine: what is trained.
         sampler: where its episodes come from.
-        optimizer: Adam over all meta-parameters, in their order.
+        optimizer: of all meta-parameters.
         n_steps: outer steps.
         episodes_per_step: how many episodes a step's gradient is of.
         progress: told after each step.
@@ -52,20 +51,18 @@ def train(
     Returns:
         The losses of the steps.
     """
-    params, history = engine.parameters(), History(sampler.direction_names, [], [])
+    history = History(sampler.direction_names, [], [])
     if checkpoint:
-        checkpoint.restore(params, optimizer, history)
+        checkpoint.restore(optimizer, history)
     already = len(history.losses)
     steps = MetaScheduler(engine).stream(sampler, n_steps=n_steps, episodes_per_step=episodes_per_step, done=already)
     start = time.perf_counter()
     with single_thread():  # between chunks
         for step, out in enumerate(steps, start=already):
-            for name, param in params.items():
-                param.grad = out.grads[name]
-            optimizer.step()
+            optimizer.step(out.grads)
             history.add(out.loss, sampler.directions(step * episodes_per_step, episodes_per_step))
             if checkpoint:
-                checkpoint.save_sometimes(params, optimizer, history)
+                checkpoint.save_sometimes(optimizer, history)
             if progress:
                 progress(step + 1, n_steps, history.losses[-1])
     seconds, n_episodes = time.perf_counter() - start, (n_steps - already) * episodes_per_step
