@@ -7,6 +7,8 @@ whatever the products compute in.
 from __future__ import annotations
 
 import torch
+from mdml_kernels.native import layers
+from mdml_kernels.native import library as native
 from torch import Tensor, nn
 
 from mdml_fast.meta.fused_layers import BatchedLayer, Buffers, Layer, Use, Weights, read_linear
@@ -51,30 +53,63 @@ class BatchedPrototypes:
     """``ℓ_k = -|z - c_k|² / 2τ²`` with embeddings of the support as centers c [C, K, z]."""
 
     def __init__(self, weights: Weights, dtype: torch.dtype) -> None:
-        self.variance, self.dtype = weights.master["head.variance"], dtype
+        self.variance, self.dtype = weights.master["head.variance"].view(-1, 1, 1), dtype
         self.z = self.centers = self.variance
 
     def logits(self, z: Tensor, centers: Tensor) -> Tensor:
         """Logits [C, n, K] of embeddings z [C, n, z]."""
         self.z, self.centers = z, centers
         logits = torch.bmm(z, centers.mT).to(self.dtype)
-        logits.sub_(self._half_squares(z).unsqueeze(-1)).sub_(self._half_squares(centers).unsqueeze(-2))
-        return logits.div_(self.variance.view(-1, 1, 1))
+        logits.sub_(half_squares(z, self.dtype)).sub_(half_squares(centers, self.dtype).mT)
+        return logits.div_(self.variance)
 
     def pull(self, grad: Tensor, use: Use | None) -> tuple[Tensor, Tensor | None]:
         """As `BatchedLinearHead.pull`; there are no parameters to be told of. grad is overwritten."""
         del use
         z, centers = self.z, self.centers
-        grad.div_(self.variance.view(-1, 1, 1))
+        grad.div_(self.variance)
         by_row, by_center = grad.sum(-1, keepdim=True).to(z.dtype), grad.sum(-2).unsqueeze(-1).to(z.dtype)
         grad = grad.to(z.dtype)
         grad_z = torch.bmm(grad, centers).addcmul_(by_row, z, value=-1)
         return grad_z, torch.bmm(grad.mT, z).addcmul_(by_center, centers, value=-1)
 
-    def _half_squares(self, z: Tensor) -> Tensor:
-        """|z|²/2 [C, n] of embeddings [C, n, z]."""
-        norms: Tensor = torch.linalg.vector_norm(z, dim=-1, dtype=self.dtype)
-        return norms.square() / 2
+
+class CompiledPrototypes(BatchedPrototypes):
+    """The same by the compiled kernels, as a layer of weights c / τ² and biases -|c|² / 2τ².
+
+    A further feature, |z|² / 2 with the weight -1 / τ², gives the rest, and sums the gradient over the centers.
+    """
+
+    def __init__(self, weights: Weights, buffers: Buffers) -> None:
+        super().__init__(weights, torch.float32)
+        self.buffers = buffers
+        self.rows = self.weight = self.variance
+
+    def logits(self, z: Tensor, centers: Tensor) -> Tensor:
+        """Logits [C, n, K] of embeddings z [C, n, z], in a buffer."""
+        self.z, self.centers = z, centers
+        self.rows = torch.cat([z, half_squares(z, self.dtype)], -1)
+        self.weight = torch.cat([centers, -torch.ones_like(centers[..., :1])], -1).div_(self.variance)
+        bias = -half_squares(centers, self.dtype).mT / self.variance
+        logits = self.buffers.take("logits", (*z.shape[:2], centers.shape[1]), self.dtype)
+        layers.forward(self.rows, self.weight, bias.contiguous(), False, logits)
+        return logits
+
+    def pull(self, grad: Tensor, use: Use | None) -> tuple[Tensor, Tensor | None]:
+        """See `BatchedPrototypes.pull`."""
+        del use
+        by_row, by_weight = torch.empty_like(self.rows), torch.empty_like(self.weight)
+        by_bias = self.weight.new_empty(len(grad), 1, self.weight.shape[1])
+        layers.pull(grad, self.weight, None, by_row)
+        layers.step(grad, self.rows, 1.0, (None, None), (by_weight, by_bias))
+        grad_z = torch.addcmul(by_row[..., :-1], by_row[..., -1:], self.z)
+        return grad_z, by_weight[..., :-1].addcmul_(by_bias.mT, self.centers, value=-1).div_(self.variance)
+
+
+def half_squares(z: Tensor, dtype: torch.dtype) -> Tensor:
+    """|z|²/2 [C, n, 1] of embeddings [C, n, z]."""
+    norms: Tensor = torch.linalg.vector_norm(z, dim=-1, keepdim=True, dtype=dtype)
+    return norms.square() / 2
 
 
 def batched_head(
@@ -83,4 +118,7 @@ def batched_head(
     """The head, as `read_head` gave it, for so many rows of this dtype."""
     if isinstance(head, Layer):
         return BatchedLinearHead(head, weights, n_episodes, n_rows, buffers, dtype)
+    variance = weights.master["head.variance"]
+    if native.serves(variance) and weights.compute is weights.master:
+        return CompiledPrototypes(weights, buffers)
     return BatchedPrototypes(weights, dtype)
