@@ -15,6 +15,7 @@ from mdml_fast.meta.fused_folding import GRADIENTS, Folding, read_folding
 from mdml_fast.meta.fused_heads import batched_head, read_head
 from mdml_fast.meta.fused_layers import BatchedNetwork, Buffers, read_encoder
 from mdml_fast.meta.fused_program import Program, Recipe
+from mdml_fast.meta.fused_prototypes import PrototypeKernels, takes_prototypes
 from mdml_fast.meta.on_gpu import Replayed
 from mdml_fast.meta.settings import EngineSettings, Parameters
 
@@ -37,6 +38,7 @@ class FusedPath:
         self._kernels: dict[Folding | None, EpisodeKernels] = {}
         if takes_kernels(self._recipe):
             self._kernels = {folding: EpisodeKernels(self._recipe, folding) for folding in (None, self._recipe.folding)}
+        self._prototypes = PrototypeKernels(self._recipe) if takes_prototypes(self._recipe) else None
         self._kept = threading.local()
 
     def adapt(self, values: Parameters, support: Tensor, stacked: bool) -> Parameters:
@@ -76,6 +78,8 @@ class FusedPath:
             ]
             losses, grads = zip(*parts, strict=True)
             return torch.cat(losses), {name: torch.cat([part[name] for part in grads]) for name in grads[0]}
+        if self._prototypes and self._prototypes.serves(values, support, stacked):
+            return self._prototypes.gradients(values, support, query, is_ood)
         kernels, layers = self._serving(values, support, query.shape[1], stacked)
         if kernels and layers:
             return kernels.gradients(layers, values, (support, query, is_ood), min(group, len(support)))
@@ -90,6 +94,8 @@ class FusedPath:
     def shares_threads(self, values: Parameters, stacked: bool) -> bool:
         """See `GenericPath`."""
         first = next(iter(values.values()))
+        if self._prototypes:
+            return self._prototypes.serves(values, first, stacked)
         return bool(self._kernels) and all(one.layers(values, first, stacked) for one in self._kernels.values())
 
     def finished(self, values: Parameters, grads: Parameters) -> Parameters:

@@ -1,0 +1,169 @@
+// Whole episodes of a residual encoder and a prototype head: embeddings, logits, the outer loss (`bce`, of confidence
+// `mass`) and its gradients, one episode after the other, so that all of it stays in the processor's own caches.
+#include "layer.h"
+#include "margin.h"
+
+#include <cmath>
+
+namespace mdml {
+
+extern "C" {
+
+// Of each episode, one behind the other: n_support rows, whose embeddings are the prototypes, and n_query rows of d
+// features; the encoder z = x exp(log_scale) + outer relu(inner x + bias), inner [h, d] and outer [d, h]; the variance
+// of the logits -|z - c|^2 / (2 variance); tau and the background (null: 1 and none); the loss, and the gradients to all
+// of these but variance and tau.
+struct PrototypeProgram {
+  int64_t n_support, n_query, d, h;
+  const float *support, *query;
+  const uint8_t* is_ood;
+  const float *log_scale, *inner, *bias, *outer, *variance, *tau, *background;
+  float *loss, *by_log_scale, *by_inner, *by_bias, *by_outer, *by_background;
+};
+
+}  // extern "C"
+
+namespace {
+
+// A thread's own memory for its episodes.
+struct Space {
+  Buffer<float> rows, hidden, z, half_squares, scale, logits, by_odds, by_z, by_hidden, by_center;
+  Buffer<float> stacked_rows, stacked, turned;
+};
+
+class PrototypeEpisode {
+ public:
+  PrototypeEpisode(const PrototypeProgram& program, Space& space)
+      : of(program), n(of.n_support + of.n_query), d(of.d), h(of.h), space(space) {
+    rows = space.rows.take(n * d), hidden = space.hidden.take(n * h), z = space.z.take(n * d);
+    half_squares = space.half_squares.take(n), scale = space.scale.take(d);
+    logits = space.logits.take(of.n_query * of.n_support), by_odds = space.by_odds.take(of.n_query);
+    by_z = space.by_z.take(n * d), by_hidden = space.by_hidden.take(n * h);
+    by_center = space.by_center.take(of.n_support);
+  }
+
+  void gradients(int64_t e) {
+    memcpy(rows, of.support + e * of.n_support * d, of.n_support * d * sizeof(float));
+    memcpy(rows + of.n_support * d, of.query + e * of.n_query * d, of.n_query * d * sizeof(float));
+    embed(e);
+    compare(e);
+    margin_gradient(e);
+    pull_logits(e);
+    pull_embeddings(e);
+  }
+
+ private:
+  const PrototypeProgram& of;
+  const int64_t n, d, h;
+  Space& space;
+  // Support, then query rows and their embeddings; logits become their own gradient.
+  float *rows, *hidden, *z, *half_squares, *scale, *logits, *by_odds, *by_z, *by_hidden, *by_center;
+
+  const float* queries() const { return z + of.n_support * d; }
+
+  void embed(int64_t e) {
+    for (int64_t j = 0; j < d; ++j) scale[j] = std::exp(of.log_scale[e * d + j]);
+    const float* inner = Singles::turned(of.inner + e * h * d, h, d, space.turned);
+    layer_forward<Singles, Singles>({n, d, h}, rows, inner, of.bias + e * h, true, hidden);
+    const Operands<Singles> products = {hidden, Singles::turned(of.outer + e * d * h, d, h, space.turned), h, 1, padded(d), h};
+    product(products, n, d, [=](int64_t i, int64_t j, Floats sums, int64_t left) INLINE {
+      const Floats x = load_some(rows + i * d + j, left, 0.0f);
+      store_some(z + i * d + j, sums + x * load_some(scale + j, left, 0.0f), left);
+    });
+    for (int64_t i = 0; i < n; ++i) {
+      Floats squares = {};
+      sweep(d, [&](int64_t j, int64_t left) INLINE {
+        const Floats value = load_some(z + i * d + j, left, 0.0f);
+        squares += value * value;
+      });
+      half_squares[i] = reduce(squares, sum<Floats>)[0] / 2;
+    }
+  }
+
+  // The logits of the query rows: (z c - |z|^2 / 2 - |c|^2 / 2) / variance.
+  void compare(int64_t e) {
+    const float by = 1.0f / of.variance[e], *of_rows = half_squares + of.n_support;
+    const int64_t k = of.n_support;
+    const Operands<Singles> products = {queries(), Singles::turned(z, k, d, space.turned), d, 1, padded(k), d};
+    product(products, of.n_query, k, [=](int64_t i, int64_t j, Floats sums, int64_t left) INLINE {
+      sums -= of_rows[i] + load_some(half_squares + j, left, 0.0f);
+      store_some(logits + i * k + j, sums * by, left);
+    });
+  }
+
+  void margin_gradient(int64_t e) {
+    const int64_t k = of.n_support;
+    const uint8_t* is_ood = of.is_ood + e * of.n_query;
+    const EpisodeLogits episode = {logits, k, of.n_query, k, of.tau ? of.tau[e] : 1.0f,
+                                   of.background ? of.background + e : nullptr};
+    const int64_t n_ood = std::count_if(is_ood, is_ood + of.n_query, [](uint8_t is) { return is; });
+    const int64_t n_id = of.n_query - n_ood;
+    // Of the mean over each side; negative for ID rows.
+    const float by_ood = n_ood ? 1.0f / n_ood : 0.0f, by_id = n_id ? -1.0f / n_id : 0.0f;
+    Floats total = {}, by_background = {};
+    for (int64_t i = 0; i < of.n_query; i += W) {
+      const Rows block = episode.rows(i);
+      const Statistics found = statistics(block, all(episode.tau));
+      const Floats log_sum = log_all(found), odds = odds_of(episode, found, log_sum, true);
+      const Floats weight = mean_weights(is_ood + i, block.n, by_id, by_ood);
+      // -log S of ID rows, -log (1 - S) of OOD rows: log(1 + e^y) of minus or plus the odds.
+      const Floats y = weight < 0.0f ? -odds : odds;
+      const Floats in_use = LANES < static_cast<int32_t>(block.n) ? all(1.0f) : all(0.0f);
+      total += in_use == 0.0f ? all(0.0f) : magnitude(weight) * log_add(all(0.0f), y);
+      const Floats slope = weight * sigmoid_of(y);
+      const Floats by = pull_odds(episode, i, slope, log_sum, Ints{} - 1, true, logits + i * k);
+      by_background += in_use == 0.0f ? all(0.0f) : by;
+      store_some(by_odds + i, slope * episode.tau, block.n);
+    }
+    of.loss[e] = reduce(total, sum<Floats>)[0];
+    if (of.by_background) of.by_background[e] = reduce(by_background, sum<Floats>)[0];
+  }
+
+  // To the embeddings: of query rows (G c - z ΣG) / variance, of prototypes (G^T z - c ΣG) / variance. A row of G is its
+  // slope by the odds times shares that sum to 1.
+  void pull_logits(int64_t e) {
+    const int64_t k = of.n_support;
+    const float by = 1.0f / of.variance[e], *z_of_rows = queries();
+    float* by_rows = by_z + k * d;
+    const Operands<Singles> products = {logits, Singles::stacked(z, k, d, space.stacked), k, 1, padded(d), k};
+    product(products, of.n_query, d, [=](int64_t i, int64_t j, Floats sums, int64_t left) INLINE {
+      sums -= by_odds[i] * load_some(z_of_rows + i * d + j, left, 0.0f);
+      store_some(by_rows + i * d + j, sums * by, left);
+    });
+    const float* stacked = Singles::stacked(z_of_rows, of.n_query, d, space.stacked);
+    layer_step<Singles>({of.n_query, d, k}, logits, stacked, 1.0f, {}, {by_z, by_center});
+    for (int64_t i = 0; i < k; ++i)
+      sweep(d, [&](int64_t j, int64_t left) INLINE {
+        const Floats sums = load_some(by_z + i * d + j, left, 0.0f);
+        store_some(by_z + i * d + j, (sums - by_center[i] * load_some(z + i * d + j, left, 0.0f)) * by, left);
+      });
+  }
+
+  void pull_embeddings(int64_t e) {
+    sweep(d, [&](int64_t j, int64_t left) INLINE {
+      Floats total = {};
+      for (int64_t i = 0; i < n; ++i)
+        total += load_some(by_z + i * d + j, left, 0.0f) * load_some(rows + i * d + j, left, 0.0f);
+      store_some(of.by_log_scale + e * d + j, total * load_some(scale + j, left, 0.0f), left);
+    });
+    layer_step<Singles>({n, h, d}, by_z, Singles::stacked(hidden, n, h, space.stacked), 1.0f, {},
+                        {of.by_outer + e * d * h, nullptr});
+    layer_pull<Singles>({n, h, d}, by_z, Singles::stacked(of.outer + e * d * h, d, h, space.stacked), hidden, by_hidden);
+    layer_step<Singles>({n, d, h}, by_hidden, Singles::stacked(rows, n, d, space.stacked_rows), 1.0f, {},
+                        {of.by_inner + e * h * d, of.by_bias + e * h});
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+// Of the episodes from `begin` to `end`.
+void mdml_prototype_gradients(int64_t begin, int64_t end, const PrototypeProgram* program) {
+  static thread_local Space space;
+  PrototypeEpisode episode(*program, space);
+  for (int64_t e = begin; e < end; ++e) episode.gradients(e);
+}
+
+}  // extern "C"
+}  // namespace mdml
