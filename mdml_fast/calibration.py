@@ -18,7 +18,7 @@ Positions = npt.NDArray[np.intp]
 Counts = npt.NDArray[np.int64]
 
 # The share of the normals that is kept out of training to calibrate on.
-CALIBRATION_SHARE = 1 / 3
+CALIBRATION_SHARE = 0.25
 # More calibration normals than this only cost time: a rate of 1 % is then known to a tenth of itself.
 CALIBRATION_ROWS = 10_000
 # A score that equals a calibration score is this share of a rank above it: at levels of whole ranks it is no alarm.
@@ -202,7 +202,7 @@ def benjamini_hochberg(p_values: Floats, rate: float, counts: Counts | None = No
 def calibration_rows(n_normals: int, false_alarm_rate: float, seed: int) -> Positions:
     """Positions, increasing, of the normals to calibrate on.
 
-    A third of them, at most 10 000; more, up to half, where the promised rate needs it: ⌈1/α⌉ - 1 normals.
+    A quarter of them, at most 10 000; more, up to half, where the promised rate needs it: ⌈1/α⌉ - 1 normals.
 
     Args:
         n_normals: how many normals there are.
