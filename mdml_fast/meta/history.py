@@ -22,10 +22,11 @@ class History(NamedTuple):
 
     def add(self, losses: Tensor, direction: Tensor) -> None:
         """Take a step: the outer losses of its episodes [E], and the number of each one's direction [E]."""
-        losses, direction = losses.cpu(), direction.cpu()
+        losses, direction = losses.cpu().double(), direction.cpu()
         self.losses.append(float(losses.mean()))
-        of_each = [losses[direction == number] for number in range(len(self.directions))]
-        self.by_direction.append([float(own.mean()) if len(own) else None for own in of_each])
+        counts = direction.bincount(minlength=len(self.directions)).tolist()
+        sums = direction.bincount(losses, minlength=len(self.directions)).tolist()
+        self.by_direction.append([total / n if n else None for total, n in zip(sums, counts, strict=True)])
 
     def followed_by(self, later: History) -> History:
         """This training, and then another, some of whose directions may be the same."""
