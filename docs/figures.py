@@ -18,6 +18,7 @@ from matplotlib.lines import Line2D
 from scipy.stats import beta
 
 from mdml_fast import MDMLDetector
+from mdml_fast.calibration import ConformalCalibration
 from mdml_fast.data import digits_table, label_table
 from mdml_fast.data.digits import DIGITS_LABEL, DIGITS_NORMAL
 from mdml_fast.evaluation import class_metrics
@@ -114,7 +115,7 @@ def separation() -> Figure:
         axes.hist(
             scores, bins, density=True, histtype="stepfilled", color=colour, alpha=0.45, label=names[name] + auroc
         )
-    level = -np.sort(detector.calibration_.scores)[int(0.01 * (len(detector.calibration_.scores) + 1)) - 1]
+    level = -detector.calibration_.score_threshold(0.01)
     axes.axvline(level, color=INK, lw=1, ls="--", label="alarms at 1 % from here")
     axes.set_xlabel("anomaly score (minus score_samples)")
     axes.set_yticks([])
@@ -136,14 +137,13 @@ def rates() -> Figure:
     realised = []
     for _ in range(400):
         order = rng.permutation(len(scores))
-        calibration, test = np.sort(scores[order[:n]]), scores[order[n:]]
-        p_values = (np.searchsorted(calibration, test, side="right") + 1) / (n + 1)
+        p_values = ConformalCalibration(scores[order[:n]]).p_value(scores[order[n:]])
         realised.append([(p_values <= rate).mean() for rate in promised])
-    ranks = np.floor(promised * (n + 1))
+    ranks = promised * (n + 1)
     figure = Figure((4.6, 3.6))
     axes = figure.subplots()
     axes.plot([0, 0.2], [0, 0.2], color=OTHER, lw=1, ls="--", label="as promised")
-    low, high = (beta.ppf(q, np.maximum(ranks, 1), n + 1 - ranks) for q in (0.05, 0.95))
+    low, high = (beta.ppf(q, ranks, n + 1 - ranks) for q in (0.05, 0.95))
     axes.fill_between(promised, low, high, color=NORMAL, alpha=0.22, lw=0, label="90 % of calibration sets, in theory")
     axes.plot(promised, np.mean(realised, axis=0), "o", ms=4, color=NORMAL, label="mean of 400 calibration sets")
     axes.set_xlabel("promised rate")
