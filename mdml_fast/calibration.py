@@ -21,7 +21,7 @@ Counts = npt.NDArray[np.int64]
 CALIBRATION_SHARE = 0.25
 # More calibration normals than this only cost time: a rate of 1 % is then known to a tenth of itself.
 CALIBRATION_ROWS = 10_000
-# A score that equals a calibration score is this share of a rank above it: at levels of whole ranks it is no alarm.
+# A score that equals a calibration score is so far on the way to the next: at levels of whole ranks it is no alarm.
 TIE = 1e-6
 
 
@@ -56,14 +56,16 @@ class ConformalCalibration:
         self._codes = None if self.groups is None else np.unique(self.groups, return_inverse=True)[1]
 
     def p_value(self, scores: Floats, groups: Names | None = None) -> Floats:
-        """(k + u) / (n + 1) for each score s [N]: k calibration scores are up to s, and it is u on the way to the next.
+        """(k + 1) k / (k + 1 - u) / (n + 1) for each score [N], where k of n calibration scores are up to it.
 
-        With u = 1, P(p_value ≤ α) ≤ α for a new normal row and every α (Vovk, Gammerman, Shafer, "Algorithmic learning
-        in a random world", 2005), as long as it is exchangeable with the calibration normals: with those of its own
-        group, where the groups of both are given. But at an α between two ranks it is below α, by up to 1 / (n + 1).
-        So u is linear in s between two calibration scores, which keeps the promise where the scores' distribution
-        function is convex, as in a lower tail; above tied scores, which lines don't describe, it stays 1. A row of a
-        group without calibration normals is compared with all.
+        u is how far it is on the way to the next one. With u = 1 these are (k + 1) / (n + 1), and P(p_value ≤ α) ≤ α
+        for a new normal row and every α (Vovk, Gammerman, Shafer, "Algorithmic learning in a random world", 2005), as
+        long as it is exchangeable with the calibration normals: with those of its own group, where the groups of both
+        are given. But at an α between two ranks it is then less than α, by up to 1 / (n + 1). With u from 0 to 1 it is
+        α where the logarithm of the scores' distribution function is linear between two of them, as in the lower tail
+        of scores that are logarithms themselves: U_k^(1-u) U_(k+1)^u has this mean, U the order statistics of uniform
+        variables. Below and above all calibration scores, and above tied ones, u is 1. A row of a group without
+        calibration normals is compared with all.
         """
         p_values = _p_values(self.scores, scores)
         if groups is not None and self.groups is not None:
@@ -102,9 +104,9 @@ class ConformalCalibration:
         rank = math.floor(level * (n + 1) + TIE / 2)
         if rank < 1 or rank > n:
             return -math.inf if rank < 1 else math.inf
-        starts, widths = lines(self.scores)
-        way = max(level * (n + 1) - rank, 0.0) if np.isfinite(starts[rank]) else 0.0
-        return float(self.scores[rank - 1] + way * widths[rank])
+        starts, widths = gaps(self.scores)
+        way = rank + 1 - rank * (rank + 1) / (level * (n + 1)) if np.isfinite(starts[rank]) else 0.0
+        return float(self.scores[rank - 1] + max(way, 0.0) * widths[rank])
 
     def whole_ranks(self, p_values: Floats) -> Floats:
         """P-values [N] rounded up to those of whole ranks, k / (n + 1): of so few values a stream can be counted.
@@ -112,7 +114,7 @@ class ConformalCalibration:
         The law behind `benjamini_hochberg` is theirs, too.
         """
         n = len(self.scores)
-        return np.ceil(p_values * (n + 1) - TIE / 2) / (n + 1)
+        return np.ceil(p_values * (n + 1) - TIE / 4) / (n + 1)
 
     def lowest_rate(self, promise: Promise = Promise.MARGINAL, confidence: float = 0.95) -> float:
         """The lowest rate at which an alarm can be raised at all."""
@@ -135,16 +137,17 @@ class ConformalCalibration:
 
 def _p_values(calibration: Floats, scores: Floats) -> Floats:
     ranks = np.searchsorted(calibration, scores, side="right")
-    starts, widths = lines(calibration)
-    way = (scores - starts[ranks]) / widths[ranks]
-    p_values: Floats = (ranks + way.clip(TIE, 1.0)) / (len(calibration) + 1.0)
+    starts, widths = gaps(calibration)
+    way = ((scores - starts[ranks]) / widths[ranks]).clip(TIE, 1.0)
+    # Of rank 0 the way is 1.
+    p_values: Floats = (ranks + 1) * np.maximum(ranks, 1) / np.maximum(ranks + 1 - way, 1) / (len(calibration) + 1.0)
     return p_values
 
 
-def lines(calibration: Floats) -> tuple[Floats, Floats]:
-    """Where the line begins that p-values of scores between two ordered calibration scores [n] lie on, and its width.
+def gaps(calibration: Floats) -> tuple[Floats, Floats]:
+    """Where the gaps between ordered calibration scores [n] begin, and how wide they are.
 
-    Both by rank [n + 1]: how many of these a score has reached. One that begins at -inf has its end's value all along.
+    Both by rank [n + 1]: how many of these a score has reached. Of a gap that begins at -inf all scores are at the end.
     """
     starts = np.concatenate([[-np.inf], calibration])
     widths = np.concatenate([[1.0], np.diff(calibration), [1.0]])

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mdml_fast.calibration import TIE, lines
+from mdml_fast.calibration import TIE, gaps
 from mdml_fast.data.encoding import SOFT_CLIP, CategoricalColumn, FeatureEncoder, NumericColumn
 from mdml_fast.data.views import CLIP, VIEWS, Views
 from mdml_fast.detector import MDMLDetector
@@ -53,9 +53,12 @@ def _p_value(graph: Graph, calibration: np.ndarray, score: str) -> str:
     """`ConformalCalibration.p_value`, float64 [N]."""
     n = len(calibration)
     rank = graph.op("Squeeze", graph.count_below(calibration[None], graph.op("Unsqueeze", score, [0]), equal=True), [0])
-    starts, widths = (graph.op("Gather", values, rank) for values in lines(calibration))
+    starts, widths = (graph.op("Gather", values, rank) for values in gaps(calibration))
     way = graph.op("Clip", graph.op("Div", graph.op("Sub", score, starts), widths), np.float64(TIE), np.float64(1.0))
-    return str(graph.op("Div", graph.op("Add", graph.cast(rank, DOUBLE), way), np.float64(n + 1)))
+    one, rank = np.float64(1.0), graph.cast(rank, DOUBLE)
+    after = graph.op("Add", rank, one)
+    share = graph.op("Div", graph.op("Max", rank, one), graph.op("Max", graph.op("Sub", after, way), one))
+    return str(graph.op("Div", graph.op("Mul", after, share), np.float64(n + 1)))
 
 
 def onnx_inputs(encoder: FeatureEncoder, table: pa.Table) -> dict[str, np.ndarray]:

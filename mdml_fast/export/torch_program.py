@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from mdml_fast.calibration import TIE, lines
+from mdml_fast.calibration import TIE, gaps
 from mdml_fast.data.encoding import SOFT_CLIP, CategoricalColumn, FeatureEncoder, NumericColumn
 from mdml_fast.detector import MDMLDetector
 from mdml_fast.meta.default import DefaultModel
@@ -79,7 +79,7 @@ class _Program(nn.Module):
         self._columns, self._model = detector.encoder_.columns, model
         self._level = detector.fixed_level()
         calibration = detector.calibration_.scores
-        starts, widths = lines(calibration)
+        starts, widths = gaps(calibration)
         for name, values in {"calibration": calibration, "starts": starts, "widths": widths}.items():
             self.register_buffer(name, torch.from_numpy(values))
 
@@ -87,8 +87,9 @@ class _Program(nn.Module):
         """Score, p-value and alarm."""
         score = self._score(self._encode(numbers, codes)).double()
         rank = torch.searchsorted(self.calibration, score, right=True)
-        way = (score - self.starts[rank]) / self.widths[rank]
-        p_value = (rank.double() + way.clamp(TIE, 1.0)) / (len(self.calibration) + 1.0)
+        way = ((score - self.starts[rank]) / self.widths[rank]).clamp(TIE, 1.0)
+        share = rank.clamp(min=1) / (rank + 1 - way).clamp(min=1)
+        p_value = (rank + 1) * share / (len(self.calibration) + 1.0)
         return score, p_value, p_value <= self._level
 
     def _score(self, rows: Tensor) -> Tensor:

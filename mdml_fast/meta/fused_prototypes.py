@@ -25,7 +25,7 @@ def takes_prototypes(recipe: Recipe) -> bool:
         and (loss.form, loss.confidence) == ("bce", "mass")
         and loss.log_temperature is None
         and settings.inner_steps == 0
-        and settings.dtype in (None, torch.float32)
+        and settings.dtype in (None, torch.float32, torch.bfloat16)
     )
 
 
@@ -37,23 +37,30 @@ class PrototypeKernels:
         inner, outer = recipe.network.layers
         assert recipe.network.log_scale
         assert inner.bias
+        self._narrow = recipe.settings.dtype == torch.bfloat16
         self._names = (recipe.network.log_scale, inner.weight, inner.bias, outer.weight)
 
     def serves(self, values: Parameters, rows: Tensor, stacked: bool) -> bool:
-        """Whether it takes such values and rows on this machine: each episode has parameters of its own."""
-        return stacked and native.serves(rows, values["head.variance"], *(values[name] for name in self._names))
+        """Whether it takes such values and rows [C, n, d] on this machine: each episode has parameters of its own."""
+        encoder = self._encoder(values)
+        if not stacked or not native.serves(rows, values["head.variance"], *encoder):
+            return False
+        return not self._narrow or prototypes.takes_bfloat16(encoder, rows)
 
     def gradients(
         self, values: Parameters, support: Tensor, query: Tensor, is_ood: Tensor
     ) -> tuple[Tensor, Parameters]:
         """See `GenericPath`; a group is one episode."""
-        encoder = prototypes.ResidualEncoder(*(values[name] for name in self._names))
+        encoder = self._encoder(values)
         tau, background = self._recipe.odds_settings(values, support)
         loss, by_encoder, by_background = prototypes.gradients(
-            encoder, values["head.variance"], support, query, is_ood, tau, background
+            encoder, values["head.variance"], support, query, is_ood, tau, background, self._narrow
         )
         grads: Parameters = dict(zip(self._names, by_encoder, strict=True))
         if "loss.background" in self._recipe.trained:
             assert by_background is not None
             grads["loss.background"] = by_background
         return loss, grads
+
+    def _encoder(self, values: Parameters) -> prototypes.ResidualEncoder:
+        return prototypes.ResidualEncoder(*(values[name] for name in self._names))

@@ -18,7 +18,9 @@ DIRECTION = torch.tensor([2, 0, 1, 2, 0])
 pytestmark = pytest.mark.skipif(native.native().library is None, reason="no compiler")
 
 
-def engine(d: int, hidden: int, dtype: torch.dtype = torch.float32, **loss: object) -> MetaEngine:
+def engine(
+    d: int, hidden: int, dtype: torch.dtype = torch.float32, compute: torch.dtype | None = None, **loss: object
+) -> MetaEngine:
     """Values far from the identity, others in each direction."""
     settings = {"background": -1.5, "learn_background": True} | loss
     torch.manual_seed(0)
@@ -28,6 +30,7 @@ def engine(d: int, hidden: int, dtype: torch.dtype = torch.float32, **loss: obje
         0,
         loss=SoftmaxMarginLoss(confidence="mass", form="bce", **settings),
         n_directions=D,
+        dtype=compute,
         path="fused" if dtype == torch.float32 else "generic",
         compile=False,
     )
@@ -74,6 +77,27 @@ def test_it_agrees_with_the_tensor_operations_it_stands_for() -> None:
         torch.testing.assert_close(one.grads[name], other.grads[name], rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.skipif(
+    not (native.native().library and native.native().library.mdml_has_bfloat16()), reason="no products of bfloat16"
+)
+@pytest.mark.parametrize(("n", "q", "d", "hidden"), [(12, 15, 6, 10), (64, 33, 78, 64)])
+def test_bfloat16_products_are_close(n: int, q: int, d: int, hidden: int) -> None:
+    rough, exact = engine(d, hidden, compute=torch.bfloat16), engine(d, hidden, torch.float64)
+    assert rough.shares_threads
+    support, query, is_ood = episodes(n, q, d)
+    out = rough.meta_gradients(support, query, is_ood, DIRECTION)
+    losses, grads = loop_meta_gradients(exact, support.double(), query.double(), is_ood, DIRECTION)
+    assert not torch.equal(out.loss, engine(d, hidden).meta_gradients(support, query, is_ood, DIRECTION).loss)
+    # Operands have 8 bits, and squared distances are small differences: as near as tensor operations come.
+    torch.testing.assert_close(out.loss.double(), losses, rtol=0.02, atol=0.02)
+    rough._path._prototypes = None
+    plain = rough.meta_gradients(support, query, is_ood, DIRECTION)
+    for name, expected in grads.items():
+        assert out.grads[name].dtype == torch.float32
+        error, usual = ((found.grads[name] - expected).norm() / expected.norm() for found in (out, plain))
+        assert error <= 1.5 * usual + 1e-3, name
+
+
 def test_bits_depend_neither_on_threads_nor_on_how_rows_lie() -> None:
     made = engine(30, 40)
     support, query, is_ood = episodes(64, 48, 30)
@@ -103,7 +127,7 @@ def test_a_row_that_is_not_finite_spoils_its_own_direction_alone() -> None:
     [
         ({"n_directions": None}, "shared parameters"),
         ({"inner_steps": 1}, "an inner loop"),
-        ({"dtype": torch.bfloat16}, "bfloat16"),
+        ({"dtype": torch.bfloat16, "encoder": ResidualEncoder(6, 7)}, "an odd width in bfloat16"),
         ({"loss": SoftmaxMarginLoss(background=-1.5, confidence="max")}, "another loss"),
         ({"encoder": nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6))}, "another encoder"),
     ],

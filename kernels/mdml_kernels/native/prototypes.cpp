@@ -1,5 +1,6 @@
 // Whole episodes of a residual encoder and a prototype head: embeddings, logits, the outer loss (`bce`, of confidence
 // `mass`) and its gradients, one episode after the other, so that all of it stays in the processor's own caches.
+#include "bfloat16.h"
 #include "layer.h"
 #include "margin.h"
 
@@ -12,9 +13,9 @@ extern "C" {
 // Of each episode, one behind the other: n_support rows, whose embeddings are the prototypes, and n_query rows of d
 // features; the encoder z = x exp(log_scale) + outer relu(inner x + bias), inner [h, d] and outer [d, h]; the variance
 // of the logits -|z - c|^2 / (2 variance); tau and the background (null: 1 and none); the loss, and the gradients to all
-// of these but variance and tau.
+// of these but variance and tau. Products take operands of bfloat16 if asked; then n_support, d and h are even.
 struct PrototypeProgram {
-  int64_t n_support, n_query, d, h;
+  int64_t n_support, n_query, d, h, bfloat16;
   const float *support, *query;
   const uint8_t* is_ood;
   const float *log_scale, *inner, *bias, *outer, *variance, *tau, *background;
@@ -26,14 +27,20 @@ struct PrototypeProgram {
 namespace {
 
 // A thread's own memory for its episodes.
+template <class Kind>
 struct Space {
-  Buffer<float> rows, hidden, z, half_squares, scale, logits, by_odds, by_z, by_hidden, by_center;
-  Buffer<float> stacked_rows, stacked, turned;
+  Buffer<float> rows, z, half_squares, scale, logits, by_odds, by_z, by_center;
+  Buffer<typename Kind::Stored> hidden, by_hidden;
+  Buffer<typename Kind::Entry> stored, stored_z, stacked, turned;
 };
 
+template <class Kind>
 class PrototypeEpisode {
  public:
-  PrototypeEpisode(const PrototypeProgram& program, Space& space)
+  using Entry = typename Kind::Entry;
+  using Stored = typename Kind::Stored;
+
+  PrototypeEpisode(const PrototypeProgram& program, Space<Kind>& space)
       : of(program), n(of.n_support + of.n_query), d(of.d), h(of.h), space(space) {
     rows = space.rows.take(n * d), hidden = space.hidden.take(n * h), z = space.z.take(n * d);
     half_squares = space.half_squares.take(n), scale = space.scale.take(d);
@@ -55,18 +62,27 @@ class PrototypeEpisode {
  private:
   const PrototypeProgram& of;
   const int64_t n, d, h;
-  Space& space;
+  Space<Kind>& space;
   // Support, then query rows and their embeddings; logits become their own gradient.
-  float *rows, *hidden, *z, *half_squares, *scale, *logits, *by_odds, *by_z, *by_hidden, *by_center;
+  float *rows, *z, *half_squares, *scale, *logits, *by_odds, *by_z, *by_center;
+  Stored *hidden, *by_hidden;
+  const Stored* stored_queries;  // embeddings, as products take them
 
   const float* queries() const { return z + of.n_support * d; }
 
+  // a [m, depth] b, b as Kind lays it out.
+  template <class Finish>
+  static void times(const Stored* a, const Entry* b, int64_t m, int64_t columns, int64_t depth, const Finish& finish) {
+    const int64_t entries = Kind::depth(depth);
+    product(Operands<Kind>{reinterpret_cast<const Entry*>(a), b, entries, 1, padded(columns), entries}, m, columns, finish);
+  }
+
   void embed(int64_t e) {
     for (int64_t j = 0; j < d; ++j) scale[j] = std::exp(of.log_scale[e * d + j]);
-    const float* inner = Singles::turned(of.inner + e * h * d, h, d, space.turned);
-    layer_forward<Singles, Singles>({n, d, h}, rows, inner, of.bias + e * h, true, hidden);
-    const Operands<Singles> products = {hidden, Singles::turned(of.outer + e * d * h, d, h, space.turned), h, 1, padded(d), h};
-    product(products, n, d, [=](int64_t i, int64_t j, Floats sums, int64_t left) INLINE {
+    const Entry* inner = Kind::turned(of.inner + e * h * d, h, d, space.turned);
+    layer_forward<Kind, Kind>({n, d, h}, Kind::stored(rows, n * d, space.stored), inner, of.bias + e * h, true, hidden);
+    const Entry* outer = Kind::turned(of.outer + e * d * h, d, h, space.turned);
+    times(hidden, outer, n, d, h, [=](int64_t i, int64_t j, Floats sums, int64_t left) INLINE {
       const Floats x = load_some(rows + i * d + j, left, 0.0f);
       store_some(z + i * d + j, sums + x * load_some(scale + j, left, 0.0f), left);
     });
@@ -84,8 +100,9 @@ class PrototypeEpisode {
   void compare(int64_t e) {
     const float by = 1.0f / of.variance[e], *of_rows = half_squares + of.n_support;
     const int64_t k = of.n_support;
-    const Operands<Singles> products = {queries(), Singles::turned(z, k, d, space.turned), d, 1, padded(k), d};
-    product(products, of.n_query, k, [=](int64_t i, int64_t j, Floats sums, int64_t left) INLINE {
+    stored_queries = Kind::stored(queries(), of.n_query * d, space.stored_z);
+    const Entry* centers = Kind::turned(z, k, d, space.turned);
+    times(stored_queries, centers, of.n_query, k, d, [=](int64_t i, int64_t j, Floats sums, int64_t left) INLINE {
       sums -= of_rows[i] + load_some(half_squares + j, left, 0.0f);
       store_some(logits + i * k + j, sums * by, left);
     });
@@ -125,13 +142,14 @@ class PrototypeEpisode {
     const int64_t k = of.n_support;
     const float by = 1.0f / of.variance[e], *z_of_rows = queries();
     float* by_rows = by_z + k * d;
-    const Operands<Singles> products = {logits, Singles::stacked(z, k, d, space.stacked), k, 1, padded(d), k};
-    product(products, of.n_query, d, [=](int64_t i, int64_t j, Floats sums, int64_t left) INLINE {
+    const Stored* by_logits = Kind::stored(logits, of.n_query * k, space.stored);
+    const Entry* centers = Kind::stacked(z, k, d, space.stacked);
+    times(by_logits, centers, of.n_query, d, k, [=](int64_t i, int64_t j, Floats sums, int64_t left) INLINE {
       sums -= by_odds[i] * load_some(z_of_rows + i * d + j, left, 0.0f);
       store_some(by_rows + i * d + j, sums * by, left);
     });
-    const float* stacked = Singles::stacked(z_of_rows, of.n_query, d, space.stacked);
-    layer_step<Singles>({of.n_query, d, k}, logits, stacked, 1.0f, {}, {by_z, by_center});
+    const Entry* stacked = Kind::stacked(stored_queries, of.n_query, d, space.stacked);
+    layer_step<Kind>({of.n_query, d, k}, by_logits, stacked, 1.0f, {}, {by_z, by_center});
     for (int64_t i = 0; i < k; ++i)
       sweep(d, [&](int64_t j, int64_t left) INLINE {
         const Floats sums = load_some(by_z + i * d + j, left, 0.0f);
@@ -146,13 +164,21 @@ class PrototypeEpisode {
         total += load_some(by_z + i * d + j, left, 0.0f) * load_some(rows + i * d + j, left, 0.0f);
       store_some(of.by_log_scale + e * d + j, total * load_some(scale + j, left, 0.0f), left);
     });
-    layer_step<Singles>({n, h, d}, by_z, Singles::stacked(hidden, n, h, space.stacked), 1.0f, {},
-                        {of.by_outer + e * d * h, nullptr});
-    layer_pull<Singles>({n, h, d}, by_z, Singles::stacked(of.outer + e * d * h, d, h, space.stacked), hidden, by_hidden);
-    layer_step<Singles>({n, d, h}, by_hidden, Singles::stacked(rows, n, d, space.stacked_rows), 1.0f, {},
-                        {of.by_inner + e * h * d, of.by_bias + e * h});
+    const Stored* stored = Kind::stored(by_z, n * d, space.stored);
+    layer_step<Kind>({n, h, d}, stored, Kind::stacked(hidden, n, h, space.stacked), 1.0f, {},
+                     {of.by_outer + e * d * h, nullptr});
+    layer_pull<Kind>({n, h, d}, stored, Kind::stacked(of.outer + e * d * h, d, h, space.stacked), hidden, by_hidden);
+    layer_step<Kind>({n, d, h}, by_hidden, Kind::stacked(rows, n, d, space.stacked), 1.0f, {},
+                     {of.by_inner + e * h * d, of.by_bias + e * h});
   }
 };
+
+template <class Kind>
+void run(const PrototypeProgram& program, int64_t begin, int64_t end) {
+  static thread_local Space<Kind> space;
+  PrototypeEpisode<Kind> episode(program, space);
+  for (int64_t e = begin; e < end; ++e) episode.gradients(e);
+}
 
 }  // namespace
 
@@ -160,9 +186,10 @@ extern "C" {
 
 // Of the episodes from `begin` to `end`.
 void mdml_prototype_gradients(int64_t begin, int64_t end, const PrototypeProgram* program) {
-  static thread_local Space space;
-  PrototypeEpisode episode(*program, space);
-  for (int64_t e = begin; e < end; ++e) episode.gradients(e);
+#ifdef __AVX512BF16__
+  if (program->bfloat16) return run<Pairs>(*program, begin, end);
+#endif
+  run<Singles>(*program, begin, end);
 }
 
 }  // extern "C"

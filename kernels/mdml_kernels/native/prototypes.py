@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mdml_kernels.native.calls import address, call, whole
+from mdml_kernels.native.library import native
 
 # Fewer products than this are not worth a thread of their own.
 _LEAST_PRODUCTS = 1 << 20
@@ -33,6 +34,13 @@ class ResidualEncoder(NamedTuple):
     outer: Tensor
 
 
+def takes_bfloat16(encoder: ResidualEncoder, support: Tensor) -> bool:
+    """Whether this machine's processor multiplies bfloat16, and widths are even, as it wants them."""
+    library = native().library
+    even = all(size % 2 == 0 for size in (*encoder.inner.shape[1:], support.shape[1]))
+    return even and library is not None and bool(library.mdml_has_bfloat16())
+
+
 def gradients(
     encoder: ResidualEncoder,
     variance: Tensor,
@@ -41,6 +49,7 @@ def gradients(
     is_ood: Tensor,
     tau: Tensor | None,
     background: Tensor | None,
+    bfloat16: bool = False,
 ) -> tuple[Tensor, ResidualEncoder, Tensor | None]:
     """The `bce` loss of confidence `mass` of query rows, and its gradients.
 
@@ -54,6 +63,7 @@ def gradients(
         is_ood: bool [C, q].
         tau: 1/T of the softmax [C], None for 1.
         background: b [C], None for none.
+        bfloat16: whether products take their operands in bfloat16; see `takes_bfloat16`.
 
     Returns:
         The losses [C], the gradients to the encoder, and to the background [C] where there is one.
@@ -68,7 +78,7 @@ def gradients(
     (n_episodes, n_support, d), n_query, h = support.shape, query.shape[1], encoder.bias.shape[1]
     inputs = (support, query, is_ood, *encoder, variance, tau, background)
     outputs = (loss, *grads, by_background)
-    program = _Program(n_support, n_query, d, h, *map(address, (*inputs, *outputs)))
+    program = _Program(n_support, n_query, d, h, bfloat16, *map(address, (*inputs, *outputs)))
     n_products = (n_support + n_query) * d * h * 2 + n_support * n_query * d
     held = (inputs, outputs)
     call("mdml_prototype_gradients", n_episodes, n_products, _LEAST_PRODUCTS, ctypes.byref(program), held=held)
@@ -79,7 +89,7 @@ class _Program(ctypes.Structure):
     """`PrototypeProgram` of prototypes.cpp."""
 
     _fields_ = [
-        *((name, ctypes.c_int64) for name in ("n_support", "n_query", "d", "h")),
+        *((name, ctypes.c_int64) for name in ("n_support", "n_query", "d", "h", "bfloat16")),
         *((name, ctypes.c_void_p) for name in ("support", "query", "is_ood")),
         *((name, ctypes.c_void_p) for name in ("log_scale", "inner", "bias", "outer", "variance", "tau", "background")),
         *((name, ctypes.c_void_p) for name in ("loss", "by_log_scale", "by_inner", "by_bias", "by_outer")),
