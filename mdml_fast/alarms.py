@@ -42,8 +42,11 @@ class AlarmsMixin:
             groups: the group of each row [N]; rows are then compared with the calibration normals of their own group,
                 where it has any.
         """
-        scores = self.score_samples(X)
-        return self.calibration_.p_value(scores, named_groups(groups, len(scores)))
+        return self.p_value_at(self.score_samples(X), groups)
+
+    def p_value_at(self, scores: Floats, groups: Any = None) -> Floats:
+        """The p-values of rows that have these scores already [N]; of whole ranks, where the promise is ``fdr``."""
+        return self.calibration_.p_value(scores, named_groups(groups, len(scores)), self.promise != Promise.FDR)
 
     def decision_function(self, X: Any, groups: Any = None) -> Floats:
         """How far the p-value lies above the level that keeps the promise [N]: below 0 for alarms alone."""
@@ -61,7 +64,7 @@ class AlarmsMixin:
 
     def alarms_at(self, scores: Floats, groups: Any = None) -> Alarms:
         """The alarms of rows that have these scores already [N]; the groups are those of `p_value`."""
-        p_values = self.calibration_.p_value(scores, named_groups(groups, len(scores)))
+        p_values = self.p_value_at(scores, groups)
         return Alarms(scores, p_values, p_values <= self.alarm_level(p_values))
 
     def attainable_notes(self) -> list[str]:

@@ -28,7 +28,8 @@ TIE = 1e-6
 class Promise(StrEnum):
     """What an alarm promises at a rate α.
 
-    - marginal: of new normal rows, a share of α at most is flagged, on average over calibration sets.
+    - marginal: of new normal rows a share of α is flagged, on average over calibration sets of n: where α (n + 1) is
+      whole at most α, and in no case more than the next α for which it is.
     - certificate: with the stated confidence, this calibration set flags a share of α at most. Where rows of a group
       resemble each other, it allows for as many rows less as their alarms come in groups.
     - fdr: of the alarms in a batch, a share of α at most is false, on average over batches.
@@ -40,7 +41,7 @@ class Promise(StrEnum):
 
 
 class ConformalCalibration:
-    """Split-conformal p-values from the scores of normals that nothing was learned from.
+    """Conformal p-values from the scores of normals that were held out.
 
     Args:
         scores: of the calibration normals [n], higher is more normal.
@@ -55,7 +56,7 @@ class ConformalCalibration:
         self.groups = None if groups is None else groups[order].astype(str)
         self._codes = None if self.groups is None else np.unique(self.groups, return_inverse=True)[1]
 
-    def p_value(self, scores: Floats, groups: Names | None = None) -> Floats:
+    def p_value(self, scores: Floats, groups: Names | None = None, between: bool = True) -> Floats:
         """(k + 1) k / (k + 1 - u) / (n + 1) for each score [N], where k of n calibration scores are up to it.
 
         u is how far it is on the way to the next one. With u = 1 these are (k + 1) / (n + 1), and P(p_value ≤ α) ≤ α
@@ -66,12 +67,17 @@ class ConformalCalibration:
         of scores that are logarithms themselves: U_k^(1-u) U_(k+1)^u has this mean, U the order statistics of uniform
         variables. Below and above all calibration scores, and above tied ones, u is 1. A row of a group without
         calibration normals is compared with all.
+
+        Args:
+            scores: of the rows [N].
+            groups: of the rows [N], or None.
+            between: False: u is 1, for what wants whole ranks; there are then few different p-values.
         """
-        p_values = _p_values(self.scores, scores)
+        p_values = _p_values(self.scores, scores, between)
         if groups is not None and self.groups is not None:
             for name in np.unique(self.groups):
                 own = groups.astype(str) == name
-                p_values[own] = _p_values(self.scores[self.groups == name], scores[own])
+                p_values[own] = _p_values(self.scores[self.groups == name], scores[own], between)
         return p_values
 
     def alarm_level(
@@ -85,7 +91,7 @@ class ConformalCalibration:
         """The p-value up to which rows are alarms; 0 where no alarm can keep the promise.
 
         Args:
-            p_values: of the batch [N]; only the FDR depends on them.
+            p_values: of the batch [N], of whole ranks; only the FDR depends on them.
             rate: α in (0, 1).
             promise: of what kind.
             confidence: 1 - δ, of a certificate.
@@ -95,7 +101,7 @@ class ConformalCalibration:
             n = len(self.scores)
             return certified_rank(n, rate, confidence, self._effect(math.ceil(rate * n), confidence)) / (n + 1)
         if promise is Promise.FDR:
-            return benjamini_hochberg(self.whole_ranks(p_values), rate, counts)
+            return benjamini_hochberg(p_values, rate, counts)
         return rate
 
     def score_threshold(self, level: float) -> float:
@@ -107,14 +113,6 @@ class ConformalCalibration:
         starts, widths = gaps(self.scores)
         way = rank + 1 - rank * (rank + 1) / (level * (n + 1)) if np.isfinite(starts[rank]) else 0.0
         return float(self.scores[rank - 1] + max(way, 0.0) * widths[rank])
-
-    def whole_ranks(self, p_values: Floats) -> Floats:
-        """P-values [N] rounded up to those of whole ranks, k / (n + 1): of so few values a stream can be counted.
-
-        The law behind `benjamini_hochberg` is theirs, too.
-        """
-        n = len(self.scores)
-        return np.ceil(p_values * (n + 1) - TIE / 4) / (n + 1)
 
     def lowest_rate(self, promise: Promise = Promise.MARGINAL, confidence: float = 0.95) -> float:
         """The lowest rate at which an alarm can be raised at all."""
@@ -135,10 +133,12 @@ class ConformalCalibration:
         return design_effect(np.arange(len(self.scores)) < flagged, self._codes, confidence)
 
 
-def _p_values(calibration: Floats, scores: Floats) -> Floats:
-    ranks = np.searchsorted(calibration, scores, side="right")
-    starts, widths = gaps(calibration)
-    way = ((scores - starts[ranks]) / widths[ranks]).clip(TIE, 1.0)
+def _p_values(calibration: Floats, scores: Floats, between: bool) -> Floats:
+    ranks, way = np.searchsorted(calibration, scores, side="right"), np.ones(len(scores))
+    if between:
+        starts, widths = (values[ranks] for values in gaps(calibration))
+        within = np.isfinite(starts)
+        way[within] = ((scores[within] - starts[within]) / widths[within]).clip(TIE, 1.0)
     # Of rank 0 the way is 1.
     p_values: Floats = (ranks + 1) * np.maximum(ranks, 1) / np.maximum(ranks + 1 - way, 1) / (len(calibration) + 1.0)
     return p_values
@@ -149,12 +149,12 @@ def gaps(calibration: Floats) -> tuple[Floats, Floats]:
 
     Both by rank [n + 1]: how many of these a score has reached. Of a gap that begins at -inf all scores are at the end.
     """
-    starts = np.concatenate([[-np.inf], calibration])
-    widths = np.concatenate([[1.0], np.diff(calibration), [1.0]])
-    tied = np.flatnonzero(widths[1:-1] == 0)
+    starts, widths = np.concatenate([[-np.inf], calibration]), np.ones(len(calibration) + 1)
+    tied = np.flatnonzero(calibration[1:] == calibration[:-1])
     # Among tied scores, and above them.
     starts[tied + 1] = starts[tied + 2] = starts[-1] = -np.inf
-    widths[tied + 1] = 1.0
+    within = np.flatnonzero(np.isfinite(starts))
+    widths[within] = calibration[within] - calibration[within - 1]
     return starts, widths
 
 
@@ -202,19 +202,25 @@ def benjamini_hochberg(p_values: Floats, rate: float, counts: Counts | None = No
     return float(p_values[order[passing[-1]]]) if len(passing) else 0.0
 
 
-def calibration_rows(n_normals: int, false_alarm_rate: float, seed: int) -> Positions:
+def needed_normals(rate: float, promise: Promise, confidence: float) -> int:
+    """How many calibration normals it takes for alarms at a rate α: ⌈1/α⌉ - 1, and more for a certificate."""
+    if promise is Promise.CERTIFICATE:
+        return math.ceil(math.log(1 - confidence) / math.log(1 - rate))
+    return math.ceil(1 / rate) - 1
+
+
+def calibration_rows(n_normals: int, needed: int, seed: int) -> Positions:
     """Positions, increasing, of the normals to calibrate on.
 
-    A quarter of them, at most 10 000; more, up to half, where the promised rate needs it: ⌈1/α⌉ - 1 normals.
+    A quarter of them; more, up to half, where the promise needs it; at most 10 000.
 
     Args:
         n_normals: how many normals there are.
-        false_alarm_rate: the promised rate α.
+        needed: how many the promise needs.
         seed: of the choice.
     """
-    needed = math.ceil(1 / false_alarm_rate) - 1
-    share = min(math.ceil(CALIBRATION_SHARE * n_normals), CALIBRATION_ROWS)
-    n_calibration = min(n_normals // 2, max(share, needed))
+    share = max(math.ceil(CALIBRATION_SHARE * n_normals), needed)
+    n_calibration = min(n_normals // 2, share, CALIBRATION_ROWS)
     return np.sort(np.random.default_rng(seed).permutation(n_normals)[:n_calibration])
 
 
@@ -225,9 +231,14 @@ def split_by_group(groups: Names, share: float, seed: int) -> tuple[Positions, P
         InputError: there is one group only.
     """
     names, codes = np.unique(groups.astype(str), return_inverse=True)
-    if len(names) < 2:
-        raise InputError(f"all normal rows are of one group, {names[0]!r}; a split needs two: leave the group out")
+    check_groups(names)
     n_held_out = min(max(round(share * len(names)), 1), len(names) - 1)
     splitter = GroupShuffleSplit(1, test_size=n_held_out, random_state=seed)
     rest, held_out = next(splitter.split(codes, groups=codes))
     return rest, held_out
+
+
+def check_groups(names: npt.NDArray[np.str_]) -> None:
+    """Raise InputError where there is one group only."""
+    if len(names) < 2:
+        raise InputError(f"all normal rows are of one group, {names[0]!r}; a split needs two: leave the group out")

@@ -12,7 +12,7 @@ from sklearn.utils import Tags, check_random_state
 from sklearn.utils.validation import check_is_fitted
 
 from mdml_fast.alarms import AlarmsMixin
-from mdml_fast.calibration import ConformalCalibration
+from mdml_fast.calibration import ConformalCalibration, Promise, needed_normals
 from mdml_fast.data import FeatureEncoder, as_table
 from mdml_fast.data.encoding import Floats, Rows
 from mdml_fast.errors import InputError
@@ -110,11 +110,11 @@ class MDMLDetector(AlarmsMixin, OutlierMixin, BaseEstimator):  # type: ignore[mi
             X: N rows: a pyarrow, pandas or polars table, or an array [N, d].
             y: class of each row [N]; None means that all are normal. Without anomalies it learns from normals alone.
             normal: the names of the normal classes; overrides the constructor's.
-            groups: group of each row [N]: what judges a normal to calibrate on has learned nothing from its group, and
-                a normal is not compared with its own group; that takes a second training. They are remembered for
-                `p_value`.
-            progress: told after each outer step.
-            checkpoint: a file for the state of the run, which stays when the run is cut off.
+            groups: group of each row [N]: what judges a normal to calibrate on has learned nothing from its group (but
+                the scales of the columns), and a normal is not compared with its own group. By ``default`` that takes
+                a second training, so that no group is without calibration normals. They are remembered for `p_value`.
+            progress: told after each outer step, of the second training too.
+            checkpoint: a file for the state of the first training, which stays when the run is cut off.
             resume: go on from that file, where there is one.
 
         Raises:
@@ -130,7 +130,8 @@ class MDMLDetector(AlarmsMixin, OutlierMixin, BaseEstimator):  # type: ignore[mi
         group_names = named_groups(groups, table.num_rows)
         parts = np.full(len(labels), ANOMALY, dtype=np.int8)
         if group_names is None:
-            parts[normals] = left_out_by_both(len(normals), self.false_alarm_rate, seed)
+            needed = needed_normals(self.false_alarm_rate, Promise(self.promise), self.confidence)
+            parts[normals] = left_out_by_both(len(normals), needed, seed)
         else:
             parts[normals] = left_out_in_turn(group_names[normals], seed)
         self.encoder_ = FeatureEncoder.fit(table, is_normal, np.flatnonzero(parts != BOTH))
@@ -156,7 +157,8 @@ class MDMLDetector(AlarmsMixin, OutlierMixin, BaseEstimator):  # type: ignore[mi
 
         Training goes on for a few steps, on these rows and on a bounded sample of all earlier ones, which the detector
         keeps: what it costs does not grow with what it has seen. Columns stay encoded as they are: a column that was
-        constant at first stays unused, a category that was unknown stays one of the others.
+        constant at first stays unused, a category that was unknown stays one of the others. With groups the second
+        training (see `fit`) starts over.
 
         Args:
             X: N rows, as in `fit`.
@@ -221,15 +223,16 @@ class MDMLDetector(AlarmsMixin, OutlierMixin, BaseEstimator):  # type: ignore[mi
     ) -> tuple[Model, HeldOut]:
         """The model, and the normals to calibrate on with their scores.
 
-        What is left out in turn gets a sibling of the model, from scratch, which judges what the model learns from.
+        What is left out in turn gets a sibling of the model, from scratch, which judges what the model learns from, if
+        their scores mean the same.
         """
         fit = model_class(config).fit
         given = rows.training(FIRST)
         model: Model = fit(given, config, seed=seed, previous=previous, checkpoint=checkpoint, resume=resume, **how)
         assert model.held_out is not None
-        if not rows.in_turn:
+        if not (rows.in_turn and model.comparable):
             return model, model.held_out
-        sibling: Model = fit(rows.training(SECOND), config, seed=seed, **how | {"progress": None})
+        sibling: Model = fit(rows.training(SECOND), config, seed=seed, **how)
         assert sibling.held_out is not None
         return model, model.held_out.with_others(sibling.held_out)
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from mdml_fast.calibration import CALIBRATION_ROWS, Positions
 from mdml_fast.data.encoding import Floats, Rows
 from mdml_fast.data.labelled import Names
+from mdml_fast.errors import InputError
 from mdml_fast.meta.left_out import BOTH, FIRST, NEITHER, SECOND, LeftOut, judged_by
 from mdml_fast.meta.model import TrainingRows
 from mdml_fast.meta.neighbours import innermost
@@ -109,13 +110,21 @@ class KeptRows:
         return bool(np.isin(self.parts, (FIRST, SECOND)).any())
 
     def training(self, model: int = FIRST) -> TrainingRows:
-        """What the first or the second model is given."""
+        """What the first or the second model is given.
+
+        Raises:
+            InputError: outliers were so many that no normals are left to learn from, or to calibrate on.
+        """
         anomalies = self.parts == ANOMALY
         groups = None if self.groups is None else self.groups[~anomalies]
+        held_out = judged_by(model, self.parts[~anomalies])
+        if held_out.all() or not held_out.any():
+            what = "learn from" if held_out.all() else "calibrate on"
+            raise InputError(f"no normals are left to {what}: the contamination takes whole groups; lower it")
         return TrainingRows(
             self.rows[~anomalies],
             self.labels[~anomalies],
-            judged_by(model, self.parts[~anomalies]),
+            held_out,
             self.rows[anomalies],
             self.labels[anomalies],
             groups,

@@ -55,6 +55,6 @@ class PyODDetector:
 
     def _remember(self, scores: Floats) -> None:
         calibration = self.detector.calibration_
-        level = self.detector.alarm_level(calibration.p_value(-scores))
+        level = self.detector.alarm_level(self.detector.p_value_at(-scores))
         self.decision_scores_, self.threshold_ = scores, -calibration.score_threshold(level)
         self.labels_ = (scores > self.threshold_).astype(np.int64)

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import torch
 
 from mdml_fast.artifact import DOCUMENT
-from mdml_fast.calibration import ConformalCalibration, Promise
+from mdml_fast.calibration import Promise
 from mdml_fast.data.batches import STANDARD, TableStream, Wanted, check_writable, open_table, write_tables
 from mdml_fast.data.encoding import NumericColumn
 from mdml_fast.data.labelled import class_names
@@ -119,8 +119,7 @@ def score_file(
         with _parts(task, resume) as parts:
             resumed_rows = parts.n_rows
             parts.fill(_scored(detector, task, table, resumed_rows, progress), PART_ROWS)
-            counts = _rank_counts(parts, detector.calibration_) if by_batch else ()
-            level = detector.alarm_level(*counts)
+            level = detector.alarm_level(*_p_value_counts(parts)) if by_batch else detector.alarm_level()
             summary = _write(detector, task, table, parts, level)
             summary.resumed_rows = resumed_rows
             return summary
@@ -184,7 +183,7 @@ def _scored(
         except InputError as error:
             where = f"in rows {start + 1} to {start + batch.num_rows} of {task.data}: " if start else ""
             raise InputError(f"{where}{error}") from error
-        p_values = detector.calibration_.p_value(scores, groups)
+        p_values = detector.p_value_at(scores, groups)
         columns = {name: plain(batch[name]) for name in task.keep} | {"score": scores, "p_value": p_values}
         return pa.table(columns | (explanation.why(task.explain) if explanation else {}))
 
@@ -222,11 +221,11 @@ def _in_order(jobs: Iterable[Callable[[], Item]], n_workers: int) -> Iterator[It
         torch.set_num_threads(n_threads)
 
 
-def _rank_counts(tables: Iterable[pa.Table], calibration: ConformalCalibration) -> tuple[np.ndarray, np.ndarray]:
-    """The p-values of whole ranks, of which there are few, and how many rows have each."""
+def _p_value_counts(tables: Iterable[pa.Table]) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct p-values, of which there are no more than calibration normals, and how many rows have each."""
     rows: Counter[float] = Counter()
     for table in tables:
-        values, counts = np.unique(calibration.whole_ranks(table["p_value"].to_numpy()), return_counts=True)
+        values, counts = np.unique(table["p_value"].to_numpy(), return_counts=True)
         rows.update(dict(zip(values.tolist(), counts.tolist(), strict=True)))
     return np.array(list(rows.keys())), np.array(list(rows.values()), dtype=np.int64)
 

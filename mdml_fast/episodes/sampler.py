@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -76,7 +75,7 @@ class EpisodeSampler:
             for number, own in enumerate(directions)
         ]
         rng = np.random.default_rng(seed)
-        self._block = functools.lru_cache(maxsize=4)(self._drawn)
+        self._kept: dict[int, Tensor] = {}
         self._id = _FamilyTable(id_families, [direction.id_families for direction in directions], rng, rows.device)
         self._ood = _FamilyTable(ood_families, [direction.ood_families for direction in directions], rng, rows.device)
 
@@ -87,7 +86,7 @@ class EpisodeSampler:
     def batch(self, first: int, n_episodes: int) -> EpisodeBatch:
         """Episodes first, …, first + n_episodes - 1."""
         end, start = first + n_episodes, first // BLOCK
-        blocks = [self._block(block) for block in range(start, -(-end // BLOCK))]
+        blocks = [self._block(block) for block in range(start, max(-(-end // BLOCK), start + 1))]
         drawn = torch.cat(blocks)[first - start * BLOCK : end - start * BLOCK]
         support, query = (self._rows(part) for part in (drawn[:, : self.n_support], drawn[:, self.n_support :]))
         is_ood = torch.arange(query.shape[1], device=self.rows.device) >= self.n_query_id
@@ -95,10 +94,17 @@ class EpisodeSampler:
 
     def _rows(self, positions: Tensor) -> Tensor:
         # Faster than indexing.
-        return self.rows.index_select(0, positions.flatten()).view(*positions.shape, -1)
+        return self.rows.index_select(0, positions.flatten()).view(*positions.shape, self.rows.shape[1])
+
+    def _block(self, block: int) -> Tensor:
+        """The positions of the rows of a block's episodes, int64 [BLOCK, n + q]; the last blocks are kept."""
+        kept = self._kept
+        if block not in kept:
+            # Put in place whole: threads may sample at once.
+            kept = self._kept = dict([*kept.items()][-3:]) | {block: self._drawn(block)}
+        return kept[block]
 
     def _drawn(self, block: int) -> Tensor:
-        """The positions of the rows of a block's episodes, int64 [BLOCK, n + q]."""
         episode = torch.arange(block * BLOCK, (block + 1) * BLOCK, device=self.rows.device).unsqueeze(-1)
         direction = episode % self.n_directions
         # Each kind of draw has numbers of its own: two for each row, and the cut of each family.

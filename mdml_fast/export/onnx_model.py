@@ -55,6 +55,7 @@ def _p_value(graph: Graph, calibration: np.ndarray, score: str) -> str:
     rank = graph.op("Squeeze", graph.count_below(calibration[None], graph.op("Unsqueeze", score, [0]), equal=True), [0])
     starts, widths = (graph.op("Gather", values, rank) for values in gaps(calibration))
     way = graph.op("Clip", graph.op("Div", graph.op("Sub", score, starts), widths), np.float64(TIE), np.float64(1.0))
+    way = graph.op("Where", graph.op("IsInf", starts), np.float64(1.0), way)
     one, rank = np.float64(1.0), graph.cast(rank, DOUBLE)
     after = graph.op("Add", rank, one)
     share = graph.op("Div", graph.op("Max", rank, one), graph.op("Max", graph.op("Sub", after, way), one))
@@ -209,10 +210,11 @@ def _tail_scores(graph: Graph, tails: Tails, distances: str) -> str:
     below = graph.cast(graph.count_below(tails.distances.numpy(), distances, equal=False), FLOAT)
     shares = graph.op("Div", graph.op("Sub", np.float32(n + 0.5), below), np.float32(n + 1))
     body = graph.op("Neg", graph.op("Log", shares))
-    threshold, index, start = (value.numpy() for value in tails.pareto())
-    ratio = graph.op("Max", graph.op("Div", distances, threshold), np.float32(1.0))
-    tail = graph.op("Add", graph.op("Div", graph.op("Log", ratio), index), start)
-    return str(graph.op("Where", graph.op("Greater", distances, threshold), tail, body))
+    tiny = np.finfo(np.float32).tiny
+    excess = graph.op("Sub", graph.op("Log", graph.op("Max", distances, tiny)), tails.log_threshold.numpy())
+    start = np.log(np.float32((tails.n_tail + 0.5) / (n + 1)))
+    tail = graph.op("Sub", graph.op("Div", excess, tails.index.numpy()), start)
+    return str(graph.op("Where", graph.op("Greater", excess, np.float32(0.0)), tail, body))
 
 
 def _probability(graph: Graph, head: TreeHead, rows: str) -> str:

@@ -87,7 +87,8 @@ class _Program(nn.Module):
         """Score, p-value and alarm."""
         score = self._score(self._encode(numbers, codes)).double()
         rank = torch.searchsorted(self.calibration, score, right=True)
-        way = ((score - self.starts[rank]) / self.widths[rank]).clamp(TIE, 1.0)
+        start = self.starts[rank]
+        way = torch.where(start.isinf(), 1.0, ((score - start) / self.widths[rank]).clamp(TIE, 1.0))
         share = rank.clamp(min=1) / (rank + 1 - way).clamp(min=1)
         p_value = (rank + 1) * share / (len(self.calibration) + 1.0)
         return score, p_value, p_value <= self._level

@@ -14,12 +14,12 @@ BETAS, EPSILON = (0.9, 0.999), 1e-8
 class Adam:
     """The update of `torch.optim.Adam` (Kingma, Ba, "Adam: a method for stochastic optimization", 2015).
 
-    Whose first use imports torch's compiler, which takes as long as training does.
+    The first use of torch's own imports its compiler, which takes as long as training does.
 
     Args:
-        params: what is trained, by name.
+        params: what is trained, floating point, by name.
         rates: the learning rate of each.
-        decay: of some, what it adds to the gradient as a multiple of the parameter.
+        decay: of some, the multiple of the parameter that its gradient grows by.
 
     Attributes:
         n_steps: how many were taken.
@@ -32,10 +32,11 @@ class Adam:
         self.params = {name: param.detach() for name, param in params.items()}
         self.rates, self.decay = rates, decay or {}
         self.n_steps = 0
-        self.first, self.second = ({name: torch.zeros_like(param) for name, param in params.items()} for _ in BETAS)
+        self.first = {name: torch.zeros_like(param) for name, param in self.params.items()}
+        self.second = {name: torch.zeros_like(param) for name, param in self.params.items()}
 
     def step(self, grads: Mapping[str, Tensor]) -> None:
-        """Change the parameters by their gradients."""
+        """Change every parameter by its gradient, of the same name, shape and dtype."""
         self.n_steps += 1
         corrections = [1 - beta**self.n_steps for beta in BETAS]
         for name, param in self.params.items():

@@ -21,7 +21,7 @@ from mdml_fast.meta.ensemble import Ensemble, EnsembleConfig, train_ensemble
 from mdml_fast.meta.fusion import FusionConfig, fuse, learn_weights, prior_weights
 from mdml_fast.meta.history import History
 from mdml_fast.meta.model import HeldOut, TrainingRows, fingerprint, tensors_under
-from mdml_fast.meta.neighbourhood import SCORES, Neighbourhood, NeighbourhoodConfig
+from mdml_fast.meta.neighbourhood import ANCHORS, SCORES, Neighbourhood, NeighbourhoodConfig
 from mdml_fast.meta.scoring import NormalFamily, Scorer
 from mdml_fast.meta.tails import Tails
 from mdml_fast.meta.training import Progress
@@ -43,7 +43,7 @@ class DefaultConfig:
     # Normals that the views, the encoders and the trees learn from.
     training_normals: int = 20_000
     tree_normals: int = 10_000
-    # More normals to calibrate on only cost time: whole groups may be any number.
+    # More normals to calibrate on only cost time; of groups any number of rows may be left out.
     judged_normals: int = CALIBRATION_ROWS
     # Labelled anomalies of each family that are learned from.
     family_anomalies: int = 1_000
@@ -82,6 +82,8 @@ class DefaultModel:
         history: of the training.
         held_out: the normals to calibrate on; None in a model that was loaded.
     """
+
+    comparable = True  # logarithms of tail probabilities
 
     def __init__(
         self,
@@ -159,7 +161,7 @@ class DefaultModel:
         gate = probability.quantile(config.head_quantile)
         known = NormalFamily(neighbourhood, Tails.fit(distances), gate)
 
-        normal_scores = Tails.scores_of_others(distances, families[judged])
+        normal_scores = Tails.scores_of_others(distances)
         never_saw = _not_in(labels, ensemble.trained_on).to(device)
         anomaly_scores = known.tails.score(neighbourhood.distances(anomalies, counted=never_saw))
         prior = prior_weights(len(SCORES), len(normals), config.fusion).to(device)
@@ -184,7 +186,8 @@ class DefaultModel:
     def explain(self, rows: Rows, nearest: Rows) -> tuple[Floats, Floats]:
         """The score of each row [N], and what each feature adds to it compared with a normal, both [N, d]."""
         scorer, n_features = self.scorer, rows.shape[1]
-        step = max(1, min(SCORING_ROWS, EXPLAINED_VALUES // (len(self._families[0].tails.distances) * n_features)))
+        n_distances = len(ANCHORS) + len(self._families[0].neighbourhood.embedded)
+        step = max(1, min(SCORING_ROWS, EXPLAINED_VALUES // (n_distances * n_features)))
         scores, contributions = [np.empty(0)], [np.empty((0, n_features))]
         with torch.inference_mode():
             for start in range(0, len(rows), step):

@@ -240,12 +240,7 @@ class MetaEngine:
 
 def _of_directions(values: Parameters, direction: Tensor | None) -> Parameters:
     """The values as they are, or those of each episode's direction [E, …]."""
-    if direction is None:
-        return values
-    n_directions = len(next(iter(values.values())))
-    if direction.device.type == "cpu" and direction.tolist() == list(range(n_directions)):
-        return values  # nothing to copy
-    return {name: value[direction] for name, value in values.items()}
+    return values if direction is None else {name: value[direction] for name, value in values.items()}
 
 
 def _stacked(modules: nn.ModuleDict, n_directions: int) -> nn.ModuleDict:

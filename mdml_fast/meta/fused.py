@@ -78,7 +78,7 @@ class FusedPath:
             ]
             losses, grads = zip(*parts, strict=True)
             return torch.cat(losses), {name: torch.cat([part[name] for part in grads]) for name in grads[0]}
-        if self._prototypes and self._prototypes.serves(values, support, stacked):
+        if self._prototypes and self._prototypes.serves(values, stacked, support):
             return self._prototypes.gradients(values, support, query, is_ood)
         kernels, layers = self._serving(values, support, query.shape[1], stacked)
         if kernels and layers:
@@ -95,7 +95,7 @@ class FusedPath:
         """See `GenericPath`."""
         first = next(iter(values.values()))
         if self._prototypes:
-            return self._prototypes.serves(values, first, stacked)
+            return self._prototypes.serves(values, stacked)
         return bool(self._kernels) and all(one.layers(values, first, stacked) for one in self._kernels.values())
 
     def finished(self, values: Parameters, grads: Parameters) -> Parameters:

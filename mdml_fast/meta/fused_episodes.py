@@ -71,7 +71,8 @@ class EpisodeKernels:
             if not stacked:
                 self._kept = values, layers
         given = [value for layer in layers for value in layer[:2] if value is not None]
-        return layers if native.serves(*given) and (not self._inner.bfloat16 or episodes.takes_bfloat16(layers)) else None
+        served = native.serves(*given) and (not self._inner.bfloat16 or episodes.takes_bfloat16(layers))
+        return layers if served else None
 
     def adapt(self, given: list[episodes.MlpLayer], values: Parameters, support: Tensor, stacked: bool) -> Parameters:
         """The encoder after the inner loop on support rows [C, n, d]: [C, …] by name; given: their `layers`."""

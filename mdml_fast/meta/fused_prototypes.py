@@ -40,12 +40,15 @@ class PrototypeKernels:
         self._narrow = recipe.settings.dtype == torch.bfloat16
         self._names = (recipe.network.log_scale, inner.weight, inner.bias, outer.weight)
 
-    def serves(self, values: Parameters, rows: Tensor, stacked: bool) -> bool:
-        """Whether it takes such values and rows [C, n, d] on this machine: each episode has parameters of its own."""
-        encoder = self._encoder(values)
-        if not stacked or not native.serves(rows, values["head.variance"], *encoder):
+    def serves(self, values: Parameters, stacked: bool, support: Tensor | None = None) -> bool:
+        """Whether it takes such values on this machine, and support rows [C, n, d] where given.
+
+        Each episode has to have parameters of its own.
+        """
+        encoder, rows = self._encoder(values), () if support is None else (support,)
+        if not stacked or not native.serves(*rows, values["head.variance"], *encoder):
             return False
-        return not self._narrow or prototypes.takes_bfloat16(encoder, rows)
+        return not self._narrow or prototypes.takes_bfloat16(encoder, *rows)
 
     def gradients(
         self, values: Parameters, support: Tensor, query: Tensor, is_ood: Tensor

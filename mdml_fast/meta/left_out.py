@@ -5,19 +5,18 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from mdml_fast.calibration import calibration_rows
+from mdml_fast.calibration import calibration_rows, check_groups
 from mdml_fast.data.labelled import Names
-from mdml_fast.errors import InputError
 
 # Which model leaves a normal out: the one that is kept, its sibling (see `left_out_in_turn`), neither, or both.
 FIRST, SECOND, NEITHER, BOTH = range(4)
 LeftOut = npt.NDArray[np.int8]
 
 
-def left_out_by_both(n_normals: int, rate: float, seed: int) -> LeftOut:
+def left_out_by_both(n_normals: int, needed: int, seed: int) -> LeftOut:
     """Left out [N] are the `calibration_rows`, by any model."""
     left_out = np.full(n_normals, NEITHER, dtype=np.int8)
-    left_out[calibration_rows(n_normals, rate, seed)] = BOTH
+    left_out[calibration_rows(n_normals, needed, seed)] = BOTH
     return left_out
 
 
@@ -31,8 +30,7 @@ def left_out_in_turn(groups: Names, seed: int) -> LeftOut:
         InputError: all normals are of one group.
     """
     names, codes, sizes = np.unique(groups.astype(str), return_inverse=True, return_counts=True)
-    if len(names) < 2:
-        raise InputError(f"all normal rows are of one group, {names[0]!r}; a split needs two: leave the group out")
+    check_groups(names)
     order = np.random.default_rng(seed).permutation(len(names))
     middles = np.empty(len(names))
     middles[order] = np.cumsum(sizes[order]) - sizes[order] / 2

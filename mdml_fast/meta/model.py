@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict
-from typing import Any, NamedTuple, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -62,6 +62,8 @@ class Model(Protocol):
     history: History
     # What to calibrate on; None in a model that was loaded.
     held_out: HeldOut | None
+    # Whether scores of two models of the same kind of rows are on one scale.
+    comparable: ClassVar[bool]
 
     def score(self, rows: Rows) -> Floats:
         """The score of each row [N, d] -> [N]."""

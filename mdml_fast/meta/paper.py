@@ -86,6 +86,8 @@ class PaperConfig:
 class PaperModel:
     """Encoder, linear head and temperature, with the encoder adapted to all training normals."""
 
+    comparable = False  # log-odds of two trainings differ
+
     def __init__(
         self,
         config: PaperConfig,

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from torch import Tensor
 
 # The outermost 5 % of the normals (at least 20, at most half) give the tail its slope.
 TAIL_SHARE, TAIL_ROWS = 0.05, 20
-# Parts that normals are divided into where each is scored by the tails of the others.
+# Parts of the normals, where each is scored by the tails of the others.
 FOLDS = 20
 
 
@@ -20,18 +19,21 @@ class Tails:
 
     Args:
         distances: of normals, each left out of its own references, sorted, float [C, n].
+
+    Attributes:
+        n_tail: how many of them are the outermost.
+        log_threshold: the logarithm of the least of those [C, 1].
+        index: the tail's index, the mean logarithm of what they are times that [C, 1].
     """
 
     def __init__(self, distances: Tensor) -> None:
         self.distances = distances
         n = distances.shape[1]
-        n_tail = max(1, min(max(TAIL_ROWS, round(TAIL_SHARE * n)), n // 2))
-        self._start = n - n_tail
-        tiny = torch.finfo(distances.dtype).tiny
-        self._threshold = distances[:, self._start : self._start + 1].clamp(min=tiny)
-        excess = (distances[:, self._start :].clamp(min=tiny) / self._threshold).log()
+        self.n_tail = max(1, min(max(TAIL_ROWS, round(TAIL_SHARE * n)), n // 2))
+        outermost = _log(distances[:, n - self.n_tail :])
+        self.log_threshold = outermost[:, :1].clone()
         # Equal distances have no slope. Normal rows in 2 000 independent dimensions would have 0.006.
-        self._index = excess.mean(dim=1, keepdim=True).clamp(min=0.01)
+        self.index = (outermost - self.log_threshold).mean(dim=1, keepdim=True).clamp(min=0.01)
 
     @classmethod
     def fit(cls, distances: Tensor) -> Tails:
@@ -39,31 +41,30 @@ class Tails:
         return cls(distances.sort(dim=1).values)
 
     @classmethod
-    def scores_of_others(cls, distances: Tensor, families: Tensor) -> Tensor:
-        """The tail scores [C, n] of distances [C, n], each by the tails of rows of other families [n] alone.
+    def scores_of_others(cls, distances: Tensor) -> Tensor:
+        """The tail scores [C, n] of distances [C, n] in random order, each by the tails of the others alone.
 
-        A row is less strange among rows that it is one of: scores by its own tails would promise too few alarms.
+        A row is less strange among rows that it is one of: by its own tails normals to calibrate on would promise too
+        few alarms. By the others' it is a little the other way round, since a new row is not among those of the others.
         """
-        codes = torch.unique(families, return_inverse=True)[1]
-        n_families = int(codes.max()) + 1
-        order = np.random.default_rng(0).permutation(n_families)
-        folds = torch.as_tensor(order % FOLDS, device=codes.device)[codes]
-        scores = torch.empty_like(distances)
-        for fold in range(min(n_families, FOLDS)):
+        n = distances.shape[1]
+        if n < 2:
+            return cls.fit(distances).score(distances)
+        scores, folds = torch.empty_like(distances), torch.arange(n, device=distances.device) % FOLDS
+        for fold in range(min(n, FOLDS)):
             own = folds == fold
             scores[:, own] = cls.fit(distances[:, ~own]).score(distances[:, own])
         return scores
-
-    def pareto(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The tail: where it starts [C, 1], its index [C, 1], and the score there, a scalar."""
-        n = self.distances.shape[1]
-        return self._threshold, self._index, -torch.tensor((n - self._start + 0.5) / (n + 1)).log()
 
     def score(self, distances: Tensor) -> Tensor:
         """-log P(a normal's distance ≥ x) for distances x [C, N] -> [C, N]."""
         n = self.distances.shape[1]
         below = torch.searchsorted(self.distances, distances.contiguous())
         body = -((n - below + 0.5) / (n + 1)).log()
-        threshold, index, at_threshold = self.pareto()
-        tail = at_threshold + (distances / threshold).clamp(min=1).log() / index
-        return torch.where(distances > threshold, tail, body)
+        excess = _log(distances) - self.log_threshold
+        tail = excess / self.index - torch.tensor((self.n_tail + 0.5) / (n + 1)).log()
+        return torch.where(excess > 0, tail, body)
+
+
+def _log(distances: Tensor) -> Tensor:
+    return distances.clamp(min=torch.finfo(distances.dtype).tiny).log()

@@ -148,9 +148,9 @@ def _classes(detector: MDMLDetector, found: Alarms, labels: Names | None) -> lis
 
 
 def _rates(p_values: Floats, n_calibration: int) -> RateCurve:
-    """Of m new normals a number with a beta-binomial law is flagged, over calibration sets of n and over the m."""
+    """Of m new normals a number of about a beta-binomial law is flagged, over calibration sets of n and over the m."""
     m, rates = len(p_values), RATES[RATES * (n_calibration + 1) >= 1]
-    ranks = rates * (n_calibration + 1)  # p-values are linear between whole ones
+    ranks = rates * (n_calibration + 1)  # p-values lie between whole ones, too
     flagged = betabinom(m, ranks, n_calibration + 1 - ranks)
     low, high = (flagged.ppf(q) / m for q in ((1 - BAND) / 2, (1 + BAND) / 2))
     return RateCurve(rates, (p_values[None] <= rates[:, None]).mean(axis=1), low, high)

@@ -12,6 +12,7 @@ from mdml_fast.calibration import (
     calibration_rows,
     certified_rank,
     design_effect,
+    needed_normals,
 )
 from mdml_fast.drift import DriftMonitor
 from mdml_fast.meta.default import DefaultConfig
@@ -123,11 +124,26 @@ def test_benjamini_hochberg_of_known_p_values() -> None:
     assert counted == benjamini_hochberg(np.array([0.01, *[0.03] * 5, *[0.9] * 4]), 0.05) == 0.03
 
 
-def test_calibration_takes_a_quarter_more_where_the_rate_needs_it_and_no_more_than_pays() -> None:
-    for n, rate, expected in [(1000, 0.05, 250), (300, 0.01, 99), (100, 0.01, 50), (10**6, 0.01, 10_000)]:
-        rows = calibration_rows(n, rate, seed=0)
+def test_calibration_takes_a_quarter_more_where_the_promise_needs_it_and_no_more_than_pays() -> None:
+    for n, needed, expected in [
+        (1000, 19, 250),
+        (300, 99, 99),
+        (100, 99, 50),
+        (10**6, 99, 10_000),
+        (10**6, 10**5, 10_000),
+    ]:
+        rows = calibration_rows(n, needed, seed=0)
         assert len(np.unique(rows)) == expected
         assert 0 <= rows.min() <= rows.max() < n
+
+
+@pytest.mark.parametrize("promise", [Promise.MARGINAL, Promise.CERTIFICATE])
+@pytest.mark.parametrize("rate", [0.01, 0.05, 0.3])
+def test_so_many_normals_as_are_needed_are_enough_and_one_less_is_not(promise: Promise, rate: float) -> None:
+    needed = needed_normals(rate, promise, 0.95)
+    for n, attainable in ((needed, True), (needed - 1, False)):
+        level = ConformalCalibration(np.arange(float(n))).alarm_level(np.empty(0), rate, promise)
+        assert (level >= 1 / (n + 1) - 1e-12) == attainable
 
 
 def test_groups_are_held_against_their_own_normals() -> None:
@@ -301,3 +317,33 @@ def test_too_few_normals_to_calibrate_on_or_adapt_to_are_refused() -> None:
         detector.recalibrate(normals(19))
     with pytest.raises(InputError, match="groups has 3 entries for 40 rows"):
         detector.p_value(normals(40), ["a"] * 3)
+
+
+@pytest.mark.parametrize("sizes", [(60, 60), (200, 100, 3), (150, 8, 150, 8), (40, 1, 1)], ids=str)
+@pytest.mark.parametrize("config", [FAST, PAPER], ids=["default", "paper"])
+def test_few_or_unequal_groups_are_calibrated_on(config: object, sizes: tuple[int, ...]) -> None:
+    groups = np.repeat(np.arange(len(sizes)), sizes)
+    for seed in range(3):
+        detector = MDMLDetector(config, random_state=seed, false_alarm_rate=0.1).fit(normals(len(groups)), groups=groups)
+        calibrated = set(detector.calibration_.groups)
+        assert len(calibrated) == len(sizes) if config is FAST else 0 < len(calibrated) < len(sizes)
+        p_values = detector.p_value(normals(50, seed=9), groups=np.arange(50) % len(sizes))
+        assert ((p_values > 0) & (p_values <= 1)).all()
+
+
+def test_contamination_that_takes_a_whole_side_of_groups_is_refused() -> None:
+    rows = np.concatenate([normals(60), normals(30, centre=50)])
+    detector = MDMLDetector(FAST, contamination=0.4, random_state=0)
+    with pytest.raises(InputError, match="no normals are left to (learn from|calibrate on)"):
+        detector.fit(rows, groups=np.repeat([0, 1], [60, 30]))
+
+
+def test_the_fdr_holds_with_groups_of_few_calibration_normals() -> None:
+    """P-values of groups have grids of their own: between their ranks the law says nothing."""
+    rng, groups = np.random.default_rng(0), np.repeat(np.arange(6), 9)
+    detector = MDMLDetector(FAST, promise="fdr", false_alarm_rate=0.15)
+    any_alarm = []
+    for _ in range(1500):
+        detector.calibration_ = ConformalCalibration(rng.random(54) ** 3, groups)
+        any_alarm.append(detector.alarms_at(rng.random(1) ** 3, np.array([2])).is_alarm.any())
+    assert np.mean(any_alarm) < 0.12  # one rank of ten

@@ -224,7 +224,8 @@ def test_p_value_counts_ties_against_the_alarm() -> None:
     np.testing.assert_allclose(p_values, [0.2, 0.6, 0.6, 0.6, 0.8 * 3 / 3.5, 1.0], atol=1e-6)
 
 
-scores = st.lists(st.integers(-20, 20) | st.floats(-1e3, 1e3, allow_subnormal=False), min_size=1, max_size=30)
+numbers = st.integers(-20, 20) | st.floats(-1e3, 1e3, allow_subnormal=False) | st.sampled_from([-np.inf, np.inf])
+scores = st.lists(numbers, min_size=1, max_size=30)
 
 
 @given(scores, scores, st.floats(0.001, 0.999))
@@ -237,11 +238,27 @@ def test_p_values_order_rows_as_scores_do_and_are_no_more_than_a_rank_below_the_
     plain = (np.searchsorted(found.scores, given_scores, side="right") + 1) / (n + 1)
     assert (p_values <= plain + 1e-12).all()
     assert (p_values > plain - 1 / (n + 1)).all()
-    np.testing.assert_allclose(found.whole_ranks(p_values), plain, rtol=1e-9)
+    np.testing.assert_allclose(found.p_value(given_scores, between=False), plain, rtol=1e-12)
     # Alarms of a level are the rows below its score, but for rounding, and for one that ties with a single score.
     threshold = found.score_threshold(level)
     clear = np.abs(p_values - level) > 1e-5
     assert ((p_values <= level) == (given_scores < threshold))[clear].all()
+
+
+def test_scores_that_are_not_finite_have_p_values() -> None:
+    calibration = ConformalCalibration(np.array([-np.inf, -np.inf, 0.0, 1.0, np.inf]))
+    with np.errstate(all="raise"):
+        p_values = calibration.p_value(np.array([-np.inf, -5.0, 0.5, 7.0, np.inf, np.nan]))
+    np.testing.assert_allclose(p_values, [3 / 6, 3 / 6, 4 / 6 * 3 / 3.5, 4 / 6, 1.0, 1.0], atol=1e-6)
+
+
+def test_a_rate_between_ranks_never_exceeds_the_next_rank() -> None:
+    """Whatever the distribution: here the distribution functions are linear and concave at the low end."""
+    rng = np.random.default_rng(0)
+    for draw in (rng.random, lambda size: rng.random(size) ** 3):
+        flagged = [(ConformalCalibration(draw(50)).p_value(draw(200)) <= 0.03).mean() for _ in range(3000)]
+        # α (n + 1) is 1.53: the next rank is at 0.039; the mean deviates by 0.0005.
+        assert 0.03 < np.mean(flagged) < 0.039
 
 
 def test_between_ranks_a_rate_is_held_exactly_where_plain_p_values_fall_short() -> None:
@@ -252,7 +269,7 @@ def test_between_ranks_a_rate_is_held_exactly_where_plain_p_values_fall_short() 
         calibration, new = ConformalCalibration(-rng.exponential(size=150)), -rng.exponential(size=300)
         p_values = calibration.p_value(new)
         found["between"].append((p_values <= 0.01).mean())
-        found["plain"].append((calibration.whole_ranks(p_values) <= 0.01).mean())
+        found["plain"].append((calibration.p_value(new, between=False) <= 0.01).mean())
         p_values = ConformalCalibration(rng.normal(size=150)).p_value(rng.normal(size=300))
         found["normal"].append((p_values <= 0.01).mean())
     assert np.mean(found["plain"]) < 0.0075

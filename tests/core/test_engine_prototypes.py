@@ -139,4 +139,5 @@ def test_what_it_does_not_serve_goes_another_way(change: dict[str, object], reas
     made = MetaEngine(head=PrototypeHead(1.0), **settings | change)
     assert not made.shares_threads, reason
     direction = DIRECTION if made.n_directions else None
-    assert made.meta_gradients(*episodes(12, 15, 6), direction).loss.isfinite().all()
+    losses, _ = loop_meta_gradients(made, *episodes(12, 15, 6), direction)
+    torch.testing.assert_close(made.meta_gradients(*episodes(12, 15, 6), direction).loss, losses, rtol=0.05, atol=0.01)

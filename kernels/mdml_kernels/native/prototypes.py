@@ -34,10 +34,10 @@ class ResidualEncoder(NamedTuple):
     outer: Tensor
 
 
-def takes_bfloat16(encoder: ResidualEncoder, support: Tensor) -> bool:
+def takes_bfloat16(encoder: ResidualEncoder, support: Tensor | None = None) -> bool:
     """Whether this machine's processor multiplies bfloat16, and widths are even, as it wants them."""
     library = native().library
-    even = all(size % 2 == 0 for size in (*encoder.inner.shape[1:], support.shape[1]))
+    even = all(size % 2 == 0 for size in (*encoder.inner.shape[1:], 0 if support is None else support.shape[1]))
     return even and library is not None and bool(library.mdml_has_bfloat16())
 
 
