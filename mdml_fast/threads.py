@@ -53,6 +53,16 @@ def _help(pending: deque[tuple[Future[Item], Callable[[], Item]]]) -> bool:
 
 
 @contextlib.contextmanager
+def beside(job: Callable[[], Item]) -> Iterator[Callable[[], Item]]:
+    """A job that another thread does meanwhile, where torch may use more than one; gives what waits for the result."""
+    if torch.get_num_threads() == 1:
+        yield job
+        return
+    with workers(1) as pool:
+        yield pool.submit(job).result
+
+
+@contextlib.contextmanager
 def single_thread() -> Iterator[None]:
     """Torch computes on this thread alone: for what is too little to be worth waking others."""
     n_threads = torch.get_num_threads()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from mdml_fast.meta.scoring import NormalFamily, Scorer
 from mdml_fast.meta.tails import Tails
 from mdml_fast.meta.training import Progress
 from mdml_fast.meta.trees import TreeHead, excess
+from mdml_fast.threads import beside
 
 # Rows that are scored at once, so that memory does not grow with the table.
 SCORING_ROWS = 4096
@@ -137,27 +139,30 @@ class DefaultModel:
         learned = np.flatnonzero(~held_out)[: config.training_normals]
         known_space = previous._families[0].neighbourhood if previous else None
         views = (known_space.views if known_space else Views.fit(rows.normals[order[learned]])).to(device)
-        ensemble, history = train_ensemble(
-            views.transform(normals[learned]),
-            views.transform(anomalies),
-            labels,
-            config.ensemble,
-            seed=seed,
-            previous=known_space.ensemble if known_space else None,
-            dtype=dtype,
-            progress=progress,
-            checkpoint=Checkpoint(checkpoint, fingerprint(rows, config, seed, dtype), resume) if checkpoint else None,
-        )
+        grow: Callable[[], TreeHead | None] = lambda: None  # noqa: E731 - one of two
+        if len(anomalies) and config.n_trees:
+            sample = rows.normals[order[learned[: config.tree_normals]]]
+            grow = partial(TreeHead.fit, sample, rows.anomalies[labelled], config.n_trees, seed, device)
+        kept = Checkpoint(checkpoint, fingerprint(rows, config, seed, dtype), resume) if checkpoint else None
+        with beside(grow) as grown:  # training leaves a core idle now and then
+            ensemble, history = train_ensemble(
+                views.transform(normals[learned]),
+                views.transform(anomalies),
+                labels,
+                config.ensemble,
+                seed=seed,
+                previous=known_space.ensemble if known_space else None,
+                dtype=dtype,
+                progress=progress,
+                checkpoint=kept,
+            )
+            head = grown()
         centre = torch.zeros(normals.shape[1], device=device)
         neighbourhood = Neighbourhood(config.neighbourhood, views, ensemble, normals, families, centre)
 
         judged = np.flatnonzero(held_out)[: config.judged_normals]
         distances = neighbourhood.distances(normals[judged], families[judged])
-        head, probability = None, distances.new_zeros(len(judged))
-        if len(anomalies) and config.n_trees:
-            sample = rows.normals[order[learned[: config.tree_normals]]]
-            head = TreeHead.fit(sample, rows.anomalies[labelled], config.n_trees, seed, device)
-            probability = head.probability(normals[judged])
+        probability = head.probability(normals[judged]) if head else distances.new_zeros(len(judged))
         gate = probability.quantile(config.head_quantile)
         known = NormalFamily(neighbourhood, Tails.fit(distances), gate)
 
