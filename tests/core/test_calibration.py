@@ -324,7 +324,9 @@ def test_too_few_normals_to_calibrate_on_or_adapt_to_are_refused() -> None:
 def test_few_or_unequal_groups_are_calibrated_on(config: object, sizes: tuple[int, ...]) -> None:
     groups = np.repeat(np.arange(len(sizes)), sizes)
     for seed in range(3):
-        detector = MDMLDetector(config, random_state=seed, false_alarm_rate=0.1).fit(normals(len(groups)), groups=groups)
+        detector = MDMLDetector(config, random_state=seed, false_alarm_rate=0.1).fit(
+            normals(len(groups)), groups=groups
+        )
         calibrated = set(detector.calibration_.groups)
         assert len(calibrated) == len(sizes) if config is FAST else 0 < len(calibrated) < len(sizes)
         p_values = detector.p_value(normals(50, seed=9), groups=np.arange(50) % len(sizes))

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from mdml_fast.threads import in_order, single_thread, workers
+from mdml_fast.threads import beside, in_order, single_thread, workers
 
 
 def slow(i: int) -> tuple[int, int]:
@@ -59,5 +59,27 @@ def test_torch_has_its_threads_back_after_an_error() -> None:
         with pytest.raises(ValueError, match="1 threads"), single_thread():
             fail()
         assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("n_threads", [1, 2])
+def test_a_job_beside_another_is_done_once_and_in_another_thread_where_there_may_be_two(n_threads: int) -> None:
+    before, done = torch.get_num_threads(), []
+
+    def job() -> str:
+        done.append((threading.get_ident(), torch.get_num_threads()))
+        return "result"
+
+    torch.set_num_threads(n_threads)
+    try:
+        with beside(job) as result:
+            assert result() == "result"
+        assert len(done) == 1
+        thread, its_threads = done[0]
+        assert (thread == threading.get_ident()) == (n_threads == 1)
+        assert its_threads == 1
+        with pytest.raises(ZeroDivisionError), beside(lambda: 1 / 0) as result:
+            result()
     finally:
         torch.set_num_threads(before)
