@@ -336,7 +336,7 @@ def test_few_or_unequal_groups_are_calibrated_on(config: object, sizes: tuple[in
 def test_contamination_that_takes_a_whole_side_of_groups_is_refused() -> None:
     rows = np.concatenate([normals(60), normals(30, centre=50)])
     detector = MDMLDetector(FAST, contamination=0.4, random_state=0)
-    with pytest.raises(InputError, match="no normals are left to (learn from|calibrate on)"):
+    with pytest.raises(InputError, match=r"no normals are left to (learn from|calibrate on)"):
         detector.fit(rows, groups=np.repeat([0, 1], [60, 30]))
 
 
