@@ -19,7 +19,7 @@ from mdml_fast.data.labelled import Names
 from mdml_fast.data.views import VIEWS, Views
 from mdml_fast.meta.checkpoint import Checkpoint
 from mdml_fast.meta.ensemble import Ensemble, EnsembleConfig, train_ensemble
-from mdml_fast.meta.fusion import FusionConfig, fuse, learn_weights, prior_weights
+from mdml_fast.meta.fusion import FusionConfig, cross_fused, learn_weights, prior_weights
 from mdml_fast.meta.history import History
 from mdml_fast.meta.model import HeldOut, TrainingRows, fingerprint, tensors_under
 from mdml_fast.meta.neighbourhood import ANCHORS, SCORES, Neighbourhood, NeighbourhoodConfig
@@ -171,7 +171,7 @@ class DefaultModel:
         anomaly_scores = known.tails.score(neighbourhood.distances(anomalies, counted=never_saw))
         prior = prior_weights(len(SCORES), len(normals), config.fusion).to(device)
         weights = learn_weights(normal_scores, anomaly_scores, labels, prior, config.fusion)
-        fused = fuse(weights, normal_scores, config.fusion)
+        fused = cross_fused(normal_scores, anomaly_scores, labels, prior, config.fusion)
         low, high = fused.quantile(weights.new_tensor([0.5, 0.999]))
         anomaly = fused + (high - low) * excess(probability, gate)
         if previous:

@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch import Tensor
-from torch.nn.functional import softplus
 
 from mdml_fast.data.encoding import Floats
 from mdml_fast.data.labelled import Names
@@ -52,7 +51,7 @@ def learn_weights(normals: Tensor, anomalies: Tensor, labels: Names, prior: Tens
 
     They minimise, by Adam, the mean over families, their rows and the quantiles q of
     softplus(q of the normals' fused scores - the row's fused score), plus pull / families times the
-    Kullback-Leibler divergence from the prior.
+    Kullback-Leibler divergence from the prior. The gradient is written out, which takes a third of the time.
 
     Args:
         normals: scores of normals that were left out of their own references, float [C, n].
@@ -65,18 +64,46 @@ def learn_weights(normals: Tensor, anomalies: Tensor, labels: Names, prior: Tens
     if not len(families):
         return prior
     share = torch.as_tensor(_even_shares(labels, families), dtype=normals.dtype, device=normals.device)
+    share, pull, power = share / len(config.quantiles), config.pull / len(families), config.power
     prior = prior.to(normals)
-    quantiles = torch.tensor(config.quantiles, dtype=normals.dtype, device=normals.device)
-    logits = prior.log().requires_grad_()
+    powers, caught_powers = normals.pow(power), anomalies.pow(power)
+    # Of n ordered scores a quantile lies between two.
+    places = normals.new_tensor(config.quantiles) * (normals.shape[1] - 1)
+    low = places.long()
+    high, way = (low + 1).clamp(max=normals.shape[1] - 1), places - low
+    logits = prior.log()
     optimizer = Adam({"logits": logits}, {"logits": config.rate})
     for _ in range(config.steps):
         weights = logits.softmax(0)
-        thresholds = fuse(weights, normals, config).quantile(quantiles)
-        missed = softplus(thresholds.unsqueeze(1) - fuse(weights, anomalies, config)).mean(0) @ share
-        divergence = weights @ (weights / prior).log()
-        (grad,) = torch.autograd.grad(missed + config.pull / len(families) * divergence, logits)
-        optimizer.step({"logits": grad})
-    return logits.detach().softmax(0)
+        fused, caught = (weights @ powers).pow(1 / power), (weights @ caught_powers).pow(1 / power)
+        ordered, order = fused.sort()
+        thresholds = ordered[low].lerp(ordered[high], way)
+        # softplus(q - a) falls by this with a, and rises with q.
+        slopes = (thresholds.unsqueeze(1) - caught).sigmoid() * share
+        by_threshold = slopes.sum(1)
+        chosen, by_chosen = (
+            torch.cat([order[low], order[high]]),
+            torch.cat([by_threshold * (1 - way), by_threshold * way]),
+        )
+        by_powers = powers[:, chosen] @ (by_chosen * fused[chosen].pow(1 - power))
+        by_powers -= caught_powers @ (slopes.sum(0) * caught.pow(1 - power))
+        by_weights = by_powers / power + pull * (weights / prior).log()
+        optimizer.step({"logits": weights * (by_weights - weights @ by_weights)})
+    return logits.softmax(0)
+
+
+def cross_fused(normals: Tensor, anomalies: Tensor, labels: Names, prior: Tensor, config: FusionConfig) -> Tensor:
+    """The fused scores [n] of normals in random order, each by weights that were learned without it.
+
+    The weights make the normals that they are learned from look a little less strange than new ones.
+    """
+    n = normals.shape[1]
+    fused, halves = normals.new_empty(n), torch.arange(n, device=normals.device) % 2
+    for half in range(min(n, 2)):
+        own = halves == half
+        others = ~own if n > 1 else own
+        fused[own] = fuse(learn_weights(normals[:, others], anomalies, labels, prior, config), normals[:, own], config)
+    return fused
 
 
 def _even_shares(labels: Names, families: npt.NDArray[np.str_]) -> Floats:

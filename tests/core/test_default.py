@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from sklearn.ensemble import ExtraTreesClassifier
 from sklearn.metrics import roc_auc_score
 from sklearn.neighbors import NearestNeighbors
+from torch.nn.functional import softplus
 
 from mdml_fast import MDMLDetector
 from mdml_fast.baselines import mdml
@@ -21,7 +22,7 @@ from mdml_fast.evaluation import EvaluationProtocol, evaluate
 from mdml_fast.meta.default import DefaultConfig, DefaultModel
 from mdml_fast.meta.encoders import ResidualEncoder
 from mdml_fast.meta.ensemble import Ensemble, EnsembleConfig
-from mdml_fast.meta.fusion import FusionConfig, learn_weights, prior_weights
+from mdml_fast.meta.fusion import FusionConfig, cross_fused, fuse, learn_weights, prior_weights
 from mdml_fast.meta.left_out import BOTH, FIRST, NEITHER, SECOND, left_out_by_both, left_out_in_turn
 from mdml_fast.meta.model import TrainingRows
 from mdml_fast.meta.neighbours import neighbour_distances
@@ -148,6 +149,38 @@ def test_weights_go_to_the_score_that_finds_the_families_and_stay_near_the_ancho
     one = learn_weights(normals, anomalies[:, :1], labels[:1], prior, config)
     assert prior[3] < one[3] < weights[3]
     assert torch.equal(learn_weights(normals, anomalies[:, :0], labels[:0], prior, config), prior)
+
+
+def test_weights_are_those_of_automatic_differentiation() -> None:
+    generator = torch.Generator().manual_seed(0)
+    normals, anomalies = (torch.rand(6, n, dtype=torch.float64, generator=generator) + 0.01 for n in (203, 30))
+    labels = np.array([f"family {i % 3}" for i in range(30)], dtype=object)
+    config = FusionConfig(steps=40)
+    prior = prior_weights(6, 500, config).double()
+    quantiles = torch.tensor(config.quantiles, dtype=torch.float64)
+    logits = prior.log().requires_grad_()
+    optimizer = torch.optim.Adam([logits], lr=config.rate)
+    for _ in range(config.steps):
+        weights = logits.softmax(0)
+        gaps = fuse(weights, normals, config).quantile(quantiles)[:, None] - fuse(weights, anomalies, config)
+        optimizer.zero_grad()
+        (softplus(gaps).mean() + config.pull / 3 * (weights @ (weights / prior).log())).backward()
+        optimizer.step()
+    found = learn_weights(normals, anomalies, labels, prior, config)
+    torch.testing.assert_close(found, logits.detach().softmax(0), rtol=1e-9, atol=1e-12)
+    assert (found - prior).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("n", [1, 2, 41])
+def test_a_normal_is_fused_by_weights_that_were_learned_without_it(n: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    normals, anomalies = (torch.rand(6, k, generator=generator) + 0.01 for k in (n, 20))
+    labels, config = np.array(["a"] * 10 + ["b"] * 10, dtype=object), FusionConfig()
+    prior = prior_weights(6, 500, config)
+    others = torch.arange(n) % 2 == 1 if n > 1 else torch.ones(1, dtype=torch.bool)
+    weights = learn_weights(normals[:, others], anomalies, labels, prior, config)
+    expected = fuse(weights, normals[:, ::2], config)
+    torch.testing.assert_close(cross_fused(normals, anomalies, labels, prior, config)[::2], expected)
 
 
 def test_the_anchor_rules_where_normals_are_few() -> None:
