@@ -166,7 +166,7 @@ class DefaultModel:
         gate = probability.quantile(config.head_quantile)
         known = NormalFamily(neighbourhood, Tails.fit(distances), gate)
 
-        normal_scores = Tails.scores_of_others(distances)
+        normal_scores = known.tails.held_out_scores(distances)
         never_saw = _not_in(labels, ensemble.trained_on).to(device)
         anomaly_scores = known.tails.score(neighbourhood.distances(anomalies, counted=never_saw))
         prior = prior_weights(len(SCORES), len(normals), config.fusion).to(device)

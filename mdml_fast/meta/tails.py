@@ -40,21 +40,21 @@ class Tails:
         """From unsorted distances [C, n]."""
         return cls(distances.sort(dim=1).values)
 
-    @classmethod
-    def scores_of_others(cls, distances: Tensor) -> Tensor:
-        """The tail scores [C, n] of distances [C, n] in random order, each by the tails of the others alone.
+    def held_out_scores(self, distances: Tensor) -> Tensor:
+        """What new rows at the places of these tails' own rows would score, float [C, n] of [C, n] in random order.
 
-        A row is less strange among rows that it is one of: by its own tails normals to calibrate on would promise too
-        few alarms. By the others' it is a little the other way round, since a new row is not among those of the others.
+        A row is less strange by tails that it is part of, as a new one is not. By the tails of the others alone it is
+        stranger than a new one, which would be part of those that the others are held against. So: the mean of both.
         """
+        own_scores = self.score(distances)
         n = distances.shape[1]
         if n < 2:
-            return cls.fit(distances).score(distances)
+            return own_scores
         scores, folds = torch.empty_like(distances), torch.arange(n, device=distances.device) % FOLDS
         for fold in range(min(n, FOLDS)):
             own = folds == fold
-            scores[:, own] = cls.fit(distances[:, ~own]).score(distances[:, own])
-        return scores
+            scores[:, own] = Tails.fit(distances[:, ~own]).score(distances[:, own])
+        return (own_scores + scores) / 2
 
     def score(self, distances: Tensor) -> Tensor:
         """-log P(a normal's distance ≥ x) for distances x [C, N] -> [C, N]."""

@@ -116,15 +116,17 @@ def test_tails_of_equal_distances_are_finite_and_rank_what_is_beyond() -> None:
 
 
 @pytest.mark.parametrize("n", [1, 2, 7, 61])
-def test_held_out_distances_are_scored_by_the_tails_of_the_others(n: int) -> None:
+def test_held_out_rows_are_scored_between_their_own_tails_and_those_of_the_others(n: int) -> None:
     distances = torch.as_tensor(np.random.default_rng(0).pareto(3, size=(2, n)) + 1)
     folds = torch.arange(n) % FOLDS
     for row in range(min(n, 3)):
         stranger = distances.clone()
         stranger[:, row] *= 100
+        tails, place = Tails.fit(stranger), stranger[:, row : row + 1]
         others = distances[:, folds != folds[row]] if n > 1 else stranger
-        expected = Tails.fit(others).score(stranger[:, row : row + 1])
-        torch.testing.assert_close(Tails.scores_of_others(stranger)[:, row : row + 1], expected)
+        expected = (tails.score(place) + Tails.fit(others).score(place)) / 2
+        torch.testing.assert_close(tails.held_out_scores(stranger)[:, row : row + 1], expected)
+        assert n < 3 or (expected > tails.score(place)).all()
 
 
 def test_tails_that_begin_at_nothing_are_finite() -> None:
