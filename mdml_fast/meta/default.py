@@ -166,12 +166,16 @@ class DefaultModel:
         gate = probability.quantile(config.head_quantile)
         known = NormalFamily(neighbourhood, Tails.fit(distances), gate)
 
-        normal_scores = known.tails.held_out_scores(distances)
+        # Numbers from 0 on: of rows, or of groups.
+        units = torch.arange(len(judged), device=device)
+        if rows.groups is not None:
+            units = torch.unique(families[judged], return_inverse=True)[1]
+        normal_scores = known.tails.held_out_scores(distances, units)
         never_saw = _not_in(labels, ensemble.trained_on).to(device)
         anomaly_scores = known.tails.score(neighbourhood.distances(anomalies, counted=never_saw))
         prior = prior_weights(len(SCORES), len(normals), config.fusion).to(device)
         weights = learn_weights(normal_scores, anomaly_scores, labels, prior, config.fusion)
-        fused = cross_fused(normal_scores, anomaly_scores, labels, prior, config.fusion)
+        fused = cross_fused(normal_scores, units, anomaly_scores, labels, prior, config.fusion)
         low, high = fused.quantile(weights.new_tensor([0.5, 0.999]))
         anomaly = fused + (high - low) * excess(probability, gate)
         if previous:

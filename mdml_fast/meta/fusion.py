@@ -92,16 +92,25 @@ def learn_weights(normals: Tensor, anomalies: Tensor, labels: Names, prior: Tens
     return logits.softmax(0)
 
 
-def cross_fused(normals: Tensor, anomalies: Tensor, labels: Names, prior: Tensor, config: FusionConfig) -> Tensor:
-    """The fused scores [n] of normals in random order, each by weights that were learned without it.
+def cross_fused(
+    normals: Tensor, families: Tensor, anomalies: Tensor, labels: Names, prior: Tensor, config: FusionConfig
+) -> Tensor:
+    """The fused scores [n] of normals, each by weights that were learned without its family, where there are two.
 
     The weights make the normals that they are learned from look a little less strange than new ones.
+
+    Args:
+        normals: scores [C, n].
+        families: a number from 0 on for each [n].
+        anomalies: see `learn_weights`.
+        labels: likewise.
+        prior: likewise.
+        config: likewise.
     """
-    n = normals.shape[1]
-    fused, halves = normals.new_empty(n), torch.arange(n, device=normals.device) % 2
-    for half in range(min(n, 2)):
+    fused, halves = normals.new_empty(normals.shape[1]), families % 2
+    for half in torch.unique(halves):
         own = halves == half
-        others = ~own if n > 1 else own
+        others = own if own.all() else ~own
         fused[own] = fuse(learn_weights(normals[:, others], anomalies, labels, prior, config), normals[:, own], config)
     return fused
 

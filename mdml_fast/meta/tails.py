@@ -40,21 +40,25 @@ class Tails:
         """From unsorted distances [C, n]."""
         return cls(distances.sort(dim=1).values)
 
-    def held_out_scores(self, distances: Tensor) -> Tensor:
-        """What new rows at the places of these tails' own rows would score, float [C, n] of [C, n] in random order.
+    def held_out_scores(self, distances: Tensor, families: Tensor) -> Tensor:
+        """What new rows at the places of these tails' own rows would score, float [C, n] of [C, n].
 
         A row is less strange by tails that it is part of, as a new one is not. By the tails of the others alone it is
         stranger than a new one, which would be part of those that the others are held against. So: the mean of both.
+        But rows of one family are as good as part of each other: where there are such, the tails are those of other
+        families, as long as these are most of the rows.
+
+        Args:
+            distances: [C, n].
+            families: a number from 0 on for each row [n]; in random order, where all are different.
         """
-        own_scores = self.score(distances)
-        n = distances.shape[1]
-        if n < 2:
-            return own_scores
-        scores, folds = torch.empty_like(distances), torch.arange(n, device=distances.device) % FOLDS
-        for fold in range(min(n, FOLDS)):
+        n, own_scores = distances.shape[1], self.score(distances)
+        scores, folds = own_scores.clone(), families % FOLDS
+        for fold in torch.unique(folds):
             own = folds == fold
-            scores[:, own] = Tails.fit(distances[:, ~own]).score(distances[:, own])
-        return (own_scores + scores) / 2
+            if 2 * int(own.sum()) <= n:
+                scores[:, own] = Tails.fit(distances[:, ~own]).score(distances[:, own])
+        return scores if len(torch.unique(families)) < n else (own_scores + scores) / 2
 
     def score(self, distances: Tensor) -> Tensor:
         """-log P(a normal's distance ≥ x) for distances x [C, N] -> [C, N]."""

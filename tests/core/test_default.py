@@ -117,16 +117,25 @@ def test_tails_of_equal_distances_are_finite_and_rank_what_is_beyond() -> None:
 
 @pytest.mark.parametrize("n", [1, 2, 7, 61])
 def test_held_out_rows_are_scored_between_their_own_tails_and_those_of_the_others(n: int) -> None:
-    distances = torch.as_tensor(np.random.default_rng(0).pareto(3, size=(2, n)) + 1)
-    folds = torch.arange(n) % FOLDS
+    distances, rows = torch.as_tensor(np.random.default_rng(0).pareto(3, size=(2, n)) + 1), torch.arange(n)
     for row in range(min(n, 3)):
         stranger = distances.clone()
         stranger[:, row] *= 100
         tails, place = Tails.fit(stranger), stranger[:, row : row + 1]
-        others = distances[:, folds != folds[row]] if n > 1 else stranger
+        others = distances[:, rows % FOLDS != row] if n > 1 else stranger
         expected = (tails.score(place) + Tails.fit(others).score(place)) / 2
-        torch.testing.assert_close(tails.held_out_scores(stranger)[:, row : row + 1], expected)
+        torch.testing.assert_close(tails.held_out_scores(stranger, rows)[:, row : row + 1], expected)
         assert n < 3 or (expected > tails.score(place)).all()
+
+
+def test_rows_of_a_family_are_scored_by_the_tails_of_the_others_where_those_are_most() -> None:
+    distances = torch.as_tensor(np.random.default_rng(0).pareto(3, size=(2, 100)) + 1)
+    families = torch.tensor([0] * 60 + [1] * 20 + [2] * 20)
+    tails = Tails.fit(distances)
+    scores = tails.held_out_scores(distances, families)
+    torch.testing.assert_close(scores[:, :60], tails.score(distances)[:, :60])
+    for own in (families == 1, families == 2):
+        torch.testing.assert_close(scores[:, own], Tails.fit(distances[:, ~own]).score(distances[:, own]))
 
 
 def test_tails_that_begin_at_nothing_are_finite() -> None:
@@ -182,7 +191,8 @@ def test_a_normal_is_fused_by_weights_that_were_learned_without_it(n: int) -> No
     others = torch.arange(n) % 2 == 1 if n > 1 else torch.ones(1, dtype=torch.bool)
     weights = learn_weights(normals[:, others], anomalies, labels, prior, config)
     expected = fuse(weights, normals[:, ::2], config)
-    torch.testing.assert_close(cross_fused(normals, anomalies, labels, prior, config)[::2], expected)
+    fused = cross_fused(normals, torch.arange(n), anomalies, labels, prior, config)
+    torch.testing.assert_close(fused[::2], expected)
 
 
 def test_the_anchor_rules_where_normals_are_few() -> None:
