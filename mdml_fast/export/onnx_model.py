@@ -16,7 +16,7 @@ from mdml_fast.detector import MDMLDetector
 from mdml_fast.export.graph import BOOL, DOUBLE, FLOAT, STRING, Graph
 from mdml_fast.meta.default import DefaultModel
 from mdml_fast.meta.ensemble import HALVES
-from mdml_fast.meta.neighbours import SPARE
+from mdml_fast.meta.neighbours import GROUP, SPARE
 from mdml_fast.meta.paper import PaperModel
 from mdml_fast.meta.scoring import NormalFamily, Scorer
 from mdml_fast.meta.tails import Tails
@@ -192,16 +192,37 @@ def _family(graph: Graph, scorer: Scorer, family: NormalFamily, rows: str, views
 def _neighbours(graph: Graph, rows: str, references: np.ndarray, k: int) -> str:
     """`neighbour_distances`: float32 [D, N] of rows [D, N, d]."""
     n_embeddings, n_references, n_features = references.shape
-    product = graph.op("MatMul", rows, np.ascontiguousarray(-2 * references.swapaxes(1, 2)))
-    squared = graph.op("Add", product, np.square(references).sum(-1)[:, None])
-    n_candidates = np.array([min(k + SPARE, n_references)])
-    _, candidates = graph.op("TopK", squared, n_candidates, outputs=2, axis=-1, largest=0)
+    # (x, 1) times (-2r, |r|²) in one product: see `neighbours._product_columns`.
+    columns = np.concatenate([-2 * references, np.square(references).sum(-1, keepdims=True)], axis=2).swapaxes(1, 2)
+    one = graph.op("Expand", np.float32(1.0), graph.op("Concat", graph.op("Shape", rows, end=2), np.array([1]), axis=0))
+    squared = graph.op("MatMul", graph.op("Concat", rows, one, axis=2), np.ascontiguousarray(columns))
+    candidates = _smallest(graph, squared, min(k + SPARE, n_references), n_references)
     first = np.arange(n_embeddings)[:, None, None] * n_references
     chosen = graph.op("Gather", references.reshape(-1, n_features), graph.op("Add", candidates, first), axis=0)
     steps = graph.op("Sub", graph.op("Unsqueeze", rows, [2]), chosen)
     exact = graph.op("ReduceSum", graph.cast(graph.op("Mul", steps, steps), DOUBLE), [-1], keepdims=0)
     nearest, _ = graph.op("TopK", exact, np.array([min(k, n_references)]), outputs=2, axis=-1, largest=0)
     return graph.cast(graph.op("ReduceMean", graph.op("Sqrt", nearest), [-1], keepdims=0), FLOAT)
+
+
+def _smallest(graph: Graph, values: str, k: int, n: int) -> str:
+    """Positions of the k smallest of n [D, N, n]: int64 [D, N, k]; by groups, see `neighbours._smallest`."""
+    width = n // GROUP
+    if width < GROUP * k:
+        return str(graph.op("TopK", values, np.array([k]), outputs=2, axis=-1, largest=0)[1])
+    whole = n == GROUP * width
+    head = values if whole else graph.op("Slice", values, np.array([0]), np.array([GROUP * width]), np.array([2]))
+    least = graph.op("ReduceMin", graph.op("Reshape", head, np.array([0, 0, GROUP, width])), [2], keepdims=0)
+    _, groups = graph.op("TopK", least, np.array([k]), outputs=2, axis=-1, largest=0)
+    places = graph.op("Add", graph.op("Unsqueeze", groups, [2]), (width * np.arange(GROUP))[:, None])
+    members = graph.op("Reshape", places, np.array([0, 0, GROUP * k]))
+    if not whole:
+        sizes = graph.op("Concat", graph.op("Shape", groups, end=2), np.array([n - GROUP * width]), axis=0)
+        rest = graph.op("Expand", np.arange(GROUP * width, n)[None, None], sizes)
+        members = graph.op("Concat", members, rest, axis=2)
+    found = graph.op("GatherElements", values, members, axis=2)
+    _, nearest = graph.op("TopK", found, np.array([k]), outputs=2, axis=-1, largest=0)
+    return str(graph.op("GatherElements", members, nearest, axis=2))
 
 
 def _tail_scores(graph: Graph, tails: Tails, distances: str) -> str:
