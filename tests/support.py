@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from mdml_fast.data.labelled import LabelledTable
@@ -34,3 +35,12 @@ def open_table(name: str) -> LabelledTable:
     """An open set; skips the test where there are none."""
     protocol(name)
     return open_sets(DATA)[name]()
+
+
+def normals_and_two_classes(seed: int = 0, n: int = 300, d: int = 6) -> tuple[np.ndarray, np.ndarray]:
+    """Rows and classes: normals, "ok", around 0; "up" and "side" are anomaly classes."""
+    rng = np.random.default_rng(seed)
+    rows = rng.normal(size=(n + 40, d))
+    rows[n : n + 20, 0] += 6
+    rows[n + 20 :, -1] -= 6
+    return rows, np.array(["ok"] * n + ["up"] * 20 + ["side"] * 20)
