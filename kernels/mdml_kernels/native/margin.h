@@ -31,12 +31,28 @@ struct Kept {
   int64_t* first;
 };
 
-// The weights of the mean over ID rows (negative) and over OOD rows, of n rows.
-static inline Floats mean_weights(const uint8_t* is_ood, int64_t n, float by_id, float by_ood) {
-  Floats weight = {};
-  for (int64_t l = 0; l < n; ++l) weight[l] = is_ood[l] ? by_ood : by_id;
-  return weight;
-}
+// The weights of the mean over ID rows (negative) and over OOD rows; 0 where a side has none.
+struct Sides {
+  const uint8_t* is_ood;
+  float by_id, by_ood;
+
+  Sides(const uint8_t* is_ood, int64_t n) : is_ood(is_ood) {
+    const int64_t n_ood = std::count_if(is_ood, is_ood + n, [](uint8_t is) { return is; }), n_id = n - n_ood;
+    by_id = n_id ? -1.0f / n_id : 0.0f, by_ood = n_ood ? 1.0f / n_ood : 0.0f;
+  }
+
+  bool both() const { return by_id != 0.0f && by_ood != 0.0f; }
+
+  // Of n rows from i on.
+  Floats weights(int64_t i, int64_t n) const {
+    Floats weight = {};
+    for (int64_t l = 0; l < n; ++l) weight[l] = is_ood[i + l] ? by_ood : by_id;
+    return weight;
+  }
+};
+
+// Values of the first n lanes, 0 in the others, whatever is there.
+static inline Floats in_use(Floats value, int64_t n) { return LANES < static_cast<int32_t>(n) ? value : all(0.0f); }
 
 // The log-odds of sixteen rows, from the log of the sum of e^x of the others than m, or of all (`mass`).
 static inline Floats odds_of(const EpisodeLogits& of, const Statistics& found, Floats log_sum, bool mass) {
@@ -62,9 +78,7 @@ static inline Pulled pulled(const EpisodeLogits& of, Floats by_odds, Floats shif
 // The hinge loss at confidence `max`. Where grad [N, K] is not null, it gets the gradient to long rows, times ahead.
 static inline float hinge(const EpisodeLogits& of, const uint8_t* is_ood, float margin, const Kept& kept,
                           float ahead = 1.0f, float* grad = nullptr) {
-  const int64_t n_ood = std::count_if(is_ood, is_ood + of.n_rows, [](uint8_t is) { return is; });
-  const int64_t n_id = of.n_rows - n_ood;
-  const float by_ood = n_ood ? 1.0f / n_ood : 0.0f, by_id = n_id ? -1.0f / n_id : 0.0f;
+  const Sides sides(is_ood, of.n_rows);
   Floats total = {};
   for (int64_t i = 0; i < of.n_rows; i += W) {
     const Rows rows = of.rows(i);
@@ -74,16 +88,15 @@ static inline float hinge(const EpisodeLogits& of, const uint8_t* is_ood, float 
     store_some(kept.slope + i, odds, rows.n);
     store_some(kept.log_sum + i, others, rows.n);
     store_indices(kept.first + i, found.first, rows.n);
-    const Floats s = LANES < static_cast<int32_t>(rows.n) ? sigmoid_of(odds) : all(0.0f);
-    total += mean_weights(is_ood + i, rows.n, by_id, by_ood) * s;
+    total += sides.weights(i, rows.n) * in_use(sigmoid_of(odds), rows.n);
   }
   // A side without rows: no loss, but for a NaN.
-  const float gap = (reduce(total, sum<Floats>)[0] + margin) * (n_ood && n_id ? 1.0f : 0.0f);
+  const float gap = (reduce(total, sum<Floats>)[0] + margin) * (sides.both() ? 1.0f : 0.0f);
   const bool met = gap <= 0.0f;  // which a NaN is not
   for (int64_t i = 0; i < of.n_rows; i += W) {
     const Rows rows = of.rows(i);
     const Floats odds = load_some(kept.slope + i, rows.n, 0.0f);
-    const Floats weight = met ? all(0.0f) : mean_weights(is_ood + i, rows.n, by_id, by_ood);
+    const Floats weight = met ? all(0.0f) : sides.weights(i, rows.n);
     const Floats slope = weight * sigmoid_of(odds) * sigmoid_of(-odds);
     store_some(kept.slope + i, slope, rows.n);
     if (!grad) continue;
@@ -110,6 +123,26 @@ static inline void one_class_gradient(const EpisodeLogits& of, bool mass, float*
     const Floats by_odds = sigmoid_of(-odds_of(of, found, shift, mass)) * (-1.0f / of.n_rows);
     pull_odds(of, i, by_odds, shift, mass ? Ints{} - 1 : found.first, mass, logits + i * of.n_classes);
   }
+}
+
+// The logits of an episode, side by side, become the gradient of the bce loss at confidence `mass`; by_odds [N] gets what
+// the entries of each row sum to. Null leaves by_background out.
+static inline float bce_gradient(const EpisodeLogits& of, const uint8_t* is_ood, float* logits, float* by_odds,
+                                 float* by_background) {
+  const Sides sides(is_ood, of.n_rows);
+  Floats total = {}, background = {};
+  for (int64_t i = 0; i < of.n_rows; i += W) {
+    const int64_t n = of.rows(i).n;
+    const Statistics found = statistics(of.rows(i), all(of.tau));
+    const Floats log_sum = log_all(found), odds = odds_of(of, found, log_sum, true), weight = sides.weights(i, n);
+    // -log S of ID rows, -log (1 - S) of OOD rows: log(1 + e^y) of minus or plus the odds.
+    const Floats y = weight < 0.0f ? -odds : odds, slope = weight * sigmoid_of(y);
+    total += in_use(magnitude(weight) * log_add(all(0.0f), y), n);
+    background += in_use(pull_odds(of, i, slope, log_sum, Ints{} - 1, true, logits + i * of.n_classes), n);
+    store_some(by_odds + i, slope * of.tau, n);
+  }
+  if (by_background) *by_background = reduce(background, sum<Floats>)[0];
+  return reduce(total, sum<Floats>)[0];
 }
 
 }  // namespace mdml

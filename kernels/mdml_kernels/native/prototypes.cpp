@@ -110,30 +110,10 @@ class PrototypeEpisode {
 
   void margin_gradient(int64_t e) {
     const int64_t k = of.n_support;
-    const uint8_t* is_ood = of.is_ood + e * of.n_query;
     const EpisodeLogits episode = {logits, k, of.n_query, k, of.tau ? of.tau[e] : 1.0f,
                                    of.background ? of.background + e : nullptr};
-    const int64_t n_ood = std::count_if(is_ood, is_ood + of.n_query, [](uint8_t is) { return is; });
-    const int64_t n_id = of.n_query - n_ood;
-    // Of the mean over each side; negative for ID rows.
-    const float by_ood = n_ood ? 1.0f / n_ood : 0.0f, by_id = n_id ? -1.0f / n_id : 0.0f;
-    Floats total = {}, by_background = {};
-    for (int64_t i = 0; i < of.n_query; i += W) {
-      const Rows block = episode.rows(i);
-      const Statistics found = statistics(block, all(episode.tau));
-      const Floats log_sum = log_all(found), odds = odds_of(episode, found, log_sum, true);
-      const Floats weight = mean_weights(is_ood + i, block.n, by_id, by_ood);
-      // -log S of ID rows, -log (1 - S) of OOD rows: log(1 + e^y) of minus or plus the odds.
-      const Floats y = weight < 0.0f ? -odds : odds;
-      const Floats in_use = LANES < static_cast<int32_t>(block.n) ? all(1.0f) : all(0.0f);
-      total += in_use == 0.0f ? all(0.0f) : magnitude(weight) * log_add(all(0.0f), y);
-      const Floats slope = weight * sigmoid_of(y);
-      const Floats by = pull_odds(episode, i, slope, log_sum, Ints{} - 1, true, logits + i * k);
-      by_background += in_use == 0.0f ? all(0.0f) : by;
-      store_some(by_odds + i, slope * episode.tau, block.n);
-    }
-    of.loss[e] = reduce(total, sum<Floats>)[0];
-    if (of.by_background) of.by_background[e] = reduce(by_background, sum<Floats>)[0];
+    float* by_background = of.by_background ? of.by_background + e : nullptr;
+    of.loss[e] = bce_gradient(episode, of.is_ood + e * of.n_query, logits, by_odds, by_background);
   }
 
   // To the embeddings: of query rows (G c - z ΣG) / variance, of prototypes (G^T z - c ΣG) / variance. A row of G is its
