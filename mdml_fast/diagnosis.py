@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from mdml_kernels import SoftmaxMarginLoss, explain
-from mdml_kernels.native.library import native
+from mdml_kernels.native.loader import native
 from torch import nn
 from torch.func import functional_call
 

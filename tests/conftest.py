@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from mdml_kernels.native import library
+from mdml_kernels.native import loader
 from support import COMMAND, DATA, OPEN_SETS, Run, protocol
 
 from mdml_fast import MDMLDetector
@@ -16,7 +16,7 @@ from mdml_fast.data import label_table, read_table
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Nothing that tests measure is left in the user's cache folder, nor read from it. What was compiled is kept."""
-    cache, kernels = tmp_path_factory.mktemp("cache"), library.cache_folder()
+    cache, kernels = tmp_path_factory.mktemp("cache"), loader.cache_folder()
     kernels.mkdir(parents=True, exist_ok=True)
     (cache / kernels.name).symlink_to(kernels)
     with pytest.MonkeyPatch.context() as patch:

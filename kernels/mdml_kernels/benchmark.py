@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 from mdml_kernels.functional import linear_softmax_confidence, softmax_margin_loss
-from mdml_kernels.native import library
+from mdml_kernels.native import loader
 from mdml_kernels.parity import relative_error
 from mdml_kernels.reference import Form
 
@@ -129,7 +129,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     return {
         "device": torch.cuda.get_device_name(device) if on_gpu else _processor(),
         "threads": torch.get_num_threads(),
-        "native": library.native().reason,
+        "native": loader.native().reason,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "commit": commit.stdout.strip() or None,

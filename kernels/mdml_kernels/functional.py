@@ -6,7 +6,7 @@ from torch import Tensor
 
 from mdml_kernels import checks, dispatch, losses, odds, reference
 from mdml_kernels.dispatch import Backend
-from mdml_kernels.native import library
+from mdml_kernels.native import loader
 from mdml_kernels.reference import Confidence, Form, Reduction, Scalar
 
 
@@ -185,7 +185,7 @@ def explain(logits: Tensor, *, linear: bool = False, backend: Backend = "auto") 
     Raises:
         ValueError: the backend cannot serve the call; the message names those that can.
     """
-    chosen = dispatch.choose(backend, logits, linear=linear, native=library.serves(logits))
+    chosen = dispatch.choose(backend, logits, linear=linear, native=loader.serves(logits))
     return f"{chosen.backend}: {chosen.reason}"
 
 

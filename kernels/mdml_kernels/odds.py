@@ -10,7 +10,7 @@ from torch import Tensor
 from mdml_kernels import autograd, cpu_loss, losses, rows
 from mdml_kernels.autograd import RowOp
 from mdml_kernels.linear import CpuLinearLogOdds, TritonLinearLogOdds
-from mdml_kernels.native import library as native
+from mdml_kernels.native import loader as native
 from mdml_kernels.native.loss import NativeMarginLoss
 from mdml_kernels.reference import Confidence, Form, Scalar, accumulation_dtype
 from mdml_kernels.rows import CpuLogOdds

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from mdml_kernels.native import library as native
+from mdml_kernels.native import loader as native
 
 from mdml_fast.files import replace_file
 from mdml_fast.meta.engine import MetaEngine

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from mdml_kernels.native import episodes
-from mdml_kernels.native import library as native
+from mdml_kernels.native import loader as native
 from torch import Tensor
 
 from mdml_fast.meta.fused_folding import CROSS, METRIC, Folding

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 from mdml_kernels.native import layers
-from mdml_kernels.native import library as native
+from mdml_kernels.native import loader as native
 from torch import Tensor, nn
 
 from mdml_fast.meta.fused_layers import BatchedLayer, Buffers, Layer, Use, Weights, read_linear

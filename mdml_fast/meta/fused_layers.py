@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from mdml_kernels.native import layers
-from mdml_kernels.native import library as native
+from mdml_kernels.native import loader as native
 from torch import Tensor, nn
 
 from mdml_fast.meta.encoders import ResidualEncoder

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from mdml_kernels import SoftmaxMarginLoss, direct
-from mdml_kernels.native import library
+from mdml_kernels.native import loader
 from torch import Tensor
 
 from mdml_fast.meta import on_gpu
@@ -110,7 +110,7 @@ class Program:
         def memory(name: str, *episodes: int) -> Tensor:
             """For a value. Products are fastest with weights [I, O]; kernels want them as they are, [O, I]."""
             shape = (*episodes, *values[name].shape)
-            by_kernels = self.by_triton or library.serves(values[name])
+            by_kernels = self.by_triton or loader.serves(values[name])
             if name in inner and values[name].ndim - stacked == 2 and not by_kernels:
                 *outer, n_out, n_in = shape
                 return values[name].new_empty(*outer, n_in, n_out).mT

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import torch
-from mdml_kernels.native import library as native
+from mdml_kernels.native import loader as native
 from mdml_kernels.native import prototypes
 from torch import Tensor
 

@@ -7,7 +7,7 @@ import math
 import numpy as np
 import numpy.typing as npt
 import torch
-from mdml_kernels.native import library
+from mdml_kernels.native import loader
 from mdml_kernels.native import neighbours as native
 from torch import Tensor
 
@@ -46,7 +46,7 @@ def neighbour_distances(
     if torch.compiler.is_exporting() and families is None:
         # A program for any number of rows has no loop over them.
         return _block_distances(rows, references, _product_columns(references), k)
-    if k + SPARE <= native.MOST and library.serves(rows, references):
+    if k + SPARE <= native.MOST and loader.serves(rows, references):
         codes = (None, None) if families is None else (families, reference_families)
         each = zip(rows, references, strict=True)
         return torch.stack([native.neighbour_distances(*one, k, SPARE, *codes) for one in each])

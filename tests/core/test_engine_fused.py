@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 from mdml_kernels import SoftmaxMarginLoss
-from mdml_kernels.native import library as native
+from mdml_kernels.native import loader as native
 from torch import Tensor, nn
 
 from mdml_fast import MetaEngine
@@ -159,9 +159,9 @@ def test_folded_layers(
     folding = one._path._recipe.folds(one.values(), *support.shape[1:2], query.shape[1], n_directions is not None)
     assert folding
     kernels, programs = one._path._kernels[folding], getattr(one._path._kept, "programs", {}).values()
-    assert bool(kernels._shapes) == bool(native.native().library)
+    assert bool(kernels._shapes) == bool(native.native().kernels)
     assert all(program.moves for program in programs)
-    assert bool(programs) != bool(native.native().library)
+    assert bool(programs) != bool(native.native().kernels)
     for actual, expected in ((earlier, exact_earlier), (fused, exact)):
         assert_close({name: value.double() for name, value in actual.grads.items()}, expected.grads, 1e-4)
     assert_close({name: value.double() for name, value in adapted.items()}, adapted_too, 1e-5)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from mdml_kernels import SoftmaxMarginLoss
-from mdml_kernels.native import library as native
+from mdml_kernels.native import loader as native
 from torch import Tensor, nn
 
 from mdml_fast import MetaEngine
@@ -15,7 +15,7 @@ from mdml_fast.meta.scheduler import MetaScheduler
 D = 3
 DIRECTION = torch.tensor([2, 0, 1, 2, 0])
 
-pytestmark = pytest.mark.skipif(native.native().library is None, reason="no compiler")
+pytestmark = pytest.mark.skipif(native.native().kernels is None, reason="no compiler")
 
 
 def engine(
@@ -78,7 +78,7 @@ def test_it_agrees_with_the_tensor_operations_it_stands_for() -> None:
 
 
 @pytest.mark.skipif(
-    not (native.native().library and native.native().library.mdml_has_bfloat16()), reason="no products of bfloat16"
+    not (native.native().kernels and native.native().kernels.mdml_has_bfloat16()), reason="no products of bfloat16"
 )
 @pytest.mark.parametrize(("n", "q", "d", "hidden"), [(12, 15, 6, 10), (64, 33, 78, 64)])
 def test_bfloat16_products_are_close(n: int, q: int, d: int, hidden: int) -> None:

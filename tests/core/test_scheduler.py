@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from mdml_kernels import SoftmaxMarginLoss
 from mdml_kernels.native import calls
 from mdml_kernels.native import episodes as native_episodes
-from mdml_kernels.native import library as native
+from mdml_kernels.native import loader as native
 from torch import nn
 
 from mdml_fast import MetaEngine, MetaGradients
@@ -137,7 +137,7 @@ def test_chunks_are_computed_side_by_side(monkeypatch: pytest.MonkeyPatch) -> No
         mean_of(MetaScheduler(one, chunk=8, threads=1), 16)
 
 
-@pytest.mark.skipif(not native.native().library, reason="no compiled kernels here")
+@pytest.mark.skipif(not native.native().kernels, reason="no compiled kernels here")
 def test_threads_share_a_chunk_of_whole_episodes(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each of its two parts waits until the other is being computed too."""
     torch.manual_seed(0)

@@ -4,7 +4,7 @@ import os
 
 import pytest
 from mdml_kernels import cpu, cpu_loss, linear
-from mdml_kernels.native import library
+from mdml_kernels.native import loader
 
 WAYS = ("compiled", "textbook", "operator", "rows of one episode")
 
@@ -12,14 +12,14 @@ WAYS = ("compiled", "textbook", "operator", "rows of one episode")
 @pytest.fixture
 def without_native(monkeypatch):
     """As on a machine without a compiler."""
-    monkeypatch.setattr(library, "native", lambda: library.Native(None, "the test wants none"))
+    monkeypatch.setattr(loader, "native", lambda: loader.Native(None, "the test wants none"))
 
 
 @pytest.fixture(params=WAYS)
 def cpu_way(request, monkeypatch):
     """The compiled kernels; without them the textbook formula, and operators in one chunk or in small ones."""
     if request.param == "compiled":
-        assert library.native().library is not None, library.native().reason
+        assert loader.native().kernels is not None, loader.native().reason
         return request.param
     request.getfixturevalue("without_native")
     if request.param != "textbook":

@@ -11,13 +11,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mdml_kernels import softmax_margin_loss
-from mdml_kernels.native import calls, episodes, layers, library, neighbours, rows
+from mdml_kernels.native import calls, episodes, layers, loader, neighbours, rows
 
 WIDTHS = st.integers(1, 40)
 
 
 def test_a_compiler_is_found():
-    assert library.native().library is not None, library.native().reason
+    assert loader.native().kernels is not None, loader.native().reason
 
 
 @pytest.fixture(scope="module")
@@ -29,9 +29,9 @@ def loss_without(tmp_path_factory):
 def status(tmp_path, **environment):
     """What a fresh process says of its kernels, and a loss by them."""
     code = (
-        "import torch; from mdml_kernels import softmax_margin_loss; from mdml_kernels.native.library import native;"
+        "import torch; from mdml_kernels import softmax_margin_loss; from mdml_kernels.native.loader import native;"
         "x = torch.arange(24.).view(1, 4, 6).sin(); ood = torch.tensor([[False, True, False, True]]);"
-        "print(softmax_margin_loss(x, ood).item(), '|', native().library is not None, '|', native().reason)"
+        "print(softmax_margin_loss(x, ood).item(), '|', native().kernels is not None, '|', native().reason)"
     )
     changed = os.environ | {"XDG_CACHE_HOME": str(tmp_path / "cache")} | environment
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=changed)

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from mdml_kernels.native import library
+from mdml_kernels.native import loader
 from mdml_kernels.native.threads import shared
 
 
@@ -23,9 +23,9 @@ def call(name: str, n: int, size: int, worthwhile: int, *arguments: Any, held: t
             or a reference that ctypes made. A tensor is contiguous, or its strides are among the arguments.
         held: whose memory the arguments name beside their own.
     """
-    compiled = library.native().library
-    assert compiled is not None
-    function = getattr(compiled, name)
+    kernels = loader.native().kernels
+    assert kernels is not None
+    function = getattr(kernels, name)
     if function.argtypes is None:  # an argument is of the same kind in every call
         function.argtypes = [ctypes.c_int64, ctypes.c_int64, *map(_kind, arguments)]
     given = [argument.data_ptr() if isinstance(argument, Tensor) else argument for argument in arguments]

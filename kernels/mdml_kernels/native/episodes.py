@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mdml_kernels.native.calls import address, call, whole
-from mdml_kernels.native.library import native
+from mdml_kernels.native.loader import multiplies_bfloat16
 from mdml_kernels.reference import Confidence
 
 # Fewer products than this are not worth a thread of their own.
@@ -59,9 +59,7 @@ class InnerLoop(NamedTuple):
 
 def takes_bfloat16(layers: Sequence[MlpLayer]) -> bool:
     """Whether this machine's processor multiplies bfloat16, and the layers' widths are even, as it wants them."""
-    library = native().library
-    even = all(size % 2 == 0 for layer in layers for size in layer.weight.shape[-2:])
-    return even and library is not None and bool(library.mdml_has_bfloat16())
+    return multiplies_bfloat16(*(width for layer in layers for width in layer.weight.shape[-2:]))
 
 
 class MetaGradients(NamedTuple):

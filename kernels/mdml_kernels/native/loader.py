@@ -28,7 +28,7 @@ _SECONDS = 120
 class Native(NamedTuple):
     """The library, or None; and in a few words what it was made by, or why there is none."""
 
-    library: ctypes.CDLL | None
+    kernels: ctypes.CDLL | None
     reason: str
 
 
@@ -60,11 +60,17 @@ def serves(*tensors: Tensor) -> bool:
         not torch.compiler.is_compiling()
         and _python_dispatch._len_torch_dispatch_stack() == 0  # type: ignore[attr-defined]
         and all(t.dtype == torch.float32 and t.device.type == "cpu" and type(t) in _PLAIN for t in tensors)
-        and native().library is not None
+        and native().kernels is not None
     )
 
 
 _PLAIN = (Tensor, torch.nn.Parameter)
+
+
+def multiplies_bfloat16(*widths: int) -> bool:
+    """Whether there are products of bfloat16 on this machine, and for these widths: they have to be even."""
+    kernels = native().kernels
+    return kernels is not None and bool(kernels.mdml_has_bfloat16()) and all(width % 2 == 0 for width in widths)
 
 
 def _compiled(compiler: str) -> Path:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mdml_kernels.native.calls import address, call, whole
-from mdml_kernels.native.library import native
+from mdml_kernels.native.loader import multiplies_bfloat16
 
 # Fewer products than this are not worth a thread of their own.
 _LEAST_PRODUCTS = 1 << 20
@@ -36,9 +36,7 @@ class ResidualEncoder(NamedTuple):
 
 def takes_bfloat16(encoder: ResidualEncoder, support: Tensor | None = None) -> bool:
     """Whether this machine's processor multiplies bfloat16, and widths are even, as it wants them."""
-    library = native().library
-    even = all(size % 2 == 0 for size in (*encoder.inner.shape[1:], 0 if support is None else support.shape[1]))
-    return even and library is not None and bool(library.mdml_has_bfloat16())
+    return multiplies_bfloat16(*encoder.inner.shape[1:], *(() if support is None else support.shape[1:2]))
 
 
 def gradients(

@@ -1,6 +1,6 @@
 """Statistics of rows of logits and gradients to them, by the compiled kernels; the rows are shared by the threads.
 
-Letters: E episodes, N rows, K logits; x = τ ℓ. Everything is float32 on a CPU, and `library.serves` it.
+Letters: E episodes, N rows, K logits; x = τ ℓ. Everything is float32 on a CPU, and `loader.serves` it.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mdml_kernels.native.calls import call, whole
-from mdml_kernels.native.library import serves
+from mdml_kernels.native.loader import serves
 from mdml_kernels.reference import Confidence
 
 # Rows that the kernels take at once, one to a lane.
