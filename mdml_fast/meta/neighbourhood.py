@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mdml_fast.data.views import VIEWS, Views
 from mdml_fast.meta.ensemble import HALVES, Ensemble
-from mdml_fast.meta.neighbours import neighbour_distances
+from mdml_fast.meta.neighbours import References
 
 
 @dataclass(frozen=True)
@@ -40,9 +40,6 @@ class Neighbourhood:
         normals: float [n, d]; the first so many are used, so their order should be random.
         families: int [n]; a normal that is one of these rows itself is not compared with its own family.
         centre: what Mahalanobis distances are from, in the whitened view [d].
-
-    Attributes:
-        embedded: the first so many of the normals in each direction's embedding [D, n, d].
     """
 
     def __init__(
@@ -58,7 +55,13 @@ class Neighbourhood:
         self.normals = normals[: config.anchor_references]
         self.families = families[: config.anchor_references]
         with torch.inference_mode():
-            self.embedded = ensemble.embed(views.transform(self.normals[: config.references]))
+            self._anchors = References(self.normals.unsqueeze(0))
+            self._directions = References(ensemble.embed(views.transform(self.normals[: config.references])))
+
+    @property
+    def embedded(self) -> Tensor:
+        """The first so many of the normals in each direction's embedding [D, n, d]."""
+        return self._directions.embedded
 
     def distances(self, rows: Tensor, families: Tensor | None = None, counted: Tensor | None = None) -> Tensor:
         """Distances [6, N] of rows [N, d] from the normals, by `SCORES`.
@@ -84,18 +87,13 @@ class Neighbourhood:
         """The distances by `ANCHORS` [2, N], and those in each direction's embedding [2 halves, 4 views, N]."""
         config = self.config
         views = self.views.transform(rows)
-        knn = neighbour_distances(
-            rows.unsqueeze(0),
-            self.normals.unsqueeze(0),
-            config.anchor_neighbours,
-            families=families,
-            reference_families=self.families,
+        knn = self._anchors.distances(
+            rows.unsqueeze(0), config.anchor_neighbours, families=families, reference_families=self.families
         )
         from_centre = views[VIEWS.index("whitened")] - self.centre
         mahalanobis = from_centre.norm(dim=-1, dtype=torch.float64).to(rows.dtype).unsqueeze(0)
-        directions = neighbour_distances(
+        directions = self._directions.distances(
             self.ensemble.embed(views),
-            self.embedded,
             config.neighbours,
             families=families,
             reference_families=self.families[: self.embedded.shape[1]],

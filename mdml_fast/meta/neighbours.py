@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from mdml_kernels.native import loader
-from mdml_kernels.native import neighbours as native
+from mdml_kernels.native.neighbours import MOST, NeighbourSearch
 from torch import Tensor
 
 from mdml_fast.data.encoding import Rows
@@ -23,45 +23,50 @@ SPARE = 3
 OUTLIER_REFERENCES = 10_000
 
 
-def neighbour_distances(
-    rows: Tensor,
-    references: Tensor,
-    k: int,
-    *,
-    families: Tensor | None = None,
-    reference_families: Tensor | None = None,
-) -> Tensor:
-    """The mean Euclidean distance of each row to its k nearest references [D, N].
-
-    A matrix product finds the nearest; their distances are then summed in float64 and rounded once. Distances that are
-    equal come out equal to the bit, whatever the machine, the threads or the other rows.
+class References:
+    """What rows are compared with in each of D embeddings.
 
     Args:
-        rows: [D, N, d], in each of D embeddings.
-        references: [D, n, d].
-        k: how many; all of them where there are fewer.
-        families: int [N]; a row is not compared with references of its own family. None compares with all.
-        reference_families: int [n], needed with `families`.
+        embedded: float [D, n, d], in random order.
     """
-    if torch.compiler.is_exporting() and families is None:
-        # A program for any number of rows has no loop over them.
-        return _block_distances(rows, references, _product_columns(references), k)
-    if k + SPARE <= native.MOST and loader.serves(rows, references):
-        codes = (None, None) if families is None else (families, reference_families)
-        each = zip(rows, references, strict=True)
-        return torch.stack([native.neighbour_distances(*one, k, SPARE, *codes) for one in each])
-    columns = _product_columns(references)
-    step = max(1, BLOCK_VALUES // references.shape[1])
-    distances = rows.new_empty(rows.shape[:2])
-    for start in range(0, rows.shape[1], step):
-        own, block = None, slice(start, start + step)
-        if families is not None and reference_families is not None:
-            own = families[block, None] == reference_families
-        # One embedding after the other: blocks of many rows are faster to multiply.
-        for place in range(len(rows)):
-            one = slice(place, place + 1)
-            distances[one, block] = _block_distances(rows[one, block], references[one], columns[one], k, own)
-    return distances
+
+    def __init__(self, embedded: Tensor) -> None:
+        self.embedded = embedded
+        self._searches = [NeighbourSearch(one) for one in embedded] if loader.serves(embedded) else None
+
+    def distances(
+        self, rows: Tensor, k: int, *, families: Tensor | None = None, reference_families: Tensor | None = None
+    ) -> Tensor:
+        """The mean Euclidean distance of each row to its k nearest references [D, N].
+
+        Those are found in float32; their distances are then summed in float64 and rounded once. Distances that are
+        equal come out equal to the bit, whatever the machine, the threads or the other rows.
+
+        Args:
+            rows: [D, N, d], in each embedding.
+            k: how many; all of them where there are fewer.
+            families: int [N]; a row is not compared with references of its own family. None compares with all.
+            reference_families: int [n], needed with `families`.
+        """
+        references = self.embedded
+        if torch.compiler.is_exporting() and families is None:
+            # A program for any number of rows has no loop over them.
+            return _block_distances(rows, references, _product_columns(references), k)
+        if self._searches and k <= MOST and loader.serves(rows):
+            each = zip(self._searches, rows, strict=True)
+            return torch.stack([search.distances(own, k, families, reference_families) for search, own in each])
+        columns = _product_columns(references)
+        step = max(1, BLOCK_VALUES // references.shape[1])
+        distances = rows.new_empty(rows.shape[:2])
+        for start in range(0, rows.shape[1], step):
+            own, block = None, slice(start, start + step)
+            if families is not None and reference_families is not None:
+                own = families[block, None] == reference_families
+            # One embedding after the other: blocks of many rows are faster to multiply.
+            for place in range(len(rows)):
+                one = slice(place, place + 1)
+                distances[one, block] = _block_distances(rows[one, block], references[one], columns[one], k, own)
+        return distances
 
 
 def _product_columns(references: Tensor) -> Tensor:
@@ -70,7 +75,7 @@ def _product_columns(references: Tensor) -> Tensor:
 
 
 def _block_distances(rows: Tensor, references: Tensor, columns: Tensor, k: int, own: Tensor | None = None) -> Tensor:
-    """`neighbour_distances` of few rows, given the references' `_product_columns`.
+    """`References.distances` of few rows, given the references' `_product_columns`.
 
     `own` tells which references a row is not compared with, bool [N, n].
     """
@@ -98,9 +103,8 @@ def innermost(rows: Rows, outside: float, seed: int) -> npt.NDArray[np.intp]:
     sample = np.random.default_rng(seed).permutation(len(rows))[:OUTLIER_REFERENCES]
     matrix, own = torch.as_tensor(rows), torch.arange(len(rows))
     k = math.ceil(outside * len(sample)) + 5
-    distances = neighbour_distances(
-        matrix[None], matrix[None, sample], k, families=own, reference_families=torch.as_tensor(sample)
-    )
+    references = References(matrix[None, sample])
+    distances = references.distances(matrix[None], k, families=own, reference_families=torch.as_tensor(sample))
     return np.sort(np.argsort(distances[0].numpy(), kind="stable")[: len(rows) - n_dropped])
 
 

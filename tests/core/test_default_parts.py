@@ -10,7 +10,7 @@ from torch.nn.functional import softplus
 
 from mdml_fast.data.views import VIEWS, Views
 from mdml_fast.meta.fusion import FusionConfig, cross_fused, fuse, learn_weights, prior_weights
-from mdml_fast.meta.neighbours import neighbour_distances
+from mdml_fast.meta.neighbours import References
 from mdml_fast.meta.tails import FOLDS, Tails
 from mdml_fast.meta.trees import TreeHead, _rounded_down, excess
 
@@ -52,7 +52,7 @@ def test_views_of_a_feature_that_never_varies_are_finite() -> None:
 def test_neighbour_distances_are_those_of_scikit_learn(n: int) -> None:
     rng = np.random.default_rng(0)
     rows, references = (rng.normal(size=(2, size, 4)).astype(np.float32) for size in (50, n))
-    ours = neighbour_distances(torch.as_tensor(rows), torch.as_tensor(references), 3)
+    ours = References(torch.as_tensor(references)).distances(torch.as_tensor(rows), 3)
     for embedding in range(2):
         peer = NearestNeighbors(n_neighbors=3).fit(references[embedding]).kneighbors(rows[embedding])[0].mean(1)
         np.testing.assert_allclose(ours[embedding], peer, rtol=1e-4)
@@ -61,11 +61,11 @@ def test_neighbour_distances_are_those_of_scikit_learn(n: int) -> None:
 def test_a_row_is_not_compared_with_its_own_family() -> None:
     rows = torch.tensor([[[0.0], [0.1], [5.0], [6.0]]])
     families = torch.tensor([0, 0, 1, 2])
-    distances = neighbour_distances(rows, rows, 2, families=families, reference_families=families)
+    distances = References(rows).distances(rows, 2, families=families, reference_families=families)
     torch.testing.assert_close(distances[0], torch.tensor([5.5, 5.4, 2.95, 3.45]))
     # Of three rows of one family and one of another, that one is all that the three can be compared with.
     families = torch.tensor([0, 0, 0, 1])
-    distances = neighbour_distances(rows, rows, 2, families=families, reference_families=families)
+    distances = References(rows).distances(rows, 2, families=families, reference_families=families)
     torch.testing.assert_close(distances[0], torch.tensor([6.0, 5.9, 1.0, 3.45]))
 
 

@@ -231,6 +231,14 @@ def test_a_part_of_a_call_holds_its_memory(monkeypatch):
     assert all(reference() is None for reference in held)
 
 
+def exact_distances(x, references, k, families=None, others=None):
+    distances = torch.cdist(x.double(), references.double(), compute_mode="donot_use_mm_for_euclid_dist")
+    if families is not None:
+        distances = distances.masked_fill(families[:, None] == others, torch.inf)
+    nearest = distances.topk(min(k, len(references)), largest=False).values
+    return nearest.where(nearest.isfinite(), torch.nan).nanmean(-1)
+
+
 @settings(deadline=None, max_examples=60)
 @given(
     n_rows=st.integers(1, 40),
@@ -245,17 +253,45 @@ def test_neighbour_distances(n_rows, n, d, k, grouped, data):
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
     x, references = (torch.randint(-3, 4, (m, d), generator=generator) / 2 for m in (n_rows, n))
     families, others = (torch.randint(0, 3, (m,), generator=generator) for m in (n_rows, n))
-    codes = (families if grouped else None, others)
-    found = neighbours.neighbour_distances(x, references, k, 3, *codes)
-    exact = torch.cdist(x.double(), references.double(), compute_mode="donot_use_mm_for_euclid_dist")
-    if grouped:
-        exact = exact.masked_fill(families[:, None] == others, torch.inf)
-    nearest = exact.topk(min(k, n), largest=False).values
-    expected = nearest.where(nearest.isfinite(), torch.nan).nanmean(-1)
+    codes = (families, others) if grouped else ()
+    found = neighbours.NeighbourSearch(references).distances(x, k, *codes)
+    expected = exact_distances(x, references, k, *codes)
     torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6, equal_nan=True)
+
+
+@settings(deadline=None, max_examples=40)
+@given(
+    d=st.sampled_from([17, 40, 118, 300]),
+    rank=st.integers(1, 20),
+    noise=st.sampled_from([0.0, 1e-3, 0.1]),
+    far=st.sampled_from([0.0, 10.0, 1e3]),
+    near=st.sampled_from([1e-4, 1.0]),
+    seed=st.integers(0, 99),
+)
+def test_short_coordinates_lose_no_neighbour(d, rank, noise, far, near, seed):
+    """Rows near few dimensions are told apart by them; some lie close together, some are copies, some lie far out."""
+    generator = torch.Generator().manual_seed(seed)
+    inner = torch.randn(30, rank, generator=generator).repeat(30, 1) + near * torch.randn(
+        900, rank, generator=generator
+    )
+    everything = inner @ torch.randn(rank, d, generator=generator) + far
+    everything += near * noise * torch.randn(900, d, generator=generator)
+    x, references = everything[:60], everything[50:].clone()
+    references[::97] *= 50.0
+    search = neighbours.NeighbourSearch(references)
+    assert far or search.width <= min(d, 64)
+    # A step is rounded as its ends are.
+    torch.testing.assert_close(search.distances(x, 3).double(), exact_distances(x, references, 3), rtol=2e-6, atol=2e-6)
+
+
+def test_short_coordinates_are_taken_where_they_pay():
+    generator = torch.Generator().manual_seed(0)
+    scattered = torch.randn(2000, 200, generator=generator)
+    assert neighbours.NeighbourSearch(scattered).width == 200
+    assert neighbours.NeighbourSearch(scattered * 0.7 ** torch.arange(200)).width == 16
 
 
 def test_a_row_with_a_nan_has_no_neighbours():
     x, references = torch.randn(3, 4), torch.randn(100, 4)
     x[1, 2] = torch.nan
-    assert neighbours.neighbour_distances(x, references, 2, 3, None, None).isnan().tolist() == [False, True, False]
+    assert neighbours.NeighbourSearch(references).distances(x, 2).isnan().tolist() == [False, True, False]

@@ -1,4 +1,5 @@
-// Mean distances of rows to their nearest references: a product finds candidates, which are then measured exactly.
+// Mean distances of rows to their nearest references: a product rules most of them out, the others are measured.
+#include <algorithm>
 #include <cmath>
 #include <vector>
 
@@ -8,96 +9,98 @@ namespace mdml {
 namespace {
 
 constexpr int64_t CHUNK = 512;  // references whose columns stay in the second-level cache for all rows
-constexpr int64_t MOST = 64;    // candidates of a row
+constexpr int64_t MOST = 64;    // neighbours of a row
+constexpr float EPSILON = std::numeric_limits<float>::epsilon();
 
-// The nearest so far, nearest first.
-struct Candidates {
-  float squared[MOST];
-  int32_t place[MOST];
-  int64_t n = 0, most;
-
-  float bound() const { return n < most ? INFINITE : squared[most - 1]; }
-
-  void meet(float value, int32_t at) {
-    int64_t i = n < most ? n++ : most - 1;
-    for (; i && squared[i - 1] > value; --i) squared[i] = squared[i - 1], place[i] = place[i - 1];
-    squared[i] = value, place[i] = at;
-  }
-};
-
-// The sum of squares is rounded to float32 square by square, then added in double.
+// The squared distance of two rows [d]: each square is rounded to float32, then added in double.
 double squared_distance(const float* a, const float* b, int64_t d) {
+  using Doubles = double __attribute__((vector_size(4 * W)));
+  Doubles low = {}, high = {};
+  int64_t i = 0;
+  for (; i + W <= d; i += W) {
+    const Floats step = load(a + i) - load(b + i), square = step * step;
+    low += __builtin_convertvector(__builtin_shufflevector(square, square, 0, 1, 2, 3, 4, 5, 6, 7), Doubles);
+    high += __builtin_convertvector(__builtin_shufflevector(square, square, 8, 9, 10, 11, 12, 13, 14, 15), Doubles);
+  }
+  const Doubles sums = low + high;
   double total = 0.0;
-  for (int64_t i = 0; i < d; ++i) {
+  for (int lane = 0; lane < W / 2; ++lane) total += sums[lane];
+  for (; i < d; ++i) {
     const float step = a[i] - b[i];
     total += static_cast<double>(step * step);
   }
   return total;
 }
 
-// A NaN is no distance: the other one is nearer.
-Floats nearer(Floats a, Floats b) { return a < b ? a : b == b ? b : a; }
+// The k nearest so far.
+struct Nearest {
+  double squared[MOST];  // least first
+  int64_t n = 0;
+  float limit = INFINITE;  // what is farther out in short coordinates is not among them
 
-// Those of squared [n], whose first is reference `begin`, that are nearer than the candidates so far. Padding is far.
-void take(const float* squared, int64_t n, int64_t begin, const int64_t* families, int64_t own, Candidates& found) {
-  constexpr int64_t step = 4 * W;
-  for (int64_t j = 0; j < n; j += step) {
-    const float* at = squared + j;
-    const Floats least = nearer(nearer(load(at), load(at + W)), nearer(load(at + 2 * W), load(at + 3 * W)));
-    const float bound = found.bound();
-    if (!(reduce(least < bound ? least : all(INFINITE), nearer)[0] < bound)) continue;
-    for (int64_t l = j; l < std::min(n, j + step); ++l)
-      if (squared[l] < found.bound() && !(families && families[begin + l] == own))
-        found.meet(squared[l], static_cast<int32_t>(begin + l));
+  void meet(double value, int64_t k) {
+    if (n == k && !(value < squared[n - 1])) return;
+    int64_t i = n < k ? n++ : n - 1;
+    for (; i && squared[i - 1] > value; --i) squared[i] = squared[i - 1];
+    squared[i] = value;
+    if (n == k) limit = static_cast<float>(squared[k - 1]) * (1.0f + EPSILON);
   }
-}
+};
 
 }  // namespace
 
 extern "C" {
 
-// out [N] of rows [N, d] from `begin` to `end`: the mean distance to the k nearest of n references [n, d], among `most`
-// candidates; NaN where there is none. Families [N] and [n] (null: none): a row is not compared with its own.
-void mdml_neighbour_distances(int64_t begin, int64_t end, int64_t n, int64_t d, int64_t k, int64_t most,
-                              const float* rows, const float* references, const int64_t* families,
-                              const int64_t* reference_families, float* out) {
+// out [N] of rows [N, d] from `begin` to `end`: the mean distance to the k nearest of n references [n, d]; NaN where
+// there is none. Families [N] and [n] (null: none): a row is not compared with its own.
+// In short coordinates, [N, m] and [n, m], nothing is farther apart than it is, but for their rounding.
+void mdml_neighbour_distances(int64_t begin, int64_t end, int64_t n, int64_t d, int64_t m, int64_t k, const float* rows,
+                              const float* references, const float* short_rows, const float* short_references,
+                              const int64_t* families, const int64_t* reference_families, float* out) {
   static thread_local Buffer<float> turned, squares;
-  std::vector<Candidates> found(end - begin);
-  for (Candidates& one : found) one.most = std::min<int64_t>(most, MOST);
+  // |a - b|² is computed as |a|² + |b|² - 2ab. What is left out of the squares is more than all rounding adds.
+  const float kept = 1.0f - (m + d) * EPSILON;
+  std::vector<Nearest> found(end - begin);
+  std::vector<float> square_of_row(end - begin);
+  for (int64_t i = begin; i < end; ++i)
+    for (int64_t c = 0; c < m; ++c) square_of_row[i - begin] += short_rows[i * m + c] * short_rows[i * m + c];
   float tile[TILE_ROWS * CHUNK];
   for (int64_t first = 0; first < n; first += CHUNK) {
     const int64_t width = std::min(CHUNK, n - first);
-    if (width < CHUNK) std::fill(tile, tile + TILE_ROWS * CHUNK, INFINITE);
-    const float* columns = Singles::turned(references + first * d, width, d, turned);
-    float* square = squares.take(padded(CHUNK));
+    const float* columns = Singles::turned(short_references + first * m, width, m, turned);
+    float* square = squares.take(CHUNK);
     for (int64_t j = 0; j < width; j += W) {
       Floats total = {};
-      for (int64_t i = 0; i < d; ++i) {
+      for (int64_t i = 0; i < m; ++i) {
         const Floats column = load(columns + i * padded(width) + j);
         total += column * column;
       }
-      store(square + j, total);
+      store_some(square + j, total * kept, width - j);
     }
     for (int64_t i = begin; i < end; i += TILE_ROWS) {
       const int64_t height = std::min<int64_t>(TILE_ROWS, end - i);
-      const Operands<Singles> of = {rows + i * d, columns, d, 1, padded(width), d};
+      const Operands<Singles> of = {short_rows + i * m, columns, m, 1, padded(width), m};
       product(of, height, width, [&tile, square](int64_t r, int64_t j, Floats sums, int64_t left) INLINE {
-        store_some(tile + r * CHUNK + j, load_some(square + j, left, 0.0f) - 2.0f * sums, left);
+        store(tile + r * CHUNK + j, load_some(square + j, left, INFINITE) - 2.0f * sums);
       });
-      for (int64_t r = 0; r < height; ++r)
-        take(tile + r * CHUNK, width, first, families ? reference_families : nullptr, families ? families[i + r] : 0,
-             found[i + r - begin]);
+      for (int64_t r = i; r < i + height; ++r) {
+        Nearest& nearest = found[r - begin];
+        const float own = square_of_row[r - begin] * kept;
+        const float* others = tile + (r - i) * CHUNK;
+        for (int64_t j = 0; j < width; j += W)
+          each_bit(bits(load(others + j) + own < nearest.limit), [&](int lane) {
+            const int64_t at = first + j + lane;
+            if (others[j + lane] + own < nearest.limit && !(families && families[r] == reference_families[at]))
+              nearest.meet(squared_distance(rows + r * d, references + at * d, d), k);
+          });
+      }
     }
   }
-  double exact[MOST];
   for (int64_t i = begin; i < end; ++i) {
-    const Candidates& near = found[i - begin];
-    for (int64_t c = 0; c < near.n; ++c) exact[c] = squared_distance(rows + i * d, references + near.place[c] * d, d);
-    const int64_t counted = std::min(k, near.n);
-    std::partial_sort(exact, exact + counted, exact + near.n);
+    const Nearest& nearest = found[i - begin];
     double total = 0.0;
-    for (int64_t c = 0; c < counted; ++c) total += std::sqrt(exact[c]);
-    out[i] = counted ? static_cast<float>(total / counted) : std::nanf("");
+    for (int64_t c = 0; c < nearest.n; ++c) total += std::sqrt(nearest.squared[c]);
+    out[i] = nearest.n ? static_cast<float>(total / nearest.n) : std::nanf("");
   }
 }
 

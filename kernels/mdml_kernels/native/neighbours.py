@@ -7,24 +7,93 @@ from torch import Tensor
 
 from mdml_kernels.native.calls import call, whole
 
-# Candidates of a row that the kernel has room for.
+# Neighbours that the kernel has room for.
 MOST = 64
+# Numbers of short coordinates to choose from.
+_WIDTHS = (16, 32, 64)
+# Main directions are learned from so many references, in random order, and judged by rows held against others.
+_SAMPLE, _JUDGED = 1024, 32
+# Measuring a distance takes as long as so many products of its width.
+_MEASURING = 30
 # Fewer products than this are not worth a thread of their own.
-_LEAST_PRODUCTS = 1 << 22
+_LEAST_PRODUCTS = 1 << 20
 
 
-def neighbour_distances(
-    rows: Tensor, references: Tensor, k: int, spare: int, families: Tensor | None, reference_families: Tensor | None
-) -> Tensor:
-    """The mean Euclidean distance [N] of rows [N, d] to their k nearest references [n, d]; NaN where there is none.
+class NeighbourSearch:
+    """Mean distances to the nearest of n references [n, d], float32 on a CPU.
 
-    Float32 on a CPU. k + spare candidates, `MOST` at most, are found by a product in float32; their squared distances
-    are summed in float64. A row is not compared with references of its own family (int [N] and [n]; None: with all).
+    Short coordinates are those along the references' main directions, and how far a row is from what these span:
+    nothing is farther apart in them than it is. Only references that are near enough in them are measured, with
+    squared distances summed in float64, so the nearest found are the nearest there are (the idea of principal axis
+    trees: McNames, "A fast nearest-neighbor algorithm based on a principal axis search tree", 2001).
     """
-    own, others = (None if codes is None else whole(codes.to(torch.int64)) for codes in (families, reference_families))
-    out = torch.empty(len(rows))
-    call(
-        *("mdml_neighbour_distances", len(rows), references.numel(), _LEAST_PRODUCTS, *references.shape, k, k + spare),
-        *(whole(rows), whole(references), own, others, out),
-    )
-    return out
+
+    def __init__(self, references: Tensor) -> None:
+        self._references = references.contiguous()
+        self._centre = references[:_SAMPLE].mean(0)
+        self._directions = _directions(references[: _SAMPLE + _JUDGED] - self._centre)
+        self._short = self._shortened(references)
+
+    @property
+    def width(self) -> int:
+        """How many coordinates are compared before a distance is measured."""
+        return self._short.shape[1]
+
+    def distances(
+        self, rows: Tensor, k: int, families: Tensor | None = None, reference_families: Tensor | None = None
+    ) -> Tensor:
+        """The mean Euclidean distance [N] of rows [N, d] to their k nearest references, `MOST` at most.
+
+        NaN where there is none. A row is not compared with references of its own family (int [N] and [n]; None: with
+        all).
+        """
+        own, others = (
+            None if codes is None else whole(codes.to(torch.int64)) for codes in (families, reference_families)
+        )
+        out, size = torch.empty(len(rows)), self._short.numel()
+        call(
+            *("mdml_neighbour_distances", len(rows), size, _LEAST_PRODUCTS, *self._references.shape, self.width),
+            *(k, whole(rows), self._references, self._shortened(rows), self._short),
+            *(own, others, out),
+        )
+        return out
+
+    def _shortened(self, rows: Tensor) -> Tensor:
+        """Short coordinates [N, m] of rows [N, d]; all of them where fewer don't pay."""
+        return _shortened(rows - self._centre, self._directions)
+
+
+def _shortened(rows: Tensor, directions: Tensor | None) -> Tensor:
+    if directions is None:
+        return rows
+    along = rows @ directions
+    # What is left is measured, not computed from the norms: their difference would be all rounding.
+    rest = torch.addmm(rows, along, directions.T, alpha=-1).norm(dim=1, keepdim=True)
+    return torch.cat([rest, along], dim=1)
+
+
+def _directions(rows: Tensor) -> Tensor | None:
+    """As many main directions [d, m - 1] of rows [n, d] as make the search cheapest; None where none do."""
+    n, d = rows.shape
+    widths = [width for width in _WIDTHS if width < d]
+    if n < 2 * _JUDGED or not widths:
+        return None
+    judged, others = rows[:_JUDGED], rows[_JUDGED:]
+    directions = _main_directions(others, widths[-1] - 1)
+    nearest = torch.cdist(judged, others).topk(8, largest=False).values[:, 7:]
+    cost = {d: float(d)}
+    for width in widths:
+        lower = torch.cdist(
+            _shortened(judged, directions[:, : width - 1]), _shortened(others, directions[:, : width - 1])
+        )
+        cost[width] = width + _MEASURING * d * float((lower < nearest).float().mean())
+    best = min(cost, key=lambda width: cost[width])
+    return None if best == d else directions[:, : best - 1].contiguous()
+
+
+def _main_directions(rows: Tensor, n: int) -> Tensor:
+    """About the first principal directions of rows [N, d], orthonormal [d, n]: a power iteration from some of them."""
+    directions = torch.linalg.qr((rows.T @ (rows @ rows[:n].T)).double()).Q.to(rows.dtype)
+    spread = (rows @ directions).square().sum(0)
+    strongest_first = spread.argsort(descending=True)
+    return directions.index_select(1, strongest_first)

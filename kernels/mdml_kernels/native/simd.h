@@ -49,6 +49,23 @@ static inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 static inline Floats lesser(Floats a, Floats b) { return a < b ? a : b; }
 #endif
 
+// A bit for each lane in which a comparison holds, the first lane's the lowest.
+#ifdef __AVX512F__
+static inline uint32_t bits(Ints holds) { return _mm512_test_epi32_mask((__m512i)holds, (__m512i)holds); }
+#else
+static inline uint32_t bits(Ints holds) {
+  uint32_t found = 0;
+  for (int lane = 0; lane < W; ++lane) found |= (holds[lane] & 1u) << lane;
+  return found;
+}
+#endif
+
+// f(lane) for each bit.
+template <class F>
+static inline INLINE void each_bit(uint32_t bits, const F& f) {
+  for (; bits; bits &= bits - 1) f(__builtin_ctz(bits));
+}
+
 static inline Ints smaller(Ints a, Ints b) { return a < b ? a : b; }
 
 template <class V>
