@@ -93,7 +93,6 @@ def _directions(rows: Tensor) -> Tensor | None:
 
 def _main_directions(rows: Tensor, n: int) -> Tensor:
     """About the first principal directions of rows [N, d], orthonormal [d, n]: a power iteration from some of them."""
-    directions = torch.linalg.qr((rows.T @ (rows @ rows[:n].T)).double()).Q.to(rows.dtype)
+    directions: Tensor = torch.linalg.qr((rows.T @ (rows @ rows[:n].T)).double()).Q.to(rows.dtype)
     spread = (rows @ directions).square().sum(0)
-    strongest_first = spread.argsort(descending=True)
-    return directions.index_select(1, strongest_first)
+    return directions[:, spread.argsort(descending=True)]
