@@ -8,6 +8,8 @@ from typing import Self
 
 import numpy as np
 import torch
+from mdml_kernels.native import loader
+from mdml_kernels.native import views as native
 from sklearn.covariance import ledoit_wolf_shrinkage
 from threadpoolctl import threadpool_limits
 from torch import Tensor
@@ -60,6 +62,8 @@ class Views:
 
     def transform(self, rows: Tensor) -> Tensor:
         """Rows, float32 [N, d], in each view [4, N, d], on the device of both; computed in float64 and rounded once."""
+        if loader.serves(rows, *self.tensors.values()):
+            return native.views(rows, **self.tensors, clip=CLIP)
         t = {name: tensor.double() for name, tensor in self.tensors.items()}
         clipped = _clip(rows.double())
         level, beyond = self._levels(rows)
