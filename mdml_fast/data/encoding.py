@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -10,7 +11,6 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from sklearn.preprocessing import RobustScaler, StandardScaler
 
 from mdml_fast.data.tables import plain
 from mdml_fast.errors import InputError
@@ -22,6 +22,9 @@ Rows = npt.NDArray[np.float32]
 HEAVY_TAIL = 20.0
 # Beyond this many deviations a value is strange, and how strange matters only on a log scale.
 SOFT_CLIP = 10.0
+# Between the quartiles of a standard normal lie so many deviations.
+NORMAL_QUARTILES = 1.3489795003921634
+EPSILON = np.finfo(np.float64).eps
 # Categories rarer than the 64 most frequent share one indicator, so that an identifier can't swamp the features.
 MAX_CATEGORIES = 64
 
@@ -121,7 +124,7 @@ class FeatureEncoder:
             values = _column(table, name)
             if rows is not None:
                 values = values.take(pa.array(rows))
-            if len(values.unique()) <= 1:
+            if _is_constant(values):
                 constant.append(name)
             elif pa.types.is_string(values.type):
                 columns.append(_fit_categorical(name, values))
@@ -193,21 +196,34 @@ def soft_clip_inverse(values: Floats) -> Floats:
     return found
 
 
+def _is_constant(values: pa.ChunkedArray) -> bool:
+    """Whether all agree. There are several NaNs, and all of them are one missing value."""
+    found = values.unique()
+    return len(found) <= 1 or (not pa.types.is_string(found.type) and bool(np.isnan(found.to_numpy()).all()))
+
+
 def _fit_numeric(name: str, values: Floats, is_normal: npt.NDArray[np.bool_]) -> NumericColumn:
-    # Where the normals have no value at all, all rows have to do.
-    normals = values[is_normal] if not np.isnan(values[is_normal]).all() else values
-    robust = RobustScaler(unit_variance=True).fit(normals[:, None])
-    scaled = robust.transform(normals[:, None])
-    heavy_tailed = bool(np.nanmax(np.abs(scaled)) > HEAVY_TAIL)
-    standard = StandardScaler().fit(np.arcsinh(scaled) if heavy_tailed else scaled)
+    missing = np.isnan(values)
+    known = values[is_normal & ~missing]
+    if not len(known):  # where the normals have no value at all, all rows have to do
+        known = values[~missing]
+    low, center, high = np.quantile(known, [0.25, 0.5, 0.75])
+    # What rounding leaves of equal values is no spread.
+    scale = (high - low if high - low > 10 * EPSILON else 1.0) / NORMAL_QUARTILES
+    scaled = (known - center) / scale
+    heavy_tailed = bool(np.abs(scaled).max() > HEAVY_TAIL)
+    if heavy_tailed:
+        scaled = np.arcsinh(scaled)
+    mean, deviation = float(scaled.mean()), float(scaled.std())
+    least = math.sqrt(len(known) * EPSILON * (deviation**2 + len(known) * EPSILON * mean**2))
     return NumericColumn(
         name=name,
-        center=float(robust.center_[0]),
-        scale=float(robust.scale_[0]),
+        center=float(center),
+        scale=float(scale),
         heavy_tailed=heavy_tailed,
-        mean=float(standard.mean_[0]),
-        deviation=float(standard.scale_[0]),
-        has_missing=bool(np.isnan(values).any()),
+        mean=mean,
+        deviation=deviation if deviation > least else 1.0,
+        has_missing=bool(missing.any()),
     )
 
 

@@ -8,7 +8,8 @@ from typing import Self
 
 import numpy as np
 import torch
-from sklearn.covariance import ledoit_wolf_shrinkage
+from mdml_kernels.native import loader
+from mdml_kernels.native import views as native
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
@@ -44,8 +45,7 @@ class Views:
     @classmethod
     def fit(cls, normals: Rows) -> Self:
         """Learn from normals, float32 [n, d]."""
-        columns = np.sort(normals.T, axis=1)
-        knots, levels = map(np.stack, zip(*map(_cdf, columns), strict=True))
+        knots, levels = _cdf(np.sort(normals.T, axis=1))
         clipped = _clip(torch.as_tensor(normals)).double().numpy()
         tensors = {
             "knots": torch.as_tensor(knots),
@@ -60,6 +60,8 @@ class Views:
 
     def transform(self, rows: Tensor) -> Tensor:
         """Rows, float32 [N, d], in each view [4, N, d], on the device of both; computed in float64 and rounded once."""
+        if loader.serves(rows, *self.tensors.values()):
+            return native.views(rows, **self.tensors, clip=CLIP)
         t = {name: tensor.double() for name, tensor in self.tensors.items()}
         clipped = _clip(rows.double())
         level, beyond = self._levels(rows)
@@ -110,24 +112,30 @@ def _clip(rows: Tensor) -> Tensor:
     return rows.sign() * (size.clamp(max=CLIP) + (size - CLIP).relu().log1p())
 
 
-def _cdf(column: Rows) -> tuple[Rows, Floats]:
-    """Knots [KNOTS] of a sorted column, and the mid-ranks there; where few values differ, the last knot repeats."""
-    n = len(column)
-    knots = np.unique(column[np.linspace(0, n - 1, KNOTS).round().astype(int)])
-    ranks = np.searchsorted(column, knots, side="left") + np.searchsorted(column, knots, side="right")
-    missing = KNOTS - len(knots)
-    return np.pad(knots, (0, missing), mode="edge"), np.pad(ranks / (2.0 * n), (0, missing), mode="edge")
+def _cdf(columns: Rows) -> tuple[Rows, Floats]:
+    """Knots of sorted columns [d, n], and the mid-ranks there, both [d, KNOTS]; equal values give equal knots."""
+    n = columns.shape[1]
+    knots = columns.take(np.linspace(0, n - 1, KNOTS).round().astype(int), axis=1)
+    each = list(zip(columns, knots, strict=True))
+    left, right = ([column.searchsorted(own, side) for column, own in each] for side in ("left", "right"))
+    return knots, np.add(left, right) / (2.0 * n)
 
 
 def _whitening(clipped: Floats) -> Floats:
     """Σ^-½ [d, d] with its small eigenvalues raised; Σ = (1 - δ) S + δ μ I, S the covariance, μ its mean eigenvalue."""
     n, d = clipped.shape
+    centred = clipped - clipped.mean(axis=0)
     # One thread: LAPACK's singular vectors depend on the number of threads in the last bits.
     with threadpool_limits(1):
-        shrinkage = ledoit_wolf_shrinkage(clipped)
-        _, singular, vectors = np.linalg.svd(clipped - clipped.mean(axis=0), full_matrices=False)
+        _, singular, vectors = np.linalg.svd(np.linalg.qr(centred, mode="r"), full_matrices=False)
         variances = singular**2 / n
-        ridge = shrinkage * variances.sum() / d
+        mean = variances.sum() / d
+        # δ of Ledoit and Wolf: how far S is from Σ over how far it is from μ I, both as they expect it.
+        squared = np.sum(variances**2)
+        distance = squared - d * mean**2
+        error = (np.mean(np.sum(centred**2, axis=1) ** 2) - squared) / n
+        shrinkage = min(error, distance) / distance if distance > 0 else 0.0
+        ridge = shrinkage * mean
         values = (1 - shrinkage) * variances + ridge
         floor = max(EIGENVALUE_FLOOR * values[0], 1e-12)
         # Fewer rows than features leave directions of no variance but the ridge.

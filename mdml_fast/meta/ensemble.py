@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from mdml_kernels import SoftmaxMarginLoss
+from mdml_kernels.native import loader
+from mdml_kernels.native.encoders import residual_encoders
 from torch import Tensor
 
 from mdml_fast.data.labelled import Names
@@ -68,11 +70,14 @@ class Ensemble:
 
     def embed(self, rows: Tensor) -> Tensor:
         """Embeddings [D, N, d] of rows in each view [4, N, d], computed in float64 and rounded once."""
-        weights = {name: weight.double() for name, weight in self.weights.items()}
-        x = rows.double().repeat(HALVES, 1, 1)
         # `ResidualEncoder`, written out: a module lends its parameters to one thread at a time only.
-        hidden = torch.baddbmm(weights["inner.bias"].unsqueeze(1), x, weights["inner.weight"].mT).relu()
-        z = torch.addcmul(hidden @ weights["outer.weight"].mT, x, weights["log_scale"].exp().unsqueeze(1))
+        parts = [self.weights[name] for name in ("inner.weight", "inner.bias", "outer.weight", "log_scale")]
+        if loader.serves(rows, *parts):
+            return residual_encoders(rows, *parts)
+        inner, bias, outer, log_scale = (part.double() for part in parts)
+        x = rows.double().repeat(HALVES, 1, 1)
+        hidden = torch.baddbmm(bias.unsqueeze(1), x, inner.mT).relu()
+        z = torch.addcmul(hidden @ outer.mT, x, log_scale.exp().unsqueeze(1))
         return z.to(rows.dtype)
 
     def pull_back(self, rows: Tensor, steps: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from sklearn.preprocessing import RobustScaler, StandardScaler
 
 from mdml_fast import InputError
 from mdml_fast.data import FeatureEncoder, as_table, label_table, read_table, write_table
@@ -79,6 +80,33 @@ def test_numbers_are_scaled_by_the_normals_and_heavy_tails_tamed() -> None:
     assert rows[1000].max() < 100
 
 
+@pytest.mark.parametrize(
+    "values",
+    [
+        np.random.default_rng(0).normal(size=101),
+        np.exp(np.random.default_rng(0).normal(5, 4, 102)),
+        np.where(np.arange(50) % 7, np.arange(50.0), np.nan),
+        np.where(np.arange(50) < 30, np.nan, np.arange(50.0)),
+        np.where(np.arange(50) < 40, 0.1, np.arange(50.0)),
+        0.1 + np.where(np.arange(50) < 40, np.arange(50) % 2, 5) * 1e-16,
+        1e9 + np.arange(50) % 2 * 2e-7,
+        np.arange(50) == 3,
+    ],
+    ids=["usual", "heavy", "missing", "no-normal", "equal-normals", "rounding", "far", "rare"],
+)
+def test_numbers_are_scaled_as_by_scikit_learn(values: np.ndarray) -> None:
+    is_normal = np.arange(len(values)) < 30
+    encoder = FeatureEncoder.fit(pa.table({"x": values.astype(float), "y": np.arange(len(values))}), is_normal)
+    column, known = encoder.columns[0], values[is_normal & ~np.isnan(values)] + 0.0
+    known = (known if len(known) else values[~np.isnan(values)])[:, None]
+    robust = RobustScaler(unit_variance=True).fit(known)
+    scaled = robust.transform(known)
+    standard = StandardScaler().fit(np.arcsinh(scaled) if column.heavy_tailed else scaled)
+    ours = [column.center, column.scale, column.mean, column.deviation]
+    peer = [robust.center_[0], robust.scale_[0], standard.mean_[0], standard.scale_[0]]
+    np.testing.assert_allclose(ours, peer, rtol=1e-12, atol=0)
+
+
 @given(st.lists(st.floats(-1e300, 1e300), min_size=2, max_size=20))
 def test_soft_clip_keeps_the_order_and_what_is_small(values: list[float]) -> None:
     array = np.sort(np.array(values))
@@ -96,9 +124,11 @@ def test_missing_values_are_filled_marked_and_said() -> None:
 
 
 def test_constant_columns_are_dropped_and_said() -> None:
-    encoder = FeatureEncoder.fit(TABLE.append_column("c", pa.array([1, 1, 1])), ALL)
-    assert encoder.constant == ("c",)
-    assert "c" in encoder.notes()[0]
+    nothing = [np.nan, -np.nan, None]
+    table = TABLE.append_column("c", pa.array([1, 1, 1])).append_column("d", pa.array(nothing, from_pandas=False))
+    encoder = FeatureEncoder.fit(table, ALL)
+    assert encoder.constant == ("c", "d")
+    assert "c, d" in encoder.notes()[0]
     with pytest.raises(InputError, match="all feature columns are constant"):
         FeatureEncoder.fit(pa.table({"c": [1, 1, 1]}), ALL)
 

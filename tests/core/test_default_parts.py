@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from mdml_kernels.native import loader
+from sklearn.covariance import LedoitWolf
 from sklearn.ensemble import ExtraTreesClassifier
 from sklearn.neighbors import NearestNeighbors
 from support import normals_and_two_classes
@@ -43,6 +45,29 @@ def test_the_cdf_view_is_the_mid_rank_and_grows_beyond_the_range() -> None:
 def test_views_of_a_feature_that_never_varies_are_finite() -> None:
     normals = np.c_[np.zeros(30), np.arange(30)].astype(np.float32)
     assert Views.fit(normals).transform(torch.tensor([[0.0, 3.0], [5.0, 3.0]])).isfinite().all()
+
+
+@pytest.mark.parametrize(("n", "d"), [(500, 12), (20, 40), (500, 1)])
+def test_rows_are_whitened_by_the_covariance_of_ledoit_and_wolf(n: int, d: int) -> None:
+    rng = np.random.default_rng(0)
+    rows = np.tanh(rng.normal(size=(n, d)) @ rng.normal(size=(d, d)) / d**0.5).astype(np.float32)  # nothing to clip
+    whitening = Views.fit(rows).tensors["whitening"].double().numpy()
+    covariance = LedoitWolf().fit(rows.astype(float)).covariance_
+    np.testing.assert_allclose(whitening @ covariance @ whitening, np.eye(d), atol=2e-5)
+
+
+def test_compiled_views_are_those_of_torch_and_of_each_row_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    rng = np.random.default_rng(0)
+    kinds = [np.zeros(900), rng.random(900) < 0.1, rng.integers(0, 9, 900), *rng.standard_t(2, (20, 900))]
+    views = Views.fit(np.stack(kinds, axis=1).astype(np.float32)[:700])
+    rows = torch.as_tensor(np.stack(kinds, axis=1), dtype=torch.float32)
+    rows[800:820], rows[820:840], rows[840] = 40 * rows[800:820], views.tensors["knots"].T[:20], torch.nan
+    compiled = views.transform(rows)
+    alone = torch.cat([views.transform(row[None]) for row in rows[790:]], dim=1)
+    assert torch.equal(compiled[:, 790:].nan_to_num(), alone.nan_to_num())
+    monkeypatch.setattr(loader, "serves", lambda *_: False)
+    torch.testing.assert_close(compiled, views.transform(rows), rtol=1.2e-7, atol=1e-12, equal_nan=True)
+    assert compiled.isnan().any(0).any(1).nonzero().tolist() == [[840]]
 
 
 # --- neighbours, tails, weights, trees ---

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mdml_kernels import softmax_margin_loss
-from mdml_kernels.native import calls, episodes, layers, loader, neighbours, rows
+from mdml_kernels.native import calls, encoders, episodes, layers, loader, neighbours, rows
 
 WIDTHS = st.integers(1, 40)
 
@@ -295,3 +295,20 @@ def test_a_row_with_a_nan_has_no_neighbours():
     x, references = torch.randn(3, 4), torch.randn(100, 4)
     x[1, 2] = torch.nan
     assert neighbours.NeighbourSearch(references).distances(x, 2).isnan().tolist() == [False, True, False]
+
+
+@settings(deadline=None, max_examples=60)
+@given(n_views=st.integers(1, 2), n=st.integers(1, 100), d=WIDTHS, h=WIDTHS, data=st.data())
+def test_residual_encoders(n_views, n, d, h, data):
+    """Two to a view. Sums in float64 differ by their order in the last bits, which one rounding rarely lets through."""
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    sizes = [(n_views, n, d), (2 * n_views, h, d), (2 * n_views, h), (2 * n_views, d, h), (2 * n_views, d)]
+    x, inner, bias, outer, log_scale = (torch.randn(size, generator=generator) for size in sizes)
+    found = encoders.residual_encoders(x, inner, bias, outer, log_scale)
+    wide = x.double().repeat(2, 1, 1)
+    hidden = (wide @ inner.double().mT + bias.double().unsqueeze(1)).relu()
+    expected = hidden @ outer.double().mT + wide * log_scale.double().exp().unsqueeze(1)
+    torch.testing.assert_close(found, expected.float(), rtol=1.2e-7, atol=1e-12)
+    row = data.draw(st.integers(0, n - 1))
+    alone = encoders.residual_encoders(x[:, row : row + 1], inner, bias, outer, log_scale)
+    assert torch.equal(found[:, row : row + 1], alone)

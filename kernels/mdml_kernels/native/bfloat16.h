@@ -12,6 +12,7 @@ namespace mdml {
 struct Pairs {
   using Entry = int32_t;
   using Stored = uint16_t;
+  using Sums = Floats;
   static constexpr Entry one = 0x3f803f80;
 
   static int64_t depth(int64_t n) { return (n + 1) / 2; }

@@ -49,6 +49,10 @@ struct Operands {
   int64_t a_row, a_depth, b_stride, depth;
 };
 
+// Columns of a product in a vector of its sums.
+template <class Kind>
+constexpr int lanes = sizeof(typename Kind::Sums) / sizeof(typename Kind::Entry);
+
 // f(0), f(1), … f(N - 1), unrolled however large f is, so that what it indexes can stay in registers.
 template <int N, class F>
 static inline INLINE void each(const F& f) {
@@ -60,27 +64,30 @@ static inline INLINE void each(const F& f) {
 
 template <class Kind, int R, int V, class Finish>
 static inline INLINE void tile(const Operands<Kind>& of, int64_t i, int64_t j, int64_t n, const Finish& finish) {
-  Floats sums[R * V];
+  using Sums = typename Kind::Sums;
+  constexpr int L = lanes<Kind>;
+  Sums sums[R * V];
   const auto* a = of.a + i * of.a_row;
   const auto* b = of.b + j;
-  each<R * V>([&](int t) INLINE { sums[t] = Floats{}; });
+  each<R * V>([&](int t) INLINE { sums[t] = Sums{}; });
   for (int64_t k = 0; k < of.depth; ++k, a += of.a_depth, b += of.b_stride)
-    each<R * V>([&](int t) INLINE { sums[t] = Kind::fma(sums[t], a[t / V * of.a_row], b + t % V * W); });
-  if (n - j >= V * W) {  // a known length leaves no branches in what follows
-    each<R * V>([&](int t) INLINE { finish(i + t / V, j + t % V * W, sums[t], int64_t{W}); });
+    each<R * V>([&](int t) INLINE { sums[t] = Kind::fma(sums[t], a[t / V * of.a_row], b + t % V * L); });
+  if (n - j >= V * L) {  // a known length leaves no branches in what follows
+    each<R * V>([&](int t) INLINE { finish(i + t / V, j + t % V * L, sums[t], int64_t{L}); });
   } else {
-    Floats kept[R * V];  // a copy: if a loop indexed the sums themselves, they would be in memory all along
+    Sums kept[R * V];  // a copy: if a loop indexed the sums themselves, they would be in memory all along
     each<R * V>([&](int t) INLINE { kept[t] = sums[t]; });
-    for (int t = 0; t < R * V; ++t) finish(i + t / V, j + t % V * W, kept[t], n - j - t % V * W);
+    for (int t = 0; t < R * V; ++t) finish(i + t / V, j + t % V * L, kept[t], n - j - t % V * L);
   }
 }
 
 // A function of its own, so that the tile has the registers to itself.
 template <class Kind, int R, class Finish>
 static __attribute__((noinline)) void tile_row(const Operands<Kind>& of, int64_t i, int64_t n, const Finish& finish) {
+  constexpr int L = lanes<Kind>;
   int64_t j = 0;
-  for (; j + (TILE_VECTORS - 1) * W < n; j += TILE_VECTORS * W) tile<Kind, R, TILE_VECTORS>(of, i, j, n, finish);
-  for (; j < n; j += W) tile<Kind, R, 1>(of, i, j, n, finish);
+  for (; j + (TILE_VECTORS - 1) * L < n; j += TILE_VECTORS * L) tile<Kind, R, TILE_VECTORS>(of, i, j, n, finish);
+  for (; j < n; j += L) tile<Kind, R, 1>(of, i, j, n, finish);
 }
 
 // finish(i, j, sums, n): take n (or a whole vector) of a product's entries from (i, j) on. m rows, n columns. Each is
@@ -111,11 +118,12 @@ static inline void transpose(const int32_t* from, int64_t n_rows, int64_t n_colu
                      std::min<int64_t>(W, n_columns - j), to + j * stride + i, stride);
 }
 
-// How operands are kept: `Singles` one float32 by one; see bfloat16.h for `Pairs`. Rows are stored side by side as
-// `Stored`; a product takes entries, which lie along its depth, of which a row of n has depth(n).
+// How operands are kept: `Singles` one float32 by one; see bfloat16.h for `Pairs`, wide.h for doubles. Rows are stored
+// side by side as `Stored`; a product takes entries, which lie along its depth, of which a row of n has depth(n).
 struct Singles {
   using Entry = float;
   using Stored = float;
+  using Sums = Floats;
   static constexpr Entry one = 1.0f;
 
   static int64_t depth(int64_t n) { return n; }
