@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
+from sklearn.preprocessing import RobustScaler, StandardScaler
 
 from mdml_fast.data.tables import plain
 from mdml_fast.errors import InputError
@@ -22,9 +22,6 @@ Rows = npt.NDArray[np.float32]
 HEAVY_TAIL = 20.0
 # Beyond this many deviations a value is strange, and how strange matters only on a log scale.
 SOFT_CLIP = 10.0
-# Between the quartiles of a standard normal lie so many deviations.
-NORMAL_QUARTILES = 1.3489795003921634
-EPSILON = np.finfo(np.float64).eps
 # Categories rarer than the 64 most frequent share one indicator, so that an identifier can't swamp the features.
 MAX_CATEGORIES = 64
 
@@ -118,20 +115,16 @@ class FeatureEncoder:
             InputError: a column is of no usable type or holds infinities, or all columns are constant.
         """
         learned_normal = is_normal if rows is None else is_normal[rows]
-        columns: list[Column] = []
-        constant = []
-        for name in table.column_names:
-            values = _column(table, name)
-            if rows is not None:
-                values = values.take(pa.array(rows))
-            if _is_constant(values):
-                constant.append(name)
-            elif pa.types.is_string(values.type):
-                columns.append(_fit_categorical(name, values))
-            else:
-                columns.append(_fit_numeric(name, values.to_numpy(), learned_normal))
-        if not columns:
+        values = {name: _column(table, name) for name in table.column_names}
+        if rows is not None:
+            values = {name: column.take(pa.array(rows)) for name, column in values.items()}
+        constant = [name for name, column in values.items() if _is_constant(column)]
+        varying = {name: column for name, column in values.items() if name not in constant}
+        if not varying:
             raise InputError("all feature columns are constant; there is nothing to learn from")
+        numbers = {name: column.to_numpy() for name, column in varying.items() if not pa.types.is_string(column.type)}
+        numeric = _fit_numeric(numbers, learned_normal)
+        columns = [numeric[name] if name in numeric else _fit_categorical(name, varying[name]) for name in varying]
         return cls(tuple(columns), tuple(constant))
 
     def transform(self, table: pa.Table) -> Rows:
@@ -202,29 +195,22 @@ def _is_constant(values: pa.ChunkedArray) -> bool:
     return len(found) <= 1 or (not pa.types.is_string(found.type) and bool(np.isnan(found.to_numpy()).all()))
 
 
-def _fit_numeric(name: str, values: Floats, is_normal: npt.NDArray[np.bool_]) -> NumericColumn:
+def _fit_numeric(columns: dict[str, Floats], is_normal: npt.NDArray[np.bool_]) -> dict[str, NumericColumn]:
+    """Columns of N values each, all at once: a scaler takes as long for one as for many."""
+    if not columns:
+        return {}
+    values = np.stack(list(columns.values()), axis=1)
     missing = np.isnan(values)
-    known = values[is_normal & ~missing]
-    if not len(known):  # where the normals have no value at all, all rows have to do
-        known = values[~missing]
-    low, center, high = np.quantile(known, [0.25, 0.5, 0.75])
-    # What rounding leaves of equal values is no spread.
-    scale = (high - low if high - low > 10 * EPSILON else 1.0) / NORMAL_QUARTILES
-    scaled = (known - center) / scale
-    heavy_tailed = bool(np.abs(scaled).max() > HEAVY_TAIL)
-    if heavy_tailed:
-        scaled = np.arcsinh(scaled)
-    mean, deviation = float(scaled.mean()), float(scaled.std())
-    least = math.sqrt(len(known) * EPSILON * (deviation**2 + len(known) * EPSILON * mean**2))
-    return NumericColumn(
-        name=name,
-        center=float(center),
-        scale=float(scale),
-        heavy_tailed=heavy_tailed,
-        mean=mean,
-        deviation=deviation if deviation > least else 1.0,
-        has_missing=bool(missing.any()),
-    )
+    # Where the normals have no value at all, all rows have to do.
+    known = is_normal[:, None] | missing[is_normal].all(axis=0)
+    robust = RobustScaler(unit_variance=True)
+    scaled = robust.fit_transform(np.where(known, values, np.nan))
+    heavy_tailed = np.nanmax(np.abs(scaled), axis=0) > HEAVY_TAIL
+    scaled[:, heavy_tailed] = np.arcsinh(scaled[:, heavy_tailed])
+    standard = StandardScaler().fit(scaled)
+    fitted = (robust.center_, robust.scale_, heavy_tailed, standard.mean_, standard.scale_, missing.any(axis=0))
+    by_column = zip(*(constants.tolist() for constants in fitted), strict=True)
+    return {name: NumericColumn(name, *constants) for name, constants in zip(columns, by_column, strict=True)}
 
 
 def _fit_categorical(name: str, values: pa.ChunkedArray) -> CategoricalColumn:

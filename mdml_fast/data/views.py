@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from mdml_kernels.native import loader
 from mdml_kernels.native import views as native
+from sklearn.covariance import ledoit_wolf_shrinkage
 from threadpoolctl import threadpool_limits
 from torch import Tensor
 
@@ -129,13 +130,8 @@ def _whitening(clipped: Floats) -> Floats:
     with threadpool_limits(1):
         _, singular, vectors = np.linalg.svd(np.linalg.qr(centred, mode="r"), full_matrices=False)
         variances = singular**2 / n
-        mean = variances.sum() / d
-        # δ of Ledoit and Wolf: how far S is from Σ over how far it is from μ I, both as they expect it.
-        squared = np.sum(variances**2)
-        distance = squared - d * mean**2
-        error = (np.mean(np.sum(centred**2, axis=1) ** 2) - squared) / n
-        shrinkage = min(error, distance) / distance if distance > 0 else 0.0
-        ridge = shrinkage * mean
+        shrinkage = ledoit_wolf_shrinkage(centred, assume_centered=True)
+        ridge = shrinkage * variances.sum() / d
         values = (1 - shrinkage) * variances + ridge
         floor = max(EIGENVALUE_FLOOR * values[0], 1e-12)
         # Fewer rows than features leave directions of no variance but the ridge.
