@@ -1,6 +1,6 @@
 """The supervised head: extra trees that speak only where they are sure.
 
-They are kept as plain arrays and walked here, so that a model holds no pickled object.
+They are kept as plain arrays and walked here or by the compiled kernels: a model holds no pickled object.
 """
 
 from __future__ import annotations
