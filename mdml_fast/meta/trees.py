@@ -1,6 +1,6 @@
 """The supervised head: extra trees that speak only where they are sure.
 
-They are kept as plain arrays and walked here, so that a model holds no pickled object.
+They are kept as plain arrays and walked here or by the compiled kernels: a model holds no pickled object.
 """
 
 from __future__ import annotations
@@ -10,6 +10,8 @@ from typing import Self
 
 import numpy as np
 import torch
+from mdml_kernels.native import loader
+from mdml_kernels.native import trees as native
 from sklearn.ensemble import ExtraTreesClassifier
 from sklearn.tree import BaseDecisionTree
 from torch import Tensor
@@ -17,6 +19,8 @@ from torch.nn.functional import embedding_bag
 
 from mdml_fast.data.encoding import Floats, Rows
 
+# Where a row goes.
+STRUCTURE = ("feature", "threshold", "left", "right", "roots")
 # Nodes visited at once: rows times trees.
 BLOCK_VALUES = 2**16
 # Levels between two looks at who has arrived.
@@ -40,6 +44,7 @@ class TreeHead:
         self._depth = int(self.tensors["depth"])
         # Right and left child of each node, side by side: one look-up for both.
         self._children = torch.stack([self.tensors["right"], self.tensors["left"]], dim=1).flatten()
+        self._packed = native.packed(*(self.tensors[name] for name in STRUCTURE))
 
     @classmethod
     def fit(
@@ -67,13 +72,17 @@ class TreeHead:
 
     def probability(self, rows: Tensor) -> Tensor:
         """The probability of "anomaly" [N] of rows [N, d]."""
-        return self.mean(self.leaves(rows))
+        forest = self._forest(rows)
+        return self.mean(self.leaves(rows)) if forest is None else native.means(rows, forest, self.tensors["anomaly"])
 
     def leaves(self, rows: Tensor) -> Tensor:
         """The leaf of each tree that each row [N, d] falls into, a position in the table of nodes [N, trees]."""
         if torch.compiler.is_exporting():
             # A program can't depend on who has arrived.
             return self._walk_all(rows)
+        forest = self._forest(rows)
+        if forest is not None:
+            return native.leaves(rows, forest)
         step = max(1, BLOCK_VALUES // len(self.tensors["roots"]))
         return torch.cat([self._walk(rows[start : start + step]) for start in range(0, len(rows), step)])
 
@@ -105,7 +114,11 @@ class TreeHead:
 
     def mean(self, leaves: Tensor) -> Tensor:
         """The mean probability [N] of leaves [N, trees]."""
-        return self.tensors["anomaly"][leaves].mean(1)
+        return self.tensors["anomaly"][leaves].mean(1, dtype=torch.float64).float()
+
+    def _forest(self, rows: Tensor) -> native.Forest | None:
+        """The trees as the compiled kernels walk them; None where they can't."""
+        return self._packed if loader.serves(rows, self.tensors["anomaly"]) else None
 
     def _walk(self, rows: Tensor) -> Tensor:
         t, n_trees = self.tensors, len(self.tensors["roots"])

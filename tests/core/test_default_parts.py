@@ -209,6 +209,23 @@ def test_trees_walk_as_scikit_learn_does() -> None:
     assert (beyond[is_anomaly] > 0.3).all()
 
 
+def test_compiled_trees_are_those_of_tensor_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, labels = normals_and_two_classes(n=600, d=20)
+    rows = rows.astype(np.float32)
+    head = TreeHead.fit(rows[labels == "ok"], rows[labels != "ok"], 50, 5, CPU)
+    t, generator = head.tensors, torch.Generator().manual_seed(1)
+    t["anomaly"] = torch.rand(t["anomaly"].shape, generator=generator)  # a sum that float32 would round
+    new = 2 * torch.randn(700, 20, generator=generator)
+    new[torch.arange(50), t["feature"][t["roots"]]] = t["threshold"][t["roots"]]  # as large as the first to be met
+    new[::20, 0] = torch.nan
+    assert head._forest(new) is not None, loader.native().reason
+    leaves, probability = head.leaves(new), head.probability(new)
+    monkeypatch.setattr(loader, "native", lambda: loader.Native(None, "the test wants none"))
+    assert head._forest(new) is None
+    assert torch.equal(head.leaves(new), leaves)
+    torch.testing.assert_close(head.probability(new), probability, rtol=2**-23, atol=0)
+
+
 def test_thresholds_in_float32_compare_as_in_float64() -> None:
     thresholds = np.array([0.1, np.nextafter(1.0, 2), -0.3])
     rounded = _rounded_down(thresholds)

@@ -1,0 +1,69 @@
+"""Decision trees by the compiled kernels: the leaves that rows fall into, and the means of the leaves' values.
+
+A row goes left where its value is up to the threshold, so with a NaN it goes right. Rows are float32 [N, d] on a CPU.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from mdml_kernels.native.calls import call, whole
+
+# Features and distances between nodes that the kernel has room for.
+_MOST = 1 << 16
+# Fewer walks, rows times trees, than this are not worth a thread of their own.
+_LEAST_WALKS = 1 << 12
+
+
+class Forest(NamedTuple):
+    """Trees packed: int16 [n, 4], each node in 8 bytes; the roots' places [trees]; how many features they ask."""
+
+    nodes: Tensor
+    roots: Tensor
+    n_features: int
+
+
+def packed(feature: Tensor, threshold: Tensor, left: Tensor, right: Tensor, roots: Tensor) -> Forest | None:
+    """A table of nodes [n], packed; None where the kernel can't walk it.
+
+    Thresholds are float32, the others int64: `left`, `right` and `roots` [trees] are places in the table, a leaf's its
+    own. The kernel wants everything on a CPU and in range, and a left child next to its parent.
+    """
+    if threshold.device.type != "cpu" or not len(roots):
+        return None
+    own = torch.arange(len(right))
+    step = right - own
+    is_leaf = step == 0
+    bounds = ((feature, _MOST), (step, _MOST), (right, len(right)), (roots, len(right)))
+    in_range = all(int(values.min()) >= 0 and int(values.max()) < end for values, end in bounds)
+    if not (in_range and torch.equal(left, own + ~is_leaf)):
+        return None
+    parts = threshold.where(~is_leaf, torch.nan).view(torch.int16).view(-1, 2), torch.stack([feature, step], 1).short()
+    return Forest(torch.cat(parts, 1), roots.contiguous(), 1 + int(feature.max()))
+
+
+def leaves(rows: Tensor, forest: Forest) -> Tensor:
+    """The place of the leaf [N, trees] that each row falls into, tree by tree."""
+    out = torch.empty(len(rows), len(forest.roots), dtype=torch.int64)
+    _walk(rows, forest, None, out, None)
+    return out
+
+
+def means(rows: Tensor, forest: Forest, values: Tensor) -> Tensor:
+    """The mean over the trees [N] of the leaves' values, float32 [n]: summed in float64, tree after tree."""
+    out = torch.empty(len(rows))
+    _walk(rows, forest, whole(values), None, out)
+    return out
+
+
+def _walk(rows: Tensor, forest: Forest, values: Tensor | None, places: Tensor | None, out: Tensor | None) -> None:
+    if rows.shape[1] < forest.n_features:
+        raise IndexError(f"rows have {rows.shape[1]} features, the trees ask for {forest.n_features}")
+    sizes = (len(forest.roots), rows.shape[1])
+    call(
+        *("mdml_trees", len(rows), sizes[0], _LEAST_WALKS, *sizes),
+        *(forest.nodes, forest.roots, values, whole(rows), places, out),
+    )
