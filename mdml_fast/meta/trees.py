@@ -105,7 +105,7 @@ class TreeHead:
             return parts
         others, which = torch.unique(normals[speaks], dim=0, return_inverse=True)
         own, other, gate = leaves[speaks], self.leaves(others), gates[speaks]
-        changes = self._paths(torch.cat([own, other]), rows.shape[1])
+        changes = self._changes(torch.cat([rows[speaks], others]), torch.cat([own, other]))
         above, below = self.mean(own), self.mean(other)[which]
         gained, passed = above - below, excess(above, gate) - excess(below, gate)
         share = torch.where(gained > MIN_GAIN, passed / gained.clamp(min=MIN_GAIN), 0.0)
@@ -145,9 +145,12 @@ class TreeHead:
             node = torch.where(goes_left, t["left"][node], t["right"][node])
         return node
 
-    def _paths(self, leaves: Tensor, n_features: int) -> Tensor:
+    def _changes(self, rows: Tensor, leaves: Tensor) -> Tensor:
         """The changes of probability from root to leaf, by feature and averaged over the trees [N, d]."""
-        roots = self.tensors["roots"]
+        forest = self._forest(rows)
+        if forest is not None:
+            return native.changes(rows, forest, self.tensors["anomaly"])
+        roots, n_features = self.tensors["roots"], rows.shape[1]
         n_nodes = len(self.tensors["left"])
         # So many trees at once that their table of changes is of bounded size.
         n_trees = max(1, PATH_VALUES * len(roots) // (n_nodes * n_features))
@@ -156,10 +159,10 @@ class TreeHead:
         for place, (own, end) in enumerate(zip(torch.split(roots, n_trees), ends, strict=True)):
             first = int(own[0])
             nodes = leaves[:, place * n_trees : place * n_trees + len(own)] - first
-            changes += embedding_bag(nodes, self._changes(own, end, n_features), mode="sum")
+            changes += embedding_bag(nodes, self._changes_to(own, end, n_features), mode="sum")
         return changes / len(roots)
 
-    def _changes(self, roots: Tensor, end: int, n_features: int) -> Tensor:
+    def _changes_to(self, roots: Tensor, end: int, n_features: int) -> Tensor:
         """The changes of probability on the way to each node of these trees, by feature [nodes, d]."""
         t, first = self.tensors, int(roots[0])
         changes = t["anomaly"].new_zeros((end - first, n_features))

@@ -220,10 +220,12 @@ def test_compiled_trees_are_those_of_tensor_operations(monkeypatch: pytest.Monke
     new[::20, 0] = torch.nan
     assert head._forest(new) is not None, loader.native().reason
     leaves, probability = head.leaves(new), head.probability(new)
+    changes = head._changes(new, leaves)
     monkeypatch.setattr(loader, "native", lambda: loader.Native(None, "the test wants none"))
     assert head._forest(new) is None
     assert torch.equal(head.leaves(new), leaves)
     torch.testing.assert_close(head.probability(new), probability, rtol=2**-23, atol=0)
+    torch.testing.assert_close(head._changes(new, leaves), changes, rtol=0, atol=1e-6)
 
 
 def test_thresholds_in_float32_compare_as_in_float64() -> None:

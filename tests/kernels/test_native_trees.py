@@ -44,15 +44,15 @@ def table(shapes, rng):
 
 
 def walked(rows, feature, threshold, left, right, roots):
-    """The leaves [N, trees]."""
-    places = []
-    for row in rows.tolist():
+    """The leaves [N, trees], and all steps: (row, feature, node, next node)."""
+    places, steps = [], []
+    for place, row in enumerate(rows.tolist()):
         for node in roots.tolist():
             while left[node] != node:
                 goes_left = row[feature[node]] <= threshold[node]
-                node = int((left if goes_left else right)[node])
+                steps.append((place, int(feature[node]), node, node := int((left if goes_left else right)[node])))
             places.append(node)
-    return torch.tensor(places).view(len(rows), len(roots))
+    return torch.tensor(places).view(len(rows), len(roots)), steps
 
 
 @settings(deadline=None, max_examples=60)
@@ -62,10 +62,14 @@ def test_a_row_falls_into_the_leaves_of_a_plain_walk(shapes, n, seed):
     forest = table(shapes, rng)
     rows = torch.as_tensor(rng.choice(VALUES, (n, N_FEATURES)))
     packed, values = trees.packed(*forest), torch.as_tensor(rng.random(len(forest[0]), dtype=np.float32))
-    expected = walked(rows, *forest)
+    expected, steps = walked(rows, *forest)
     assert torch.equal(trees.leaves(rows, packed), expected)
     total = sum(values[own].double() for own in expected.T)
     assert torch.equal(trees.means(rows, packed, values), (total / len(shapes)).float())
+    changes = torch.zeros(n, N_FEATURES, dtype=torch.float64)
+    for row, feature, node, following in steps:
+        changes[row, feature] += (values[following].double() - values[node].double()) / len(shapes)
+    torch.testing.assert_close(trees.changes(rows, packed, values).double(), changes, rtol=0, atol=1e-5)
 
 
 def test_blocks_threads_and_strides_change_no_bit():
@@ -80,7 +84,7 @@ def test_blocks_threads_and_strides_change_no_bit():
     finally:
         torch.set_num_threads(before)
     few = [0, 1, 255, 256, 257, 2999, 3000, 3001, 6000, 8999]
-    assert torch.equal(leaves[few], walked(rows[few], *forest))
+    assert torch.equal(leaves[few], walked(rows[few], *forest)[0])
     assert torch.equal(leaves, torch.cat([trees.leaves(part, packed) for part in rows.split(777)]))
     assert torch.equal(means, torch.cat([trees.means(part, packed, values) for part in rows.split(777)]))
     assert trees.leaves(rows[:0], packed).shape == (0, 3)

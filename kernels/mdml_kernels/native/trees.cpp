@@ -76,5 +76,20 @@ void mdml_trees(int64_t begin, int64_t end, int64_t n_trees, int64_t d, const No
   }
 }
 
+// out [N, d], zero before: of rows [N, d] the changes of value at each split on their ways down, summed by the split's
+// feature and averaged over the trees.
+void mdml_tree_changes(int64_t begin, int64_t end, int64_t n_trees, int64_t d, const Node* nodes, const int64_t* roots,
+                       const float* values, const float* rows, float* out) {
+  for (int64_t i = begin; i < end; ++i) {
+    const float* row = rows + i * d;
+    float* changes = out + i * d;
+    for (int64_t t = 0; t < n_trees; ++t)
+      for (const Node *at = nodes + roots[t], *next; at->right; at = next) {
+        next = at->next(row);
+        changes[at->feature] += (values[next - nodes] - values[at - nodes]) / n_trees;
+      }
+  }
+}
+
 }  // extern "C"
 }  // namespace mdml

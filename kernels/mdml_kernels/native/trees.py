@@ -1,4 +1,4 @@
-"""Decision trees by the compiled kernels: the leaves that rows fall into, and the means of the leaves' values.
+"""Decision trees by the compiled kernels: where rows arrive, the means of the values there, and the changes on the way.
 
 A row goes left where its value is up to the threshold, so with a NaN it goes right. Rows are float32 [N, d] on a CPU.
 """
@@ -48,22 +48,29 @@ def packed(feature: Tensor, threshold: Tensor, left: Tensor, right: Tensor, root
 def leaves(rows: Tensor, forest: Forest) -> Tensor:
     """The place of the leaf [N, trees] that each row falls into, tree by tree."""
     out = torch.empty(len(rows), len(forest.roots), dtype=torch.int64)
-    _walk(rows, forest, None, out, None)
+    _walk("mdml_trees", rows, forest, None, out, None)
     return out
 
 
 def means(rows: Tensor, forest: Forest, values: Tensor) -> Tensor:
     """The mean over the trees [N] of the leaves' values, float32 [n]: summed in float64, tree after tree."""
     out = torch.empty(len(rows))
-    _walk(rows, forest, whole(values), None, out)
+    _walk("mdml_trees", rows, forest, values, None, out)
     return out
 
 
-def _walk(rows: Tensor, forest: Forest, values: Tensor | None, places: Tensor | None, out: Tensor | None) -> None:
+def changes(rows: Tensor, forest: Forest, values: Tensor) -> Tensor:
+    """The mean changes of value [N, d] on the way to the leaves, each by the feature of its split."""
+    out = torch.zeros_like(rows, memory_format=torch.contiguous_format)
+    _walk("mdml_tree_changes", rows, forest, values, out)
+    return out
+
+
+def _walk(kernel: str, rows: Tensor, forest: Forest, values: Tensor | None, *out: Tensor | None) -> None:
     if rows.shape[1] < forest.n_features:
         raise IndexError(f"rows have {rows.shape[1]} features, the trees ask for {forest.n_features}")
     sizes = (len(forest.roots), rows.shape[1])
     call(
-        *("mdml_trees", len(rows), sizes[0], _LEAST_WALKS, *sizes),
-        *(forest.nodes, forest.roots, values, whole(rows), places, out),
+        *(kernel, len(rows), sizes[0], _LEAST_WALKS, *sizes),
+        *(forest.nodes, forest.roots, whole(values), whole(rows), *out),
     )
