@@ -22,6 +22,7 @@ from mdml_fast.meta.engine import MetaEngine
 from mdml_fast.meta.heads import PrototypeHead
 from mdml_fast.meta.history import History
 from mdml_fast.meta.training import Progress, train
+from mdml_fast.threads import single_thread
 
 # In each view the directions take complementary halves of the seen families.
 HALVES = 2
@@ -135,12 +136,13 @@ def train_ensemble(
     rng = np.random.default_rng(seed)
     names = np.unique(labels.astype(str)).tolist() if config.labelled else []
     halves = _halves(names, rng, previous)
-    sampler = _sampler(normals, anomalies, labels, halves, config, rng, seed)
-    engine = _engine(anomalies.shape[-1], len(halves), config, seed, dtype, anomalies.device)
-    if previous:
-        for name, weight in previous.weights.items():
-            engine.parameters()[f"encoder.{name}"].data.copy_(weight)
-    _start_at_the_data(engine, sampler, config)
+    with single_thread():  # what else runs meanwhile shall not wait for torch's threads, which spin on for a while
+        sampler = _sampler(normals, anomalies, labels, halves, config, rng, seed)
+        engine = _engine(anomalies.shape[-1], len(halves), config, seed, dtype, anomalies.device)
+        if previous:
+            for name, weight in previous.weights.items():
+                engine.parameters()[f"encoder.{name}"].data.copy_(weight)
+        _start_at_the_data(engine, sampler, config)
     rates = dict.fromkeys(engine.parameters(), config.network_rate)
     rates |= {"encoder.log_scale": config.scale_rate, "loss.background": config.scale_rate}
     # w·p is the gradient of w/2·p².

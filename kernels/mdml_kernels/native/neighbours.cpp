@@ -9,6 +9,7 @@ namespace mdml {
 namespace {
 
 constexpr int64_t CHUNK = 512;  // references whose columns stay in the second-level cache for all rows
+constexpr int64_t ROWS = 48;    // shortened at once: they stay in the cache
 constexpr int64_t MOST = 64;    // neighbours of a row
 constexpr float EPSILON = std::numeric_limits<float>::epsilon();
 
@@ -50,6 +51,32 @@ struct Nearest {
 }  // namespace
 
 extern "C" {
+
+// out [N, m]: the short coordinates of rows [N, d], which are first taken from the centre [d]: along m - 1 orthonormal
+// directions [d, m], whose last column is zero, and then how far a row is from what these span. m is a multiple of W.
+void mdml_short_coordinates(int64_t begin, int64_t end, int64_t d, int64_t m, const float* rows, const float* centre,
+                            const float* directions, float* out) {
+  static thread_local Buffer<float> inputs, turned;
+  float* x = inputs.take(ROWS * padded(d));
+  const float* back = Singles::turned(directions, d, m, turned);
+  for (int64_t first = begin; first < end; first += ROWS) {
+    const int64_t n = std::min(ROWS, end - first);
+    float* along = out + first * m;
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < padded(d); ++j) x[i * padded(d) + j] = j < d ? rows[(first + i) * d + j] - centre[j] : 0.0f;
+    product(Operands<Singles>{x, directions, padded(d), 1, m, d}, n, m,
+            [=](int64_t i, int64_t j, Floats sums, int64_t) INLINE { store(along + i * m + j, sums); });
+    // What is left is measured, not computed from the norms: their difference would be all rounding.
+    product(Operands<Singles>{along, back, m, 1, padded(d), m}, n, d, [=](int64_t i, int64_t j, Floats sums, int64_t) INLINE {
+      store(x + i * padded(d) + j, load(x + i * padded(d) + j) - sums);
+    });
+    for (int64_t i = 0; i < n; ++i) {
+      Floats squared = {};
+      for (int64_t j = 0; j < d; j += W) squared += load(x + i * padded(d) + j) * load(x + i * padded(d) + j);
+      along[i * m + m - 1] = std::sqrt(reduce(squared, sum<Floats>)[0]);
+    }
+  }
+}
 
 // out [N] of rows [N, d] from `begin` to `end`: the mean distance to the k nearest of n references [n, d]; NaN where
 // there is none. Families [N] and [n] (null: none): a row is not compared with its own.

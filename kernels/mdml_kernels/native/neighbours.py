@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from mdml_kernels.native.calls import call, whole
 
@@ -26,13 +27,16 @@ class NeighbourSearch:
     nothing is farther apart in them than it is. Only references that are near enough in them are measured, with
     squared distances summed in float64, so the nearest found are the nearest there are (the idea of principal axis
     trees: McNames, "A fast nearest-neighbor algorithm based on a principal axis search tree", 2001).
+
+    Args:
+        references: in random order.
     """
 
     def __init__(self, references: Tensor) -> None:
         self._references = references.contiguous()
         self._centre = references[:_SAMPLE].mean(0)
-        self._directions = _directions(references[: _SAMPLE + _JUDGED] - self._centre)
-        self._short = self._shortened(references)
+        self._directions = _directions(self._references[: _SAMPLE + _JUDGED], self._centre)
+        self._short = self._shortened(self._references)
 
     @property
     def width(self) -> int:
@@ -50,45 +54,43 @@ class NeighbourSearch:
         own, others = (
             None if codes is None else whole(codes.to(torch.int64)) for codes in (families, reference_families)
         )
-        out, size = torch.empty(len(rows)), self._short.numel()
+        out, rows, size = torch.empty(len(rows)), rows.contiguous(), self._short.numel()
         call(
-            *("mdml_neighbour_distances", len(rows), size, _LEAST_PRODUCTS, *self._references.shape, self.width),
-            *(k, whole(rows), self._references, self._shortened(rows), self._short),
-            *(own, others, out),
+            *("mdml_neighbour_distances", len(rows), size, _LEAST_PRODUCTS, *self._references.shape, self.width, k),
+            *(rows, self._references, self._shortened(rows), self._short, own, others, out),
         )
         return out
 
     def _shortened(self, rows: Tensor) -> Tensor:
         """Short coordinates [N, m] of rows [N, d]; all of them where fewer don't pay."""
-        return _shortened(rows - self._centre, self._directions)
+        return rows - self._centre if self._directions is None else _shortened(rows, self._centre, self._directions)
 
 
-def _shortened(rows: Tensor, directions: Tensor | None) -> Tensor:
-    if directions is None:
-        return rows
-    along = rows @ directions
-    # What is left is measured, not computed from the norms: their difference would be all rounding.
-    rest = torch.addmm(rows, along, directions.T, alpha=-1).norm(dim=1, keepdim=True)
-    return torch.cat([rest, along], dim=1)
+def _shortened(rows: Tensor, centre: Tensor, directions: Tensor) -> Tensor:
+    out = torch.empty(len(rows), directions.shape[1])
+    sizes = ("mdml_short_coordinates", len(rows), directions.numel(), _LEAST_PRODUCTS, *directions.shape)
+    call(*sizes, rows, centre, directions, out)
+    return out
 
 
-def _directions(rows: Tensor) -> Tensor | None:
-    """As many main directions [d, m - 1] of rows [n, d] as make the search cheapest; None where none do."""
+def _directions(rows: Tensor, centre: Tensor) -> Tensor | None:
+    """As many main directions of rows [n, d] as make the search cheapest, [d, m] with a column of zeros; or None."""
     n, d = rows.shape
     widths = [width for width in _WIDTHS if width < d]
     if n < 2 * _JUDGED or not widths:
         return None
     judged, others = rows[:_JUDGED], rows[_JUDGED:]
-    directions = _main_directions(others, widths[-1] - 1)
+    directions = _main_directions(others - centre, widths[-1] - 1)
     nearest = torch.cdist(judged, others).topk(8, largest=False).values[:, 7:]
-    cost = {d: float(d)}
+    best: Tensor | None = None
+    least = float(d)
     for width in widths:
-        lower = torch.cdist(
-            _shortened(judged, directions[:, : width - 1]), _shortened(others, directions[:, : width - 1])
-        )
-        cost[width] = width + _MEASURING * d * float((lower < nearest).float().mean())
-    best = min(cost, key=lambda width: cost[width])
-    return None if best == d else directions[:, : best - 1].contiguous()
+        candidate = pad(directions[:, : width - 1], (0, 1)).contiguous()
+        lower = torch.cdist(_shortened(judged, centre, candidate), _shortened(others, centre, candidate))
+        cost = width + _MEASURING * d * float((lower < nearest).float().mean())
+        if cost < least:
+            best, least = candidate, cost
+    return best
 
 
 def _main_directions(rows: Tensor, n: int) -> Tensor:
