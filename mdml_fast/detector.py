@@ -28,7 +28,7 @@ from mdml_fast.inputs import (
 )
 from mdml_fast.kept import ANOMALY, KeptRows
 from mdml_fast.known import KnownRows
-from mdml_fast.meta.left_out import BOTH, FIRST, SECOND, left_out_by_both, left_out_in_turn
+from mdml_fast.meta.left_out import FIRST, SECOND, left_out_by_both, left_out_in_turn
 from mdml_fast.meta.model import HeldOut, Model
 from mdml_fast.meta.training import Progress
 from mdml_fast.presets import Config, model_class, preset_config
@@ -134,7 +134,7 @@ class MDMLDetector(AlarmsMixin, OutlierMixin, BaseEstimator):  # type: ignore[mi
             parts[normals] = left_out_by_both(len(normals), needed, seed)
         else:
             parts[normals] = left_out_in_turn(group_names[normals], seed)
-        self.encoder_ = FeatureEncoder.fit(table, is_normal, np.flatnonzero(parts != BOTH))
+        self.encoder_ = FeatureEncoder.fit(table, is_normal)
         self.feature_names_in_ = np.array(table.column_names, dtype=object)
         self.n_features_in_ = table.num_columns
         self.normal_classes_ = list(normal_classes)

@@ -101,29 +101,23 @@ class FeatureEncoder:
     constant: tuple[str, ...] = ()
 
     @classmethod
-    def fit(
-        cls, table: pa.Table, is_normal: npt.NDArray[np.bool_], rows: npt.NDArray[np.intp] | None = None
-    ) -> FeatureEncoder:
+    def fit(cls, table: pa.Table, is_normal: npt.NDArray[np.bool_]) -> FeatureEncoder:
         """Learn the encoding from training rows: scales from the normals, categories from all.
 
         Args:
             table: the feature columns, N rows.
             is_normal: bool [N].
-            rows: positions of the rows to learn from; None is all. The others are checked, and nothing else.
 
         Raises:
             InputError: a column is of no usable type or holds infinities, or all columns are constant.
         """
-        learned_normal = is_normal if rows is None else is_normal[rows]
         values = {name: _column(table, name) for name in table.column_names}
-        if rows is not None:
-            values = {name: column.take(pa.array(rows)) for name, column in values.items()}
         constant = [name for name, column in values.items() if _is_constant(column)]
         varying = {name: column for name, column in values.items() if name not in constant}
         if not varying:
             raise InputError("all feature columns are constant; there is nothing to learn from")
         numbers = {name: column.to_numpy() for name, column in varying.items() if not pa.types.is_string(column.type)}
-        numeric = _fit_numeric(numbers, learned_normal)
+        numeric = _fit_numeric(numbers, is_normal)
         columns = [numeric[name] if name in numeric else _fit_categorical(name, varying[name]) for name in varying]
         return cls(tuple(columns), tuple(constant))
 

@@ -19,7 +19,7 @@ from mdml_fast.data.labelled import Names
 from mdml_fast.data.views import VIEWS, Views
 from mdml_fast.meta.checkpoint import Checkpoint
 from mdml_fast.meta.ensemble import Ensemble, EnsembleConfig, train_ensemble
-from mdml_fast.meta.fusion import FusionConfig, cross_fused, learn_weights, prior_weights
+from mdml_fast.meta.fusion import FusionConfig, choose_weights, cross_fused, prior_weights
 from mdml_fast.meta.history import History
 from mdml_fast.meta.model import HeldOut, TrainingRows, fingerprint, tensors_under
 from mdml_fast.meta.neighbourhood import ANCHORS, SCORES, Neighbourhood, NeighbourhoodConfig
@@ -78,7 +78,7 @@ class DefaultModel:
     Args:
         config: the constants.
         families: the training normals, then those that it was adapted to; a row is as normal as the nearest finds it.
-        weights: of `SCORES`, positive with sum 1 [6].
+        weights: of `SCORES`, not negative, with sum 1 [6].
         head: the trees; None where there were no labelled anomalies.
         head_gain: what the head adds to the score of a row that it is sure of, a scalar.
         history: of the training.
@@ -174,7 +174,7 @@ class DefaultModel:
         never_saw = _not_in(labels, ensemble.trained_on).to(device)
         anomaly_scores = known.tails.score(neighbourhood.distances(anomalies, counted=never_saw))
         prior = prior_weights(len(SCORES), len(normals), config.fusion).to(device)
-        weights = learn_weights(normal_scores, anomaly_scores, labels, prior, config.fusion)
+        weights = choose_weights(normal_scores, anomaly_scores, labels, prior, config.fusion)
         fused = cross_fused(normal_scores, units, anomaly_scores, labels, prior, config.fusion)
         low, high = fused.quantile(weights.new_tensor([0.5, 0.999]))
         anomaly = fused + (high - low) * excess(probability, gate)

@@ -11,7 +11,7 @@ from support import normals_and_two_classes
 from torch.nn.functional import softplus
 
 from mdml_fast.data.views import VIEWS, Views
-from mdml_fast.meta.fusion import FusionConfig, cross_fused, fuse, learn_weights, prior_weights
+from mdml_fast.meta.fusion import FusionConfig, choose_weights, cross_fused, fuse, learn_weights, prior_weights
 from mdml_fast.meta.neighbours import References
 from mdml_fast.meta.tails import FOLDS, Tails
 from mdml_fast.meta.trees import TreeHead, _rounded_down, excess
@@ -174,14 +174,36 @@ def test_weights_are_those_of_automatic_differentiation() -> None:
     assert (found - prior).abs().max() > 0.05
 
 
+def test_weights_that_rank_the_families_no_higher_than_the_anchor_give_way_to_it() -> None:
+    rng = np.random.default_rng(0)
+    normals = torch.as_tensor(rng.exponential(size=(6, 500)), dtype=torch.float32)
+    labels = np.array([f"family {i % 4}" for i in range(40)], dtype=object)
+    config, alone = FusionConfig(), torch.eye(6)[0]
+    prior = prior_weights(6, 500, config)
+
+    def chosen(*found_by: int) -> torch.Tensor:
+        anomalies = torch.as_tensor(rng.exponential(0.1, size=(6, 40)), dtype=torch.float32)
+        anomalies[list(found_by)] += 3
+        learned = learn_weights(normals, anomalies, labels, prior, config)
+        weights = choose_weights(normals, anomalies, labels, prior, config)
+        assert any(torch.equal(weights, candidate) for candidate in (alone, prior, learned))
+        return weights
+
+    assert torch.equal(chosen(0), alone)  # what only the anchor sees
+    assert chosen(3)[3] > prior[3]
+    anomalies = normals.amax(1, keepdim=True).expand(6, 40) + 1  # all see them: nothing to tell the weights apart by
+    assert torch.equal(choose_weights(normals, anomalies, labels, prior, config), alone)
+    assert torch.equal(choose_weights(normals, anomalies[:, :0], labels[:0], prior, config), prior)
+
+
 @pytest.mark.parametrize("n", [1, 2, 41])
-def test_a_normal_is_fused_by_weights_that_were_learned_without_it(n: int) -> None:
+def test_a_normal_is_fused_by_weights_that_were_chosen_without_it(n: int) -> None:
     generator = torch.Generator().manual_seed(0)
     normals, anomalies = (torch.rand(6, k, generator=generator) + 0.01 for k in (n, 20))
     labels, config = np.array(["a"] * 10 + ["b"] * 10, dtype=object), FusionConfig()
     prior = prior_weights(6, 500, config)
     others = torch.arange(n) % 2 == 1 if n > 1 else torch.ones(1, dtype=torch.bool)
-    weights = learn_weights(normals[:, others], anomalies, labels, prior, config)
+    weights = choose_weights(normals[:, others], anomalies, labels, prior, config)
     expected = fuse(weights, normals[:, ::2], config)
     fused = cross_fused(normals, torch.arange(n), anomalies, labels, prior, config)
     torch.testing.assert_close(fused[::2], expected)
