@@ -101,17 +101,23 @@ class FeatureEncoder:
     constant: tuple[str, ...] = ()
 
     @classmethod
-    def fit(cls, table: pa.Table, is_normal: npt.NDArray[np.bool_]) -> FeatureEncoder:
+    def fit(
+        cls, table: pa.Table, is_normal: npt.NDArray[np.bool_], rows: npt.NDArray[np.intp] | None = None
+    ) -> FeatureEncoder:
         """Learn the encoding from training rows: scales from the normals, categories from all.
 
         Args:
             table: the feature columns, N rows.
             is_normal: bool [N].
+            rows: positions of the rows to learn from; None is all. The others are checked, and nothing else.
 
         Raises:
             InputError: a column is of no usable type or holds infinities, or all columns are constant.
         """
         values = {name: _column(table, name) for name in table.column_names}
+        if rows is not None:
+            values = {name: column.take(pa.array(rows)) for name, column in values.items()}
+            is_normal = is_normal[rows]
         constant = [name for name, column in values.items() if _is_constant(column)]
         varying = {name: column for name, column in values.items() if name not in constant}
         if not varying:

@@ -14,6 +14,7 @@ from support import normals_and_two_classes as data
 
 from mdml_fast import MDMLDetector
 from mdml_fast.baselines import mdml
+from mdml_fast.data import FeatureEncoder, as_table
 from mdml_fast.data.open_sets import open_sets
 from mdml_fast.data.views import VIEWS, Views
 from mdml_fast.evaluation import EvaluationProtocol, evaluate
@@ -227,3 +228,12 @@ def test_bfloat16_finds_what_float32_finds() -> None:
     assert exact != rough
     for kind in ("auroc_unseen", "auroc_seen"):
         assert rough[kind] == pytest.approx(exact[kind], abs=0.005)
+
+
+@pytest.mark.parametrize(("n", "all_of_them"), [(60, True), (240, False)])
+def test_few_normals_all_scale_the_columns(n: int, all_of_them: bool) -> None:
+    """So the anchor of few normals is plain nearest neighbours; of more, the held-out ones are left out of the scales."""
+    rows = np.random.default_rng(0).normal(size=(n, 4))
+    detector = MDMLDetector(FAST, random_state=0).fit(rows)
+    encoder = FeatureEncoder.fit(as_table(rows), np.ones(n, dtype=bool))
+    assert (detector.encoder_ == encoder) == all_of_them
