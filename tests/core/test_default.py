@@ -232,7 +232,7 @@ def test_bfloat16_finds_what_float32_finds() -> None:
 
 @pytest.mark.parametrize(("n", "all_of_them"), [(60, True), (240, False)])
 def test_few_normals_all_scale_the_columns(n: int, all_of_them: bool) -> None:
-    """So the anchor of few normals is plain nearest neighbours; of more, the held-out ones are left out of the scales."""
+    """So the anchor of few is plain nearest neighbours; of more, the held-out ones are left out."""
     rows = np.random.default_rng(0).normal(size=(n, 4))
     detector = MDMLDetector(FAST, random_state=0).fit(rows)
     encoder = FeatureEncoder.fit(as_table(rows), np.ones(n, dtype=bool))
