@@ -190,7 +190,7 @@ def _family(graph: Graph, scorer: Scorer, family: NormalFamily, rows: str, views
 
 
 def _neighbours(graph: Graph, rows: str, references: np.ndarray, k: int) -> str:
-    """`neighbour_distances`: float32 [D, N] of rows [D, N, d]."""
+    """`References.distances`: float32 [D, N] of rows [D, N, d]."""
     n_embeddings, n_references, n_features = references.shape
     # (x, 1) times (-2r, |r|²) in one product: see `neighbours._product_columns`.
     columns = np.concatenate([-2 * references, np.square(references).sum(-1, keepdims=True)], axis=2).swapaxes(1, 2)

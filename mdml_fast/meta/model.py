@@ -22,8 +22,8 @@ from mdml_fast.meta.history import History
 class TrainingRows(NamedTuple):
     """Encoded training rows: normals [N, d] with classes [N], anomalies [M, d] with classes [M]; M may be 0.
 
-    `held_out` [N]: the normals to calibrate on, from which nothing may be learned. `groups` [N]: normals of one group
-    resemble each other more than those of two; or None.
+    `held_out` [N]: the normals to calibrate on, from which a model may learn nothing. `groups` [N]: normals of one
+    group resemble each other more than those of two; or None.
     """
 
     normals: Rows

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 
 import numpy as np
 import numpy.typing as npt
@@ -32,7 +33,6 @@ class References:
 
     def __init__(self, embedded: Tensor) -> None:
         self.embedded = embedded
-        self._searches = [NeighbourSearch(one) for one in embedded] if loader.serves(embedded) else None
 
     def distances(
         self, rows: Tensor, k: int, *, families: Tensor | None = None, reference_families: Tensor | None = None
@@ -52,7 +52,7 @@ class References:
         if torch.compiler.is_exporting() and families is None:
             # A program for any number of rows has no loop over them.
             return _block_distances(rows, references, _product_columns(references), k)
-        if self._searches and k <= MOST and loader.serves(rows):
+        if k <= MOST and loader.serves(rows, references):
             each = zip(self._searches, rows, strict=True)
             return torch.stack([search.distances(own, k, families, reference_families) for search, own in each])
         columns = _product_columns(references)
@@ -67,6 +67,10 @@ class References:
                 one = slice(place, place + 1)
                 distances[one, block] = _block_distances(rows[one, block], references[one], columns[one], k, own)
         return distances
+
+    @cached_property
+    def _searches(self) -> list[NeighbourSearch]:
+        return [NeighbourSearch(one) for one in self.embedded]
 
 
 def _product_columns(references: Tensor) -> Tensor:

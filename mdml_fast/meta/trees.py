@@ -146,7 +146,10 @@ class TreeHead:
         return node
 
     def _changes(self, rows: Tensor, leaves: Tensor) -> Tensor:
-        """The changes of probability from root to leaf, by feature and averaged over the trees [N, d]."""
+        """The changes of probability from root to leaf, by feature and averaged over the trees [N, d].
+
+        The compiled kernel walks the rows, other ways start from their leaves.
+        """
         forest = self._forest(rows)
         if forest is not None:
             return native.changes(rows, forest, self.tensors["anomaly"])

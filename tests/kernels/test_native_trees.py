@@ -124,3 +124,5 @@ def test_rows_without_all_features_are_told():
     packed = trees.packed(*table([(None, None)] * 20, np.random.default_rng(0)))
     with pytest.raises(IndexError, match="4 features, the trees ask for 5"):
         trees.leaves(torch.zeros(3, 4), packed)
+    with pytest.raises(IndexError, match="1 values for"):
+        trees.means(torch.zeros(3, 5), packed, torch.zeros(1))

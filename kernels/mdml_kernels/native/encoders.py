@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from mdml_kernels.native.calls import call, whole
@@ -15,9 +14,12 @@ def residual_encoders(rows: Tensor, inner: Tensor, bias: Tensor, outer: Tensor, 
     """x · exp(s) + B relu(A x + b) [D, N, d] of D encoders, computed in float64 and rounded once.
 
     Float32 on a CPU: rows x [V, N, d], of which encoder e takes those at e % V; A, `inner` [D, h, d]; b, `bias` [D, h];
-    B, `outer` [D, d, h]; s, `log_scale` [D, d]. A row's bits depend neither on the other rows nor on the threads.
+    B, `outer` [D, d, h]; s, `log_scale` [D, d]. A row's bits depend neither on the other rows nor on the threads. No
+    graph.
     """
-    out = torch.empty(len(inner), *rows.shape[1:])
+    if rows.shape[2] != inner.shape[2]:
+        raise ValueError(f"rows must have the {inner.shape[2]} features of the encoders, got {rows.shape[2]}")
+    out = rows.new_empty(len(inner), *rows.shape[1:])
     call(
         *("mdml_residual_encoders", rows.shape[1], 2 * inner.numel(), _LEAST_PRODUCTS, *rows.shape, *inner.shape[:2]),
         *(whole(rows), whole(inner), whole(bias), whole(outer), whole(log_scale), out),

@@ -3,7 +3,7 @@
 #include <cmath>
 #include <vector>
 
-#include "products.h"
+#include "wide.h"
 
 namespace mdml {
 namespace {
@@ -15,7 +15,6 @@ constexpr float EPSILON = std::numeric_limits<float>::epsilon();
 
 // The squared distance of two rows [d]: each square is rounded to float32, then added in double.
 double squared_distance(const float* a, const float* b, int64_t d) {
-  using Doubles = double __attribute__((vector_size(4 * W)));
   Doubles low = {}, high = {};
   int64_t i = 0;
   for (; i + W <= d; i += W) {
@@ -44,7 +43,7 @@ struct Nearest {
     int64_t i = n < k ? n++ : n - 1;
     for (; i && squared[i - 1] > value; --i) squared[i] = squared[i - 1];
     squared[i] = value;
-    if (n == k) limit = static_cast<float>(squared[k - 1]) * (1.0f + EPSILON);
+    if (n == k) limit = squared[k - 1] > 0.0 ? static_cast<float>(squared[k - 1]) * (1.0f + EPSILON) : -INFINITE;
   }
 };
 

@@ -18,6 +18,8 @@ _SAMPLE, _JUDGED = 1024, 32
 _MEASURING = 30
 # Fewer products than this are not worth a thread of their own.
 _LEAST_PRODUCTS = 1 << 20
+# Rows at once, so that memory does not grow with their number.
+_ROWS = 1 << 16
 
 
 class NeighbourSearch:
@@ -34,8 +36,10 @@ class NeighbourSearch:
 
     def __init__(self, references: Tensor) -> None:
         self._references = references.contiguous()
-        self._centre = references[:_SAMPLE].mean(0)
-        self._directions = _directions(self._references[: _SAMPLE + _JUDGED], self._centre)
+        sample = self._references[: _SAMPLE + _JUDGED]
+        sample = sample[sample.isfinite().all(1)]
+        self._centre = sample.mean(0).nan_to_num()
+        self._directions = _directions(sample, self._centre)
         self._short = self._shortened(self._references)
 
     @property
@@ -50,15 +54,28 @@ class NeighbourSearch:
 
         NaN where there is none. A row is not compared with references of its own family (int [N] and [n]; None: with
         all).
+
+        Raises:
+            ValueError: k is larger, rows are not as wide as the references, or only one side has families.
         """
+        if k > MOST:
+            raise ValueError(f"k must be {MOST} at most, got {k}")
+        if rows.shape[1:] != self._references.shape[1:]:
+            raise ValueError(f"rows must be as wide as the references, got {rows.shape[1]} and {len(self._centre)}")
+        if (families is None) != (reference_families is None):
+            raise ValueError("families and reference_families must be given together")
         own, others = (
             None if codes is None else whole(codes.to(torch.int64)) for codes in (families, reference_families)
         )
-        out, rows, size = torch.empty(len(rows)), rows.contiguous(), self._short.numel()
-        call(
-            *("mdml_neighbour_distances", len(rows), size, _LEAST_PRODUCTS, *self._references.shape, self.width, k),
-            *(rows, self._references, self._shortened(rows), self._short, own, others, out),
-        )
+        out, sizes = rows.new_empty(len(rows)), (*self._references.shape, self.width, k)
+        for start in range(0, len(rows), _ROWS):
+            block = slice(start, start + _ROWS)
+            some = rows[block].contiguous()
+            call(
+                *("mdml_neighbour_distances", len(some), self._short.numel(), _LEAST_PRODUCTS, *sizes),
+                *(some, self._references, self._shortened(some), self._short),
+                *(None if own is None else own[block], others, out[block]),
+            )
         return out
 
     def _shortened(self, rows: Tensor) -> Tensor:
@@ -67,7 +84,7 @@ class NeighbourSearch:
 
 
 def _shortened(rows: Tensor, centre: Tensor, directions: Tensor) -> Tensor:
-    out = torch.empty(len(rows), directions.shape[1])
+    out = rows.new_empty(len(rows), directions.shape[1])
     sizes = ("mdml_short_coordinates", len(rows), directions.numel(), _LEAST_PRODUCTS, *directions.shape)
     call(*sizes, rows, centre, directions, out)
     return out
@@ -76,8 +93,8 @@ def _shortened(rows: Tensor, centre: Tensor, directions: Tensor) -> Tensor:
 def _directions(rows: Tensor, centre: Tensor) -> Tensor | None:
     """As many main directions of rows [n, d] as make the search cheapest, [d, m] with a column of zeros; or None."""
     n, d = rows.shape
-    widths = [width for width in _WIDTHS if width < d]
-    if n < 2 * _JUDGED or not widths:
+    widths = [width for width in _WIDTHS if width < d and width <= n - _JUDGED]
+    if not widths:
         return None
     judged, others = rows[:_JUDGED], rows[_JUDGED:]
     directions = _main_directions(others - centre, widths[-1] - 1)
@@ -95,6 +112,7 @@ def _directions(rows: Tensor, centre: Tensor) -> Tensor | None:
 
 def _main_directions(rows: Tensor, n: int) -> Tensor:
     """About the first principal directions of rows [N, d], orthonormal [d, n]: a power iteration from some of them."""
+    rows = rows / rows.abs().amax().clamp(min=torch.finfo(rows.dtype).tiny)  # their third powers would overflow
     directions: Tensor = torch.linalg.qr((rows.T @ (rows @ rows[:n].T)).double()).Q.to(rows.dtype)
     spread = (rows @ directions).square().sum(0)
     return directions[:, spread.argsort(descending=True)]

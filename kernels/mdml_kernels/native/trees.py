@@ -42,19 +42,19 @@ def packed(feature: Tensor, threshold: Tensor, left: Tensor, right: Tensor, root
     if not (in_range and torch.equal(left, own + ~is_leaf)):
         return None
     parts = threshold.where(~is_leaf, torch.nan).view(torch.int16).view(-1, 2), torch.stack([feature, step], 1).short()
-    return Forest(torch.cat(parts, 1), roots.contiguous(), 1 + int(feature.max()))
+    return Forest(torch.cat(parts, 1), roots.long().contiguous(), 1 + int(feature.max()))
 
 
 def leaves(rows: Tensor, forest: Forest) -> Tensor:
     """The place of the leaf [N, trees] that each row falls into, tree by tree."""
-    out = torch.empty(len(rows), len(forest.roots), dtype=torch.int64)
+    out = rows.new_empty(len(rows), len(forest.roots), dtype=torch.int64)
     _walk("mdml_trees", rows, forest, None, out, None)
     return out
 
 
 def means(rows: Tensor, forest: Forest, values: Tensor) -> Tensor:
     """The mean over the trees [N] of the leaves' values, float32 [n]: summed in float64, tree after tree."""
-    out = torch.empty(len(rows))
+    out = rows.new_empty(len(rows))
     _walk("mdml_trees", rows, forest, values, None, out)
     return out
 
@@ -69,6 +69,8 @@ def changes(rows: Tensor, forest: Forest, values: Tensor) -> Tensor:
 def _walk(kernel: str, rows: Tensor, forest: Forest, values: Tensor | None, *out: Tensor | None) -> None:
     if rows.shape[1] < forest.n_features:
         raise IndexError(f"rows have {rows.shape[1]} features, the trees ask for {forest.n_features}")
+    if values is not None and len(values) != len(forest.nodes):
+        raise IndexError(f"{len(values)} values for {len(forest.nodes)} nodes")
     sizes = (len(forest.roots), rows.shape[1])
     call(
         *(kernel, len(rows), sizes[0], _LEAST_WALKS, *sizes),

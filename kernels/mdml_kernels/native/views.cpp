@@ -1,5 +1,6 @@
 // The views of rows: what mdml_fast/data/views.py computes, in one pass; in double, rounded once.
 #include <cmath>
+#include <limits>
 
 #include "wide.h"
 
@@ -20,7 +21,7 @@ double polynomial(const double (&coefficients)[N], double x) {
   return value;
 }
 
-// The normal quantile of a level in (e^-32, 1 - e^-32): Moshier, Cephes, ndtri.c.
+// The normal quantile of a level in (e^-32, 1 - e^-32), or 0 or 1: Moshier, Cephes, ndtri.c.
 double normal_quantile(double level) {
   constexpr double P0[] = {-59.96335010141079, 98.00107541859997, -56.67628574690703, 13.931260938727968,
                            -1.2391658386738125};
@@ -32,6 +33,7 @@ double normal_quantile(double level) {
   constexpr double Q1[] = {1.0, 15.779988325646675, 45.39076351288792, 41.3172038254672, 15.04253856929075,
                            2.504649462083094, -0.14218292285478779, -0.03808064076915783, -0.0009332594808954574};
   const double y = level - 0.5, smaller = std::min(level, 1.0 - level);
+  if (smaller <= 0.0) return std::copysign(std::numeric_limits<double>::infinity(), y);
   if (smaller > 0.13533528323661270) {  // e^-2
     const double square = y * y;
     return 2.50662827463100050 * (y + y * (square * polynomial(P0, square) / polynomial(Q0, square)));  // √2π

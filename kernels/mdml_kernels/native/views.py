@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 
-import torch
 from torch import Tensor
 
 from mdml_kernels.native.calls import call, whole
@@ -20,9 +19,11 @@ def views(
 
     Float32 on a CPU, computed in float64 and rounded once: rows [N, d]; knots and levels of the cdf [d, K], K > 1; mean
     [d]; whitening [d, d]; a factor of each view, scales [4]; beyond ±clip, and the knots, rows are on a log scale. A
-    row's bits depend neither on the other rows nor on the threads.
+    row's bits depend neither on the other rows nor on the threads. No graph.
     """
-    out = torch.empty(4, *rows.shape)
+    if rows.shape[1:] != mean.shape:
+        raise ValueError(f"rows must have the {len(mean)} features of the views, got {rows.shape[1]}")
+    out = rows.new_empty(4, *rows.shape)
     fitted = map(whole, (knots, levels, mean, whitening, scales))
     call(
         *("mdml_views", len(rows), whitening.numel(), _LEAST_PRODUCTS, *rows.shape, knots.shape[1]),
