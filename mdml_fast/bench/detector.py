@@ -23,7 +23,8 @@ ABLATIONS: dict[str, DefaultConfig] = {
     "no synthetic anomalies": replace(_FULL, ensemble=replace(_FULL.ensemble, synthetic=False)),
     "no labelled anomalies in the encoders": replace(_FULL, ensemble=replace(_FULL.ensemble, labelled=False)),
     "no learned weights": replace(_FULL, fusion=replace(_FULL.fusion, steps=0)),
-    "no anchor": replace(_FULL, fusion=replace(_FULL.fusion, anchor=1 / 6, few_normals=0, pull=0.0)),
+    "no anchor": replace(_FULL, fusion=replace(_FULL.fusion, anchor=1 / 6, few_normals=0, pull=0.0, fallback=False)),
+    "no way back to the anchor": replace(_FULL, fusion=replace(_FULL.fusion, fallback=False)),
     "5 neighbours in the embeddings": replace(_FULL, neighbourhood=replace(_FULL.neighbourhood, neighbours=5)),
     "no tree head": replace(_FULL, n_trees=0),
 }

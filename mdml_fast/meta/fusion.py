@@ -30,6 +30,8 @@ class FusionConfig:
     # The weight of the divergence from these shares; it falls with the number of seen families, which are what the
     # weights are learned from (rows of one family tell the same thing).
     pull: float = 0.3
+    # Whether the anchor alone, or the prior, is the answer where it ranks the seen families as high.
+    fallback: bool = True
     steps: int = 100
     rate: float = 0.05
 
@@ -108,10 +110,12 @@ def choose_weights(normals: Tensor, anomalies: Tensor, labels: Names, prior: Ten
     families = np.unique(labels.astype(str))
     if not len(families):
         return prior
-    prior = prior.to(normals)
+    prior, learned = prior.to(normals), learn_weights(normals, anomalies, labels, prior, config)
+    if not config.fallback:
+        return learned
     share = torch.as_tensor(_even_shares(labels, families), dtype=torch.float64, device=normals.device)
     best, most = prior, -1.0
-    for weights in (_anchor_alone(prior), prior, learn_weights(normals, anomalies, labels, prior, config)):
+    for weights in (_anchor_alone(prior), prior, learned):
         ordered, caught = fuse(weights, normals, config).sort().values, fuse(weights, anomalies, config)
         below = torch.searchsorted(ordered, caught) + torch.searchsorted(ordered, caught, right=True)
         ranked = float(below.double() @ share)

@@ -1,5 +1,7 @@
 """What the default algorithm is made of: views, neighbours, tails, weights, trees."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -193,6 +195,8 @@ def test_weights_that_rank_the_families_no_higher_than_the_anchor_give_way_to_it
     assert chosen(3)[3] > prior[3]
     anomalies = normals.amax(1, keepdim=True).expand(6, 40) + 1  # all see them: nothing to tell the weights apart by
     assert torch.equal(choose_weights(normals, anomalies, labels, prior, config), alone)
+    learned = learn_weights(normals, anomalies, labels, prior, config)
+    assert torch.equal(choose_weights(normals, anomalies, labels, prior, replace(config, fallback=False)), learned)
     assert torch.equal(choose_weights(normals, anomalies[:, :0], labels[:0], prior, config), prior)
 
 
