@@ -339,7 +339,7 @@ def test_what_no_search_can_be_made_of_is_told():
     for arguments, message in {
         (torch.zeros(2, 4), 2): "as wide as the references, got 4 and 5",
         (torch.zeros(2, 5), 65): "k must be 64 at most",
-        (torch.zeros(2, 5), 2, torch.zeros(2)): "together",
+        (torch.zeros(2, 5), 2, torch.zeros(2)): "need the reference_families",
     }.items():
         with pytest.raises(ValueError, match=message):
             search.distances(*arguments)

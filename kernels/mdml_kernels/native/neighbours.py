@@ -56,16 +56,17 @@ class NeighbourSearch:
         all).
 
         Raises:
-            ValueError: k is larger, rows are not as wide as the references, or only one side has families.
+            ValueError: k is larger, rows are not as wide as the references, or families are given without the references'.
         """
         if k > MOST:
             raise ValueError(f"k must be {MOST} at most, got {k}")
         if rows.shape[1:] != self._references.shape[1:]:
             raise ValueError(f"rows must be as wide as the references, got {rows.shape[1]} and {len(self._centre)}")
-        if (families is None) != (reference_families is None):
-            raise ValueError("families and reference_families must be given together")
+        if families is not None and reference_families is None:
+            raise ValueError("families need the reference_families")
         own, others = (
-            None if codes is None else whole(codes.to(torch.int64)) for codes in (families, reference_families)
+            None if families is None or codes is None else whole(codes.to(torch.int64))
+            for codes in (families, reference_families)
         )
         out, sizes = rows.new_empty(len(rows)), (*self._references.shape, self.width, k)
         for start in range(0, len(rows), _ROWS):
