@@ -56,7 +56,7 @@ class NeighbourSearch:
         all).
 
         Raises:
-            ValueError: k is larger, rows are not as wide as the references, or families are given without the references'.
+            ValueError: k is larger, rows are not as wide as the references, or only the rows have families.
         """
         if k > MOST:
             raise ValueError(f"k must be {MOST} at most, got {k}")
