@@ -112,7 +112,7 @@ class ConformalCalibration:
             return -math.inf if rank < 1 else math.inf
         starts, widths = gaps(self.scores)
         way = rank + 1 - rank * (rank + 1) / (level * (n + 1)) if np.isfinite(starts[rank]) else 0.0
-        return float(self.scores[rank - 1] + max(way, 0.0) * widths[rank])
+        return float(self.scores[rank - 1] + (way * widths[rank] if way > 0 else 0.0))  # a width may be infinite
 
     def lowest_rate(self, promise: Promise = Promise.MARGINAL, confidence: float = 0.95) -> float:
         """The lowest rate at which an alarm can be raised at all."""

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from sklearn.base import clone
 from sklearn.metrics import roc_auc_score
@@ -229,6 +229,7 @@ scores = st.lists(numbers, min_size=1, max_size=30)
 
 
 @given(scores, scores, st.floats(0.001, 0.999))
+@example([0.0, np.inf], [0.0], 1 / 3)
 def test_p_values_order_rows_as_scores_do_and_are_no_more_than_a_rank_below_the_plain_ones(
     calibration: list[float], rows: list[float], level: float
 ) -> None:
