@@ -5,7 +5,8 @@
 trains on nsl_kdd, repeats its rows with noise into a Parquet file of so many rows, scores the file in a process of its
 own, and measures in the same run, on the same rows and normals and with as many threads:
 
-- the machine's sgemm rate, and from it the rows per second of the model's matrix products alone;
+- the machine's sgemm rate, and from it the rows per second of the model's matrix products alone, if every row were
+  compared with every normal in all its features; it is not, so a share may be larger than 1;
 - scikit-learn's NearestNeighbors (brute force, 5 neighbours) on a sample of the rows.
 
 Prints the ratios and writes them as JSON.
