@@ -38,7 +38,7 @@ class NeighbourSearch:
         self._references = references.contiguous()
         sample = self._references[: _SAMPLE + _JUDGED]
         sample = sample[sample.isfinite().all(1)]
-        self._centre = sample.mean(0).nan_to_num()
+        self._centre = sample.mean(0)
         self._directions = _directions(sample, self._centre)
         self._short = self._shortened(self._references)
 
@@ -80,8 +80,8 @@ class NeighbourSearch:
         return out
 
     def _shortened(self, rows: Tensor) -> Tensor:
-        """Short coordinates [N, m] of rows [N, d]; all of them where fewer don't pay."""
-        return rows - self._centre if self._directions is None else _shortened(rows, self._centre, self._directions)
+        """Short coordinates [N, m] of rows [N, d]; the rows themselves where fewer don't pay."""
+        return rows if self._directions is None else _shortened(rows, self._centre, self._directions)
 
 
 def _shortened(rows: Tensor, centre: Tensor, directions: Tensor) -> Tensor:
