@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -20,7 +21,7 @@ from mdml_fast.meta.neighbours import GROUP, SPARE
 from mdml_fast.meta.paper import PaperModel
 from mdml_fast.meta.scoring import NormalFamily, Scorer
 from mdml_fast.meta.tails import Tails
-from mdml_fast.meta.trees import TreeHead
+from mdml_fast.meta.trees import VOTE, TreeHead
 
 
 def onnx_model(detector: MDMLDetector) -> Any:
@@ -119,14 +120,8 @@ def _default_score(graph: Graph, model: DefaultModel, rows: str) -> str:
     parts = model.scorer
     views = _views(graph, parts.families[0].neighbourhood.views, rows)
     embedded = _embed(graph, parts.families[0], views)
-    probability = _probability(graph, parts.head, rows) if parts.head else None
-    anomaly = [_family(graph, parts, family, rows, views, embedded) for family in parts.families]
-    if probability is not None:
-        for place, family in enumerate(parts.families):
-            gate = family.gate.numpy()
-            passed = graph.op("Relu", graph.op("Sub", probability, gate))
-            excess = graph.op("Div", passed, np.maximum(1 - gate, np.float32(1e-6)))
-            anomaly[place] = graph.op("Add", anomaly[place], graph.op("Mul", excess, parts.head_gain.numpy()))
+    odds = [_odds(graph, parts.head, rows)] if parts.head else []
+    anomaly = [_family(graph, parts, family, rows, views, embedded, odds) for family in parts.families]
     score = graph.op("Min", *anomaly) if len(anomaly) > 1 else anomaly[0]
     return graph.cast(graph.op("Neg", score), DOUBLE)
 
@@ -172,7 +167,9 @@ def _embed(graph: Graph, family: NormalFamily, views: str) -> str:
     return graph.cast(graph.op("Add", scaled, correction), FLOAT)
 
 
-def _family(graph: Graph, scorer: Scorer, family: NormalFamily, rows: str, views: str, embedded: str) -> str:
+def _family(
+    graph: Graph, scorer: Scorer, family: NormalFamily, rows: str, views: str, embedded: str, odds: Sequence[str]
+) -> str:
     """How anomalous rows are for one family of normals, float32 [N]."""
     neighbourhood, config = family.neighbourhood, family.neighbourhood.config
     normals = neighbourhood.normals.numpy()[None]
@@ -184,7 +181,7 @@ def _family(graph: Graph, scorer: Scorer, family: NormalFamily, rows: str, views
     mahalanobis = graph.cast(graph.op("Sqrt", squared), FLOAT)
     by_half = graph.op("Reshape", directions, np.array([HALVES, len(VIEWS), -1]))
     means = graph.op("ReduceMean", by_half, [0], keepdims=0)
-    scores = _tail_scores(graph, family.tails, graph.op("Concat", knn, mahalanobis, means, axis=0))
+    scores = _tail_scores(graph, family.tails, graph.op("Concat", knn, mahalanobis, means, *odds, axis=0))
     powers = graph.op("Pow", scores, np.float32(scorer.fusion.power))
     return str(graph.op("Pow", graph.op("MatMul", scorer.weights.numpy(), powers), np.float32(1 / scorer.fusion.power)))
 
@@ -238,8 +235,8 @@ def _tail_scores(graph: Graph, tails: Tails, distances: str) -> str:
     return str(graph.op("Where", graph.op("Greater", excess, np.float32(0.0)), tail, body))
 
 
-def _probability(graph: Graph, head: TreeHead, rows: str) -> str:
-    """`TreeHead.probability`: float32 [N]."""
+def _odds(graph: Graph, head: TreeHead, rows: str) -> str:
+    """The head's odds: float32 [1, N]."""
     t = {name: tensor.numpy() for name, tensor in head.tensors.items()}
     nodes, n_nodes = np.arange(len(t["left"])), len(t["left"])
     is_leaf = t["left"] == nodes
@@ -265,7 +262,8 @@ def _probability(graph: Graph, head: TreeHead, rows: str) -> str:
         target_ids=[0] * int(is_leaf.sum()),
         target_weights=t["anomaly"][is_leaf].tolist(),
     )
-    return str(graph.op("Squeeze", values, [1]))
+    probability, most = graph.op("Transpose", values, perm=[1, 0]), np.float32(1 + VOTE)
+    return str(graph.op("Div", graph.op("Add", probability, np.float32(VOTE)), graph.op("Sub", most, probability)))
 
 
 def _paper_score(graph: Graph, model: PaperModel, rows: str) -> str:

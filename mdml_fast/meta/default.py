@@ -19,14 +19,13 @@ from mdml_fast.data.labelled import Names
 from mdml_fast.data.views import VIEWS, Views
 from mdml_fast.meta.checkpoint import Checkpoint
 from mdml_fast.meta.ensemble import Ensemble, EnsembleConfig, train_ensemble
-from mdml_fast.meta.fusion import FusionConfig, choose_weights, cross_fused, prior_weights
+from mdml_fast.meta.fusion import FusionConfig, choose_weights, cross_fused, fuse, head_weight, prior_weights
 from mdml_fast.meta.history import History
 from mdml_fast.meta.model import HeldOut, TrainingRows, fingerprint, tensors_under
 from mdml_fast.meta.neighbourhood import ANCHORS, SCORES, Neighbourhood, NeighbourhoodConfig
-from mdml_fast.meta.scoring import NormalFamily, Scorer
-from mdml_fast.meta.tails import Tails
+from mdml_fast.meta.scoring import NormalFamily, Scorer, head_odds
 from mdml_fast.meta.training import Progress
-from mdml_fast.meta.trees import TreeHead, excess
+from mdml_fast.meta.trees import TreeHead
 from mdml_fast.threads import beside
 
 # Rows that are scored at once, so that memory does not grow with the table.
@@ -51,9 +50,6 @@ class DefaultConfig:
     family_anomalies: int = 1_000
     # Trees average; 200 find seen classes 0.0002 AUROC better, in twice the time. 0 leaves the head out.
     n_trees: int = 100
-    # The head speaks only where a row looks more anomalous than this share of the normals, so that it can't disturb
-    # the order of the others.
-    head_quantile: float = 0.98
 
     @classmethod
     def from_json(cls, document: Mapping[str, object]) -> DefaultConfig:
@@ -78,9 +74,8 @@ class DefaultModel:
     Args:
         config: the constants.
         families: the training normals, then those that it was adapted to; a row is as normal as the nearest finds it.
-        weights: of `SCORES`, not negative, with sum 1 [6].
+        weights: of `SCORES`, not negative, with sum 1, and after them the head's, if there is one [6 or 7].
         head: the trees; None where there were no labelled anomalies.
-        head_gain: what the head adds to the score of a row that it is sure of, a scalar.
         history: of the training.
         held_out: the normals to calibrate on; None in a model that was loaded.
     """
@@ -93,13 +88,11 @@ class DefaultModel:
         families: list[NormalFamily],
         weights: Tensor,
         head: TreeHead | None,
-        head_gain: Tensor,
         history: History,
         held_out: HeldOut | None = None,
     ) -> None:
         self.config, self.history, self.held_out = config, history, held_out
-        self._families, self._weights = families, weights
-        self._head, self._head_gain = head, head_gain
+        self._families, self._weights, self._head = families, weights, head
 
     @classmethod
     def fit(
@@ -162,26 +155,26 @@ class DefaultModel:
 
         judged = np.flatnonzero(held_out)[: config.judged_normals]
         distances = neighbourhood.distances(normals[judged], families[judged])
-        probability = head.probability(normals[judged]) if head else distances.new_zeros(len(judged))
-        gate = probability.quantile(config.head_quantile)
-        known = NormalFamily(neighbourhood, Tails.fit(distances), gate)
+        distances = torch.cat([distances, head_odds(head, normals[judged])])
+        known = NormalFamily.fit(neighbourhood, distances)
 
         # Numbers from 0 on: of rows, or of groups.
         units = torch.arange(len(judged), device=device)
         if rows.groups is not None:
             units = torch.unique(families[judged], return_inverse=True)[1]
-        normal_scores = known.tails.held_out_scores(distances, units)
+        normal_scores, by_head = known.tails.held_out_scores(distances, units).tensor_split([len(SCORES)])
         never_saw = _not_in(labels, ensemble.trained_on).to(device)
-        anomaly_scores = known.tails.score(neighbourhood.distances(anomalies, counted=never_saw))
+        distances = neighbourhood.distances(anomalies, counted=never_saw)
+        anomaly_scores = known.tails.score(torch.cat([distances, head_odds(head, anomalies)]))[: len(SCORES)]
         prior = prior_weights(len(SCORES), len(normals), config.fusion).to(device)
         weights = choose_weights(normal_scores, anomaly_scores, labels, prior, config.fusion)
         fused = cross_fused(normal_scores, units, anomaly_scores, labels, prior, config.fusion)
-        low, high = fused.quantile(weights.new_tensor([0.5, 0.999]))
-        anomaly = fused + (high - low) * excess(probability, gate)
+        shares = weights.new_tensor([1.0, *[head_weight(len(normals), config.fusion)] * len(by_head)])
+        anomaly = fuse(shares, torch.cat([fused[None], by_head]), config.fusion)
         if previous:
             history = previous.history.followed_by(history)
         to_calibrate_on = HeldOut(order[judged], -anomaly.double().cpu().numpy())
-        return cls(config, [known], weights, head, high - low, history, to_calibrate_on)
+        return cls(config, [known], torch.cat([weights, shares[1:]]), head, history, to_calibrate_on)
 
     def score(self, rows: Rows) -> Floats:
         """Minus the anomaly score of each row [N, d] -> [N]: higher is more normal."""
@@ -212,23 +205,21 @@ class DefaultModel:
     def adapt(self, normals: Rows) -> None:
         """Take normals [n, d] of a new family as normal; nothing else changes.
 
-        The family keeps its own tails: its distances, each row left out, are what its other rows are held against, so
-        that a few rows do as well as many. To the head it may look anomalous: for rows nearest to it, only what looks
-        more so than all of these is heard.
+        The family keeps its own tails: its distances, each row left out, and the head's odds of its rows are what its
+        other rows are held against, so that a few rows do as well as many.
         """
-        base, gate = self._families[0].neighbourhood, self._families[0].gate
+        base = self._families[0].neighbourhood
         rows = torch.as_tensor(normals, device=self._weights.device)
         families = torch.arange(len(rows), device=rows.device)
         centre = base.views.transform(rows)[VIEWS.index("whitened")].mean(0)
         own = Neighbourhood(base.config, base.views, base.ensemble, rows, families, centre)
-        if self._head:
-            gate = torch.maximum(gate, self._head.probability(rows).max())
-        self._families.append(NormalFamily(own, Tails.fit(own.distances(rows, families)), gate))
+        distances = torch.cat([own.distances(rows, families), head_odds(self._head, rows)])
+        self._families.append(NormalFamily.fit(own, distances))
 
     @property
     def scorer(self) -> Scorer:
         """What scores are made of."""
-        return Scorer(self._families, self._weights, self.config.fusion, self._head, self._head_gain)
+        return Scorer(self._families, self._weights, self.config.fusion, self._head)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """All that was learned, by name, on the CPU."""
@@ -236,7 +227,7 @@ class DefaultModel:
         parts = {
             "views": views.tensors,
             "encoders": ensemble.weights,
-            "fusion": {"weights": self._weights, "head_gain": self._head_gain},
+            "fusion": {"weights": self._weights},
             "trees": self._head.tensors if self._head else {},
         }
         for place, family in enumerate(self._families):
@@ -245,7 +236,6 @@ class DefaultModel:
                 "families": family.neighbourhood.families,
                 "centre": family.neighbourhood.centre,
                 "distances": family.tails.distances,
-                "gate": family.gate.clone(),
             }
         return {f"{part}.{name}": value.cpu() for part, tensors in parts.items() for name, value in tensors.items()}
 
@@ -277,11 +267,11 @@ class DefaultModel:
             neighbourhood = Neighbourhood(
                 config.neighbourhood, views, ensemble, own["rows"], own["families"], own["centre"]
             )
-            families.append(NormalFamily(neighbourhood, Tails(own["distances"]), own["gate"]))
+            families.append(NormalFamily.fit(neighbourhood, own["distances"]))
         if not families:
             raise KeyError("normals0.rows")
         head = TreeHead(trees) if trees else None
-        return cls(config, families, fusion["weights"], head, fusion["head_gain"], History(**learned["history"]))
+        return cls(config, families, fusion["weights"], head, History(**learned["history"]))
 
 
 def _at_most_of_each(labels: Names, most: int, seed: int) -> npt.NDArray[np.intp]:

@@ -8,10 +8,13 @@ import torch
 from torch import Tensor
 
 from mdml_fast.meta.fusion import FusionConfig, fuse
-from mdml_fast.meta.neighbourhood import ANCHORS, Neighbourhood
+from mdml_fast.meta.neighbourhood import ANCHORS, SCORES, Neighbourhood
 from mdml_fast.meta.shares import TINY, distance_shares
-from mdml_fast.meta.tails import Tails
-from mdml_fast.meta.trees import TreeHead, excess
+from mdml_fast.meta.tails import LEAST_INDEX, Tails
+from mdml_fast.meta.trees import TreeHead, odds
+
+# Trees may find nothing at all in any normal. The head's tail is then this steep, so that one tree's doubt is no alarm.
+LEAST_HEAD_INDEX = 0.5
 
 
 class NormalFamily(NamedTuple):
@@ -19,17 +22,22 @@ class NormalFamily(NamedTuple):
 
     Attributes:
         neighbourhood: the normals.
-        tails: how their own distances, each left out of its references, are distributed.
-        gate: the probability of "anomaly" that the head must pass to be heard, a scalar.
+        tails: how their own distances, and the head's odds of them, are distributed.
     """
 
     neighbourhood: Neighbourhood
     tails: Tails
-    gate: Tensor
 
-    def scores(self, rows: Tensor) -> Tensor:
-        """How far rows [N, d] lie from the family: tail scores by `SCORES` [6, N]."""
-        return self.tails.score(self.neighbourhood.distances(rows))
+    @classmethod
+    def fit(cls, neighbourhood: Neighbourhood, distances: Tensor) -> NormalFamily:
+        """Tails from distances by `SCORES`, each normal left out of its references, and the head's odds [6 or 7, n]."""
+        n_head = len(distances) - len(SCORES)
+        least = distances.new_tensor([*[LEAST_INDEX] * len(SCORES), *[LEAST_HEAD_INDEX] * n_head])
+        return cls(neighbourhood, Tails.fit(distances, least.unsqueeze(1)))
+
+    def scores(self, rows: Tensor, by_head: Tensor) -> Tensor:
+        """How strange rows [N, d] are to the family: tail scores by `SCORES`, and of the head's odds [6 or 7, N]."""
+        return self.tails.score(torch.cat([self.neighbourhood.distances(rows), by_head]))
 
 
 class Scorer(NamedTuple):
@@ -39,15 +47,12 @@ class Scorer(NamedTuple):
     weights: Tensor
     fusion: FusionConfig
     head: TreeHead | None
-    head_gain: Tensor
 
     def anomaly(self, rows: Tensor) -> Tensor:
         """The anomaly score [N] of rows [N, d]."""
-        probability = self.head.probability(rows) if self.head else rows.new_zeros(rows.shape[0])
-        first, *others = (self.of_family(family, family.scores(rows), probability) for family in self.families)
-        for other in others:
-            first = torch.minimum(first, other)
-        return first
+        by_head = head_odds(self.head, rows)
+        scored = [fuse(self.weights, family.scores(rows, by_head), self.fusion) for family in self.families]
+        return torch.stack(scored).amin(0)
 
     def explain(self, rows: Tensor, normals: Tensor) -> tuple[Tensor, Tensor]:
         """The anomaly score [N] of rows, and what each feature adds to it compared with a normal for each, both [N, d].
@@ -56,33 +61,35 @@ class Scorer(NamedTuple):
         trees' paths.
         """
         leaves = self.head.leaves(rows) if self.head else None
-        probability = self.head.mean(leaves) if self.head and leaves is not None else rows.new_zeros(len(rows))
-        scored = [self._amounts(family, rows, probability) for family in self.families]
+        by_head = rows.new_empty(0, len(rows))
+        if self.head and leaves is not None:
+            by_head = odds(self.head.mean(leaves)).unsqueeze(0)
+        scored = [self._amounts(family, rows, by_head) for family in self.families]
         anomaly, closest = torch.stack([own for own, _ in scored]).min(0)
         centres = torch.stack([family.neighbourhood.centre for family in self.families])[closest]
         shares = distance_shares(self.families[0].neighbourhood, rows, normals, centres)
+        if self.head and leaves is not None:
+            shares = torch.cat([shares, self.head.shares(rows, normals, leaves).unsqueeze(0)])
         place = torch.arange(len(rows), device=rows.device)
         chosen = torch.stack([amounts for _, amounts in scored])[closest, :, place]
-        parts = torch.einsum("nc,cnd->nd", chosen, shares)
-        if self.head and leaves is not None:
-            gates = torch.stack([family.gate for family in self.families])[closest]
-            parts = parts + self.head_gain * self.head.contributions(rows, normals, leaves, gates)
-        return anomaly, parts
+        return anomaly, torch.einsum("nc,cnd->nd", chosen, shares)
 
-    def of_family(self, family: NormalFamily, scores: Tensor, probability: Tensor) -> Tensor:
-        """How anomalous rows are to a family [N], of its scores [6, N] and the head's probability [N]."""
-        return fuse(self.weights, scores, self.fusion) + self.head_gain * excess(probability, family.gate)
-
-    def _amounts(self, family: NormalFamily, rows: Tensor, probability: Tensor) -> tuple[Tensor, Tensor]:
-        """How anomalous rows are to a family [N], and what each distance adds to that [2 + D, N].
+    def _amounts(self, family: NormalFamily, rows: Tensor, by_head: Tensor) -> tuple[Tensor, Tensor]:
+        """How anomalous rows are to a family [N], and what each distance and the head add to that [2 + D (+ 1), N].
 
         The fused score f = (Σ w s^p)^(1/p) is the sum of w s^p f^(1-p) over the scores s; what the mean of the
         directions' distances adds is shared by them as the sum is.
         """
         anchors, directions = family.neighbourhood.by_direction(rows)
         means = directions.mean(0)
-        scores, power = family.tails.score(torch.cat([anchors, means])), self.fusion.power
+        scores, power = family.tails.score(torch.cat([anchors, means, by_head])), self.fusion.power
         fused = fuse(self.weights, scores, self.fusion)
         parts = self.weights.unsqueeze(1) * scores.pow(power) * fused.pow(1 - power)
-        shared = parts[len(ANCHORS) :] * directions / (len(directions) * means).clamp(min=TINY)
-        return self.of_family(family, scores, probability), torch.cat([parts[: len(ANCHORS)], shared.flatten(0, 1)])
+        of_anchors, of_means, of_head = parts.tensor_split([len(ANCHORS), len(SCORES)])
+        shared = of_means * directions / (len(directions) * means).clamp(min=TINY)
+        return fused, torch.cat([of_anchors, shared.flatten(0, 1), of_head])
+
+
+def head_odds(head: TreeHead | None, rows: Tensor) -> Tensor:
+    """The head's odds of "anomaly" [1, N] of rows [N, d]; [0, N] without one."""
+    return odds(head.probability(rows)).unsqueeze(0) if head else rows.new_empty(0, rows.shape[0])

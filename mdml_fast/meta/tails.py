@@ -7,6 +7,8 @@ from torch import Tensor
 
 # The outermost 5 % of the normals (at least 20, at most half) give the tail its slope.
 TAIL_SHARE, TAIL_ROWS = 0.05, 20
+# Equal distances have no slope. Normal rows in 2 000 independent dimensions would have 0.006.
+LEAST_INDEX = 0.01
 # Parts of the normals, where each is scored by the tails of the others.
 FOLDS = 20
 
@@ -19,6 +21,7 @@ class Tails:
 
     Args:
         distances: of normals, each left out of its own references, sorted, float [C, n].
+        least_index: what each tail's index is at least: the same for all, or of each [C, 1].
 
     Attributes:
         n_tail: how many of them are the outermost.
@@ -26,19 +29,18 @@ class Tails:
         index: the tail's index, the mean logarithm of what they are times that [C, 1].
     """
 
-    def __init__(self, distances: Tensor) -> None:
-        self.distances = distances
+    def __init__(self, distances: Tensor, least_index: Tensor | float = LEAST_INDEX) -> None:
+        self.distances, self._least_index = distances, torch.as_tensor(least_index).to(distances)
         n = distances.shape[1]
         self.n_tail = max(1, min(max(TAIL_ROWS, round(TAIL_SHARE * n)), n // 2))
         outermost = _log(distances[:, n - self.n_tail :])
         self.log_threshold = outermost[:, :1].clone()
-        # Equal distances have no slope. Normal rows in 2 000 independent dimensions would have 0.006.
-        self.index = (outermost - self.log_threshold).mean(dim=1, keepdim=True).clamp(min=0.01)
+        self.index = (outermost - self.log_threshold).mean(dim=1, keepdim=True).clamp(min=self._least_index)
 
     @classmethod
-    def fit(cls, distances: Tensor) -> Tails:
+    def fit(cls, distances: Tensor, least_index: Tensor | float = LEAST_INDEX) -> Tails:
         """From unsorted distances [C, n]."""
-        return cls(distances.sort(dim=1).values)
+        return cls(distances.sort(dim=1).values, least_index)
 
     def held_out_scores(self, distances: Tensor, families: Tensor) -> Tensor:
         """What new rows at the places of these tails' own rows would score, float [C, n] of [C, n].
@@ -57,7 +59,7 @@ class Tails:
         for fold in torch.unique(folds):
             own = folds == fold
             if 2 * int(own.sum()) <= n:
-                scores[:, own] = Tails.fit(distances[:, ~own]).score(distances[:, own])
+                scores[:, own] = Tails.fit(distances[:, ~own], self._least_index).score(distances[:, own])
         return scores if len(torch.unique(families)) < n else (own_scores + scores) / 2
 
     def score(self, distances: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""The supervised head: extra trees that speak only where they are sure.
+"""The supervised head: extra trees that tell the seen classes from the normals.
 
 They are kept as plain arrays and walked here or by the compiled kernels: a model holds no pickled object.
 """
@@ -27,8 +27,8 @@ BLOCK_VALUES = 2**16
 LEVELS = 6
 # Changes of probability held at once, nodes times features: 64 MiB.
 PATH_VALUES = 2**24
-# A smaller difference of probability is none that features could share.
-MIN_GAIN = 1e-6
+# A vote more for each side, of a hundred trees: rows that all trees agree on have odds too.
+VOTE = 0.01
 
 
 class TreeHead:
@@ -86,31 +86,26 @@ class TreeHead:
         step = max(1, BLOCK_VALUES // len(self.tensors["roots"]))
         return torch.cat([self._walk(rows[start : start + step]) for start in range(0, len(rows), step)])
 
-    def contributions(self, rows: Tensor, normals: Tensor, leaves: Tensor, gates: Tensor) -> Tensor:
-        """What each feature adds to the excess of rows over their gates, compared with a normal for each [N, d].
+    def shares(self, rows: Tensor, normals: Tensor, leaves: Tensor) -> Tensor:
+        """The share of each feature in the probability of rows, compared with a normal for each [N, d].
 
         On its way to a leaf a row's probability changes with every split, which belongs to the split's feature (Saabas,
-        "Interpreting random forests", 2014). The normal's changes are taken from the row's, and the gate passes on
-        the same share of each; where both are of one probability there is nothing to share.
+        "Interpreting random forests", 2014). The normal's changes are taken from the row's, so the shares sum to that
+        of the row's probability which lies above the normal's; where none does, there are none.
 
         Args:
             rows: float32 [N, d].
             normals: what each is compared with [N, d].
             leaves: those of the rows [N, trees].
-            gates: the gate of each row [N].
         """
-        parts = torch.zeros_like(rows)
-        speaks = self.mean(leaves) > gates
-        if not speaks.any():
-            return parts
-        others, which = torch.unique(normals[speaks], dim=0, return_inverse=True)
-        own, other, gate = leaves[speaks], self.leaves(others), gates[speaks]
-        changes = self._changes(torch.cat([rows[speaks], others]), torch.cat([own, other]))
-        above, below = self.mean(own), self.mean(other)[which]
-        gained, passed = above - below, excess(above, gate) - excess(below, gate)
-        share = torch.where(gained > MIN_GAIN, passed / gained.clamp(min=MIN_GAIN), 0.0)
-        parts[speaks] = share.unsqueeze(1) * (changes[: len(own)] - changes[len(own) :][which])
-        return parts
+        others, which = torch.unique(normals, dim=0, return_inverse=True)
+        leaves_of_others = self.leaves(others)
+        above, below = self.mean(leaves), self.mean(leaves_of_others)[which]
+        shares, more = torch.zeros_like(rows), above > below
+        changes = self._changes(torch.cat([rows[more], others]), torch.cat([leaves[more], leaves_of_others]))
+        n_more = len(changes) - len(others)
+        shares[more] = (changes[:n_more] - changes[n_more:][which[more]]) / above[more].unsqueeze(1)
+        return shares
 
     def mean(self, leaves: Tensor) -> Tensor:
         """The mean probability [N] of leaves [N, trees]."""
@@ -180,9 +175,9 @@ class TreeHead:
         return changes
 
 
-def excess(probability: Tensor, gate: Tensor) -> Tensor:
-    """How far probabilities [N] pass a gate: 0 up to it, 1 at certainty."""
-    return (probability - gate).clamp(min=0) / (1 - gate).clamp(min=1e-6)
+def odds(probability: Tensor) -> Tensor:
+    """The odds of probabilities, of any shape."""
+    return (probability + VOTE) / (1 + VOTE - probability)
 
 
 def _tables(trees: list[BaseDecisionTree]) -> dict[str, Tensor]:

@@ -13,10 +13,19 @@ from support import normals_and_two_classes
 from torch.nn.functional import softplus
 
 from mdml_fast.data.views import VIEWS, Views
-from mdml_fast.meta.fusion import FusionConfig, choose_weights, cross_fused, fuse, learn_weights, prior_weights
+from mdml_fast.meta.fusion import (
+    FusionConfig,
+    choose_weights,
+    cross_fused,
+    fuse,
+    head_weight,
+    learn_weights,
+    prior_weights,
+)
 from mdml_fast.meta.neighbours import References
-from mdml_fast.meta.tails import FOLDS, Tails
-from mdml_fast.meta.trees import TreeHead, _rounded_down, excess
+from mdml_fast.meta.scoring import NormalFamily
+from mdml_fast.meta.tails import FOLDS, LEAST_INDEX, Tails
+from mdml_fast.meta.trees import TreeHead, _rounded_down, odds
 
 CPU = torch.device("cpu")
 
@@ -218,6 +227,21 @@ def test_the_anchor_rules_where_normals_are_few() -> None:
     assert prior_weights(6, 10**6, config)[0] == pytest.approx(0.6, abs=1e-3)
     assert prior_weights(6, 10, config)[0] > 0.9
     assert prior_weights(6, 10, config).sum() == pytest.approx(1)
+    assert head_weight(10**6, config) == pytest.approx(config.head, rel=1e-3)
+    assert head_weight(10, config) < config.head / 10
+
+
+def test_one_trees_doubt_is_no_alarm_where_the_trees_find_all_normals_normal() -> None:
+    distances = torch.rand(6, 200, generator=torch.Generator().manual_seed(0)) + 1
+    no_doubt = odds(torch.zeros(1, 200))
+    family = NormalFamily.fit(None, torch.cat([distances, no_doubt]))
+    some, certain = (
+        family.tails.score(torch.cat([distances[:, :1], odds(p)]))[-1] for p in torch.tensor([[[0.01]], [[1.0]]])
+    )
+    assert 3 < some < 6 < 15 < certain < 25
+    torch.testing.assert_close(family.tails.index[:6], Tails.fit(distances).index)
+    equal = NormalFamily.fit(None, torch.ones(6, 200))
+    assert (equal.tails.index == LEAST_INDEX).all()
 
 
 def test_trees_walk_as_scikit_learn_does() -> None:
@@ -229,10 +253,10 @@ def test_trees_walk_as_scikit_learn_does() -> None:
     forest = ExtraTreesClassifier(30, class_weight="balanced", random_state=5).fit(rows, is_anomaly)
     expected = forest.predict_proba(new)[:, 1]
     np.testing.assert_allclose(head.probability(torch.as_tensor(new)), expected, atol=1e-6)
-    fresh = torch.as_tensor(normals_and_two_classes(1)[0][:300], dtype=torch.float32)
-    beyond = excess(head.probability(torch.as_tensor(rows)), head.probability(fresh).quantile(0.98))
-    assert (beyond[~is_anomaly] > 0).float().mean() < 0.05
-    assert (beyond[is_anomaly] > 0.3).all()
+    by_head = odds(head.probability(torch.as_tensor(rows)))
+    torch.testing.assert_close(by_head.aminmax().min, torch.tensor(0.01 / 1.01))
+    torch.testing.assert_close(by_head.aminmax().max, torch.tensor(1.01 / 0.01), rtol=1e-4, atol=0)
+    assert by_head[is_anomaly].min() > 10 > by_head[~is_anomaly].max()
 
 
 def test_compiled_trees_are_those_of_tensor_operations(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,8 +16,8 @@ from mdml_fast.known import KnownRows
 from mdml_fast.meta.default import DefaultConfig
 from mdml_fast.meta.ensemble import EnsembleConfig
 from mdml_fast.meta.paper import PaperConfig
+from mdml_fast.meta.scoring import head_odds
 from mdml_fast.meta.shares import distance_shares
-from mdml_fast.meta.trees import excess
 
 FAST = DefaultConfig(
     ensemble=EnsembleConfig(hidden=8, n_prototypes=32, n_queries=32, n_anomalies=24, n_synthetic=64, steps=10),
@@ -128,39 +128,31 @@ def test_the_squared_distance_of_an_embedding_is_exactly_a_sum_over_features() -
     assert (shares[:, rows == normals] == 0).all()
 
 
-def test_the_heads_contributions_are_its_excess_over_the_normals() -> None:
+def test_the_heads_shares_are_of_what_its_probability_is_above_the_normals() -> None:
     detector = MDMLDetector(FAST, random_state=0).fit(*table(), normal=["ok"])
     head = detector.model_._head
     rows = torch.as_tensor(detector.encoder_.transform(table(seed=1)[0]))
-    normals = rows[:1].expand_as(rows)
-    gates = detector.model_._families[0].gate.expand(len(rows))
-    passed, below = (excess(head.probability(some), gates) for some in (rows, normals))
-    parts = head.contributions(rows, normals, head.leaves(rows), gates)
-    speaks = passed > 0
-    assert speaks.sum() > 20
-    torch.testing.assert_close(parts.sum(1)[speaks], (passed - below)[speaks], rtol=1e-3, atol=1e-4)
-    assert (parts[~speaks] == 0).all()
+    normals = rows[torch.arange(len(rows)) // 2]
+    probability, below = head.probability(rows), head.probability(normals)
+    shares, more = head.shares(rows, normals, head.leaves(rows)), probability > below
+    assert min(more.sum(), (~more).sum()) > 20
+    torch.testing.assert_close(shares.sum(1)[more], (1 - below / probability)[more], rtol=1e-3, atol=1e-4)
+    assert (shares[~more] == 0).all()
 
 
-def test_what_distances_and_the_head_add_is_the_score_of_each_family_with_its_own_gate() -> None:
+def test_what_distances_and_the_head_add_is_the_score_of_each_family() -> None:
     detector = MDMLDetector(FAST, random_state=0).fit(*table(), normal=["ok"])
     rows, _ = table(seed=1)
     family = pa.table(rows.slice(0, 60).to_pydict() | {"noise": np.random.default_rng(0).normal(30, size=60)})
     scorer = detector.adapt(family).model_.scorer
-    scorer.families[1] = scorer.families[1]._replace(gate=scorer.families[0].gate + 0.1)
     encoded = torch.as_tensor(detector.encoder_.transform(pa.concat_tables([rows, family])))
-    probability = scorer.head.probability(encoded)
+    by_head = head_odds(scorer.head, encoded)
     for own in scorer.families:
-        anomaly, amounts = scorer._amounts(own, encoded, probability)
-        from_head = scorer.head_gain * excess(probability, own.gate)
-        torch.testing.assert_close(amounts.sum(0) + from_head, anomaly, rtol=1e-5, atol=1e-5)
-    leaves = scorer.head.leaves(encoded)
-    gates = torch.where(torch.arange(len(encoded)) % 2 == 0, scorer.families[0].gate, scorer.families[1].gate)
-    normals = encoded[:1].expand_as(encoded)
-    expected = excess(probability, gates) - excess(scorer.head.probability(normals), gates)
-    parts, speaks = scorer.head.contributions(encoded, normals, leaves, gates).sum(1), probability > gates
-    torch.testing.assert_close(parts[speaks], expected[speaks], rtol=1e-3, atol=1e-4)
-    assert speaks.sum() > 20
+        anomaly, amounts = scorer._amounts(own, encoded, by_head)
+        torch.testing.assert_close(amounts.sum(0), anomaly, rtol=1e-5, atol=1e-5)
+        of_head = scorer.weights[-1] * own.scores(encoded, by_head)[-1].square() / anomaly
+        torch.testing.assert_close(amounts[-1], of_head, rtol=1e-4, atol=1e-5)
+    assert len(amounts) == 2 + 2 * 4 + 1
 
 
 def test_values_are_decoded_to_what_they_were() -> None:
