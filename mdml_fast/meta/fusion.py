@@ -31,8 +31,7 @@ class FusionConfig:
     # weights are learned from (rows of one family tell the same thing).
     pull: float = 0.3
     # The head's weight beside all others, on any data: the rows that it learned from can't tell what it is worth on
-    # other classes. More finds the seen classes better, and disturbs the order of the unseen ones. Like the others it
-    # counts for less where normals are few.
+    # other classes. More finds the seen classes better, and disturbs the order of the unseen ones.
     head: float = 0.25
     # Whether the anchor alone, or the prior, is the answer where it ranks the seen families as high.
     fallback: bool = True
@@ -42,13 +41,9 @@ class FusionConfig:
 
 def prior_weights(n_scores: int, n_normals: int, config: FusionConfig) -> Tensor:
     """The weights [C] before anything is learned; the anchor is first."""
-    others = (1 - config.anchor) * _trust(n_normals, config) / (n_scores - 1)
+    trust = n_normals / (n_normals + config.few_normals)
+    others = (1 - config.anchor) * trust / (n_scores - 1)
     return torch.tensor([1 - others * (n_scores - 1), *[others] * (n_scores - 1)])
-
-
-def head_weight(n_normals: int, config: FusionConfig) -> float:
-    """The weight of the head's score."""
-    return config.head * _trust(n_normals, config)
 
 
 def fuse(weights: Tensor, scores: Tensor, config: FusionConfig) -> Tensor:
@@ -154,10 +149,6 @@ def cross_fused(
         weights = choose_weights(normals[:, others], anomalies, labels, prior, config)
         fused[own] = fuse(weights, normals[:, own], config)
     return fused
-
-
-def _trust(n_normals: int, config: FusionConfig) -> float:
-    return n_normals / (n_normals + config.few_normals)
 
 
 def _anchor_alone(prior: Tensor) -> Tensor:

@@ -13,15 +13,7 @@ from support import normals_and_two_classes
 from torch.nn.functional import softplus
 
 from mdml_fast.data.views import VIEWS, Views
-from mdml_fast.meta.fusion import (
-    FusionConfig,
-    choose_weights,
-    cross_fused,
-    fuse,
-    head_weight,
-    learn_weights,
-    prior_weights,
-)
+from mdml_fast.meta.fusion import FusionConfig, choose_weights, cross_fused, fuse, learn_weights, prior_weights
 from mdml_fast.meta.neighbours import References
 from mdml_fast.meta.scoring import NormalFamily
 from mdml_fast.meta.tails import FOLDS, LEAST_INDEX, Tails
@@ -227,8 +219,6 @@ def test_the_anchor_rules_where_normals_are_few() -> None:
     assert prior_weights(6, 10**6, config)[0] == pytest.approx(0.6, abs=1e-3)
     assert prior_weights(6, 10, config)[0] > 0.9
     assert prior_weights(6, 10, config).sum() == pytest.approx(1)
-    assert head_weight(10**6, config) == pytest.approx(config.head, rel=1e-3)
-    assert head_weight(10, config) < config.head / 10
 
 
 def test_one_trees_doubt_is_no_alarm_where_the_trees_find_all_normals_normal() -> None:
