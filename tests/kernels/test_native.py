@@ -289,6 +289,15 @@ def test_short_coordinates_are_taken_where_they_pay():
     scattered = torch.randn(2000, 200, generator=generator)
     assert neighbours.NeighbourSearch(scattered).width == 200
     assert neighbours.NeighbourSearch(scattered * 0.7 ** torch.arange(200)).width == 16
+    spread = scattered * 0.9 ** torch.arange(200)
+    search = neighbours.NeighbourSearch(spread)
+    assert search.width < search._fine.shape[1] < 200
+    x = spread[:50] + 0.01 * torch.randn(50, 200, generator=generator)
+    coarse, fine = search._shortened(x)
+    # The same rows, measured along fewer directions: all of them lie as far from the centre.
+    torch.testing.assert_close(coarse.norm(dim=1), fine.norm(dim=1))
+    torch.testing.assert_close(fine[:, : search.width - 1], coarse[:, :-1], rtol=0, atol=0)
+    torch.testing.assert_close(search.distances(x, 3).double(), exact_distances(x, spread, 3), rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("n", [1, 33, 47, 48, 63, 64, 80, 94, 95, 96])

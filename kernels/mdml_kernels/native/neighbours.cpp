@@ -1,4 +1,4 @@
-// Mean distances of rows to their nearest references: a product rules most of them out, the others are measured.
+// Mean distances of rows to their nearest references: a product rules most of them out, the last few are measured.
 #include <algorithm>
 #include <cmath>
 #include <vector>
@@ -32,6 +32,16 @@ double squared_distance(const float* a, const float* b, int64_t d) {
   return total;
 }
 
+// The squared distance of two rows [n] in float32; n is a multiple of W.
+float short_distance(const float* a, const float* b, int64_t n) {
+  Floats total = {};
+  for (int64_t i = 0; i < n; i += W) {
+    const Floats step = load(a + i) - load(b + i);
+    total += step * step;
+  }
+  return reduce(total, sum<Floats>)[0];
+}
+
 // The k nearest so far.
 struct Nearest {
   double squared[MOST];  // least first
@@ -51,53 +61,64 @@ struct Nearest {
 
 extern "C" {
 
-// out [N, m]: the short coordinates of rows [N, d], which are first taken from the centre [d]: along m - 1 orthonormal
-// directions [d, m], whose last column is zero, and then how far a row is from what these span. m is a multiple of W.
-void mdml_short_coordinates(int64_t begin, int64_t end, int64_t d, int64_t m, const float* rows, const float* centre,
-                            const float* directions, float* out) {
+// fine [N, f]: the short coordinates of rows [N, d], which are first taken from the centre [d]: along f - 1 orthonormal
+// directions [d, f], whose last column is zero, and then how far a row is from what these span. coarse [N, c] (null:
+// none): along the first c - 1 of them, and then how far it is from those. f and c are multiples of W.
+void mdml_short_coordinates(int64_t begin, int64_t end, int64_t d, int64_t f, int64_t c, const float* rows,
+                            const float* centre, const float* directions, float* fine, float* coarse) {
   static thread_local Buffer<float> inputs, turned;
   float* x = inputs.take(ROWS * padded(d));
-  const float* back = Singles::turned(directions, d, m, turned);
+  const float* back = Singles::turned(directions, d, f, turned);
   for (int64_t first = begin; first < end; first += ROWS) {
     const int64_t n = std::min(ROWS, end - first);
-    float* along = out + first * m;
+    float* along = fine + first * f;
     for (int64_t i = 0; i < n; ++i)
       for (int64_t j = 0; j < padded(d); ++j) x[i * padded(d) + j] = j < d ? rows[(first + i) * d + j] - centre[j] : 0.0f;
-    product(Operands<Singles>{x, directions, padded(d), 1, m, d}, n, m,
-            [=](int64_t i, int64_t j, Floats sums, int64_t) INLINE { store(along + i * m + j, sums); });
+    product(Operands<Singles>{x, directions, padded(d), 1, f, d}, n, f,
+            [=](int64_t i, int64_t j, Floats sums, int64_t) INLINE { store(along + i * f + j, sums); });
     // What is left is measured, not computed from the norms: their difference would be all rounding.
-    product(Operands<Singles>{along, back, m, 1, padded(d), m}, n, d, [=](int64_t i, int64_t j, Floats sums, int64_t) INLINE {
+    product(Operands<Singles>{along, back, f, 1, padded(d), f}, n, d, [=](int64_t i, int64_t j, Floats sums, int64_t) INLINE {
       store(x + i * padded(d) + j, load(x + i * padded(d) + j) - sums);
     });
     for (int64_t i = 0; i < n; ++i) {
       Floats squared = {};
       for (int64_t j = 0; j < d; j += W) squared += load(x + i * padded(d) + j) * load(x + i * padded(d) + j);
-      along[i * m + m - 1] = std::sqrt(reduce(squared, sum<Floats>)[0]);
+      along[i * f + f - 1] = std::sqrt(reduce(squared, sum<Floats>)[0]);
+    }
+    for (int64_t i = 0; coarse && i < n; ++i) {
+      const float* from = along + i * f;
+      float *to = coarse + (first + i) * c, squared = 0.0f;
+      std::copy(from, from + c, to);
+      for (int64_t j = c - 1; j < f; ++j) squared += from[j] * from[j];
+      to[c - 1] = std::sqrt(squared);
     }
   }
 }
 
 // out [N] of rows [N, d] from `begin` to `end`: the mean distance to the k nearest of n references [n, d]; NaN where
 // there is none. Families [N] and [n] (null: none): a row is not compared with its own.
-// In short coordinates, [N, m] and [n, m], nothing is farther apart than it is, but for their rounding.
-void mdml_neighbour_distances(int64_t begin, int64_t end, int64_t n, int64_t d, int64_t m, int64_t k, const float* rows,
-                              const float* references, const float* short_rows, const float* short_references,
+// In coarse coordinates, [N, c] and [n, c], and in fine ones, [N, f] and [n, f] (null: none), nothing is farther apart
+// than it is, but for their rounding.
+void mdml_neighbour_distances(int64_t begin, int64_t end, int64_t n, int64_t d, int64_t c, int64_t f, int64_t k,
+                              const float* rows, const float* references, const float* coarse_rows,
+                              const float* coarse_references, const float* fine_rows, const float* fine_references,
                               const int64_t* families, const int64_t* reference_families, float* out) {
   static thread_local Buffer<float> turned, squares;
-  // |a - b|² is computed as |a|² + |b|² - 2ab. What is left out of the squares is more than all rounding adds.
-  const float kept = 1.0f - (m + d) * EPSILON;
+  // |a - b|² is computed as |a|² + |b|² - 2ab. What is left out of the squares is more than all rounding adds, also to
+  // fine coordinates: their squares have the same sum.
+  const float left_out = (std::max(c, f) + d) * EPSILON, kept = 1.0f - left_out;
   std::vector<Nearest> found(end - begin);
   std::vector<float> square_of_row(end - begin);
   for (int64_t i = begin; i < end; ++i)
-    for (int64_t c = 0; c < m; ++c) square_of_row[i - begin] += short_rows[i * m + c] * short_rows[i * m + c];
+    for (int64_t j = 0; j < c; ++j) square_of_row[i - begin] += coarse_rows[i * c + j] * coarse_rows[i * c + j];
   float tile[TILE_ROWS * CHUNK];
   for (int64_t first = 0; first < n; first += CHUNK) {
     const int64_t width = std::min(CHUNK, n - first);
-    const float* columns = Singles::turned(short_references + first * m, width, m, turned);
+    const float* columns = Singles::turned(coarse_references + first * c, width, c, turned);
     float* square = squares.take(CHUNK);
     for (int64_t j = 0; j < width; j += W) {
       Floats total = {};
-      for (int64_t i = 0; i < m; ++i) {
+      for (int64_t i = 0; i < c; ++i) {
         const Floats column = load(columns + i * padded(width) + j);
         total += column * column;
       }
@@ -105,7 +126,7 @@ void mdml_neighbour_distances(int64_t begin, int64_t end, int64_t n, int64_t d, 
     }
     for (int64_t i = begin; i < end; i += TILE_ROWS) {
       const int64_t height = std::min<int64_t>(TILE_ROWS, end - i);
-      const Operands<Singles> of = {short_rows + i * m, columns, m, 1, padded(width), m};
+      const Operands<Singles> of = {coarse_rows + i * c, columns, c, 1, padded(width), c};
       product(of, height, width, [&tile, square](int64_t r, int64_t j, Floats sums, int64_t left) INLINE {
         store(tile + r * CHUNK + j, load_some(square + j, left, INFINITE) - 2.0f * sums);
       });
@@ -114,10 +135,15 @@ void mdml_neighbour_distances(int64_t begin, int64_t end, int64_t n, int64_t d, 
         const float own = square_of_row[r - begin] * kept;
         const float* others = tile + (r - i) * CHUNK;
         for (int64_t j = 0; j < width; j += W)
-          each_bit(bits(load(others + j) + own < nearest.limit), [&](int lane) {
+          each_bit(where_less(load(others + j) + own, all(nearest.limit)), [&](int lane) {
             const int64_t at = first + j + lane;
-            if (others[j + lane] + own < nearest.limit && !(families && families[r] == reference_families[at]))
-              nearest.meet(squared_distance(rows + r * d, references + at * d, d), k);
+            if (!(others[j + lane] + own < nearest.limit)) return;
+            if (families && families[r] == reference_families[at]) return;
+            if (fine_rows) {
+              const float apart = short_distance(fine_rows + r * f, fine_references + at * f, f);
+              if (!(apart - left_out * (own + square[j + lane]) < nearest.limit)) return;
+            }
+            nearest.meet(squared_distance(rows + r * d, references + at * d, d), k);
           });
       }
     }
@@ -125,7 +151,7 @@ void mdml_neighbour_distances(int64_t begin, int64_t end, int64_t n, int64_t d, 
   for (int64_t i = begin; i < end; ++i) {
     const Nearest& nearest = found[i - begin];
     double total = 0.0;
-    for (int64_t c = 0; c < nearest.n; ++c) total += std::sqrt(nearest.squared[c]);
+    for (int64_t j = 0; j < nearest.n; ++j) total += std::sqrt(nearest.squared[j]);
     out[i] = nearest.n ? static_cast<float>(total / nearest.n) : std::nanf("");
   }
 }

@@ -49,11 +49,12 @@ static inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 static inline Floats lesser(Floats a, Floats b) { return a < b ? a : b; }
 #endif
 
-// A bit for each lane in which a comparison holds, the first lane's the lowest.
+// A bit for each lane in which a is less than b, the first lane's the lowest; not where one is a NaN.
 #ifdef __AVX512F__
-static inline uint32_t bits(Ints holds) { return _mm512_test_epi32_mask((__m512i)holds, (__m512i)holds); }
+static inline uint32_t where_less(Floats a, Floats b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ); }
 #else
-static inline uint32_t bits(Ints holds) {
+static inline uint32_t where_less(Floats a, Floats b) {
+  const Ints holds = a < b;
   uint32_t found = 0;
   for (int lane = 0; lane < W; ++lane) found |= (holds[lane] & 1u) << lane;
   return found;
