@@ -60,16 +60,15 @@ class Scorer(NamedTuple):
         What each distance adds is shared by the features as the distance is; the head's part by the splits on the
         trees' paths.
         """
-        leaves = self.head.leaves(rows) if self.head else None
-        by_head = rows.new_empty(0, len(rows))
-        if self.head and leaves is not None:
+        by_head, of_head = rows.new_empty(0, len(rows)), rows.new_empty(0, *rows.shape)
+        if self.head:
+            leaves = self.head.leaves(rows)
             by_head = odds(self.head.mean(leaves)).unsqueeze(0)
+            of_head = self.head.shares(rows, normals, leaves).unsqueeze(0)
         scored = [self._amounts(family, rows, by_head) for family in self.families]
         anomaly, closest = torch.stack([own for own, _ in scored]).min(0)
         centres = torch.stack([family.neighbourhood.centre for family in self.families])[closest]
-        shares = distance_shares(self.families[0].neighbourhood, rows, normals, centres)
-        if self.head and leaves is not None:
-            shares = torch.cat([shares, self.head.shares(rows, normals, leaves).unsqueeze(0)])
+        shares = torch.cat([distance_shares(self.families[0].neighbourhood, rows, normals, centres), of_head])
         place = torch.arange(len(rows), device=rows.device)
         chosen = torch.stack([amounts for _, amounts in scored])[closest, :, place]
         return anomaly, torch.einsum("nc,cnd->nd", chosen, shares)

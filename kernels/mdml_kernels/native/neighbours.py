@@ -33,6 +33,9 @@ class NeighbourSearch:
 
     Args:
         references: in random order.
+
+    Attributes:
+        width: how many coordinates of all references are compared.
     """
 
     def __init__(self, references: Tensor) -> None:
@@ -40,13 +43,8 @@ class NeighbourSearch:
         sample = self._references[: _SAMPLE + _JUDGED]
         sample = sample[sample.isfinite().all(1)]
         self._centre = sample.mean(0)
-        self._directions, self._width = _directions(sample, self._centre)
+        self._directions, self.width = _directions(sample, self._centre)
         self._coarse, self._fine = self._shortened(self._references)
-
-    @property
-    def width(self) -> int:
-        """How many coordinates of all references are compared."""
-        return self._coarse.shape[1]
 
     def distances(
         self, rows: Tensor, k: int, families: Tensor | None = None, reference_families: Tensor | None = None
@@ -86,7 +84,7 @@ class NeighbourSearch:
         """The coarse coordinates [N, c] of rows [N, d], themselves where fewer don't pay, and the fine ones, if any."""
         if self._directions is None:
             return rows, None
-        return _shortened(rows, self._centre, self._directions, self._width)
+        return _shortened(rows, self._centre, self._directions, self.width)
 
 
 def _shortened(rows: Tensor, centre: Tensor, directions: Tensor, n_coarse: int) -> tuple[Tensor, Tensor | None]:
