@@ -241,4 +241,4 @@ def split_by_group(groups: Names, share: float, seed: int) -> tuple[Positions, P
 def check_groups(names: npt.NDArray[np.str_]) -> None:
     """Raise InputError where there is one group only."""
     if len(names) < 2:
-        raise InputError(f"all normal rows are of one group, {names[0]!r}; a split needs two: leave the group out")
+        raise InputError(f"all normal rows are of one group, {str(names[0])!r}; a split needs two: leave the group out")

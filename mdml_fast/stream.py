@@ -74,6 +74,8 @@ class ScoreTask:
     def check(self) -> None:
         """Raise InputError for what can't be done, before anything is read."""
         check_writable(self.out)
+        if self.data != STANDARD and self.out.exists() and self.out.samefile(self.data):
+            raise InputError(f"{self.out} is the data to score: write to another file")
         for name in self.keep:
             if name in (*WRITTEN, *why_names(self.explain)):
                 raise InputError(f"--keep: the output has a column {name!r} of its own; rename that of {self.data}")

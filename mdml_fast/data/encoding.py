@@ -22,6 +22,8 @@ Rows = npt.NDArray[np.float32]
 HEAVY_TAIL = 20.0
 # Beyond this many deviations a value is strange, and how strange matters only on a log scale.
 SOFT_CLIP = 10.0
+# Beyond this a number is as good as infinite: what is computed from it would be.
+LARGEST = 1e300
 # Categories rarer than the 64 most frequent share one indicator, so that an identifier can't swamp the features.
 MAX_CATEGORIES = 64
 
@@ -246,10 +248,11 @@ def _column(table: pa.Table, name: str) -> pa.ChunkedArray:
     elif not _is_number(kind):
         raise InputError(f"column {name!r} holds {kind}; features are numbers or text: convert it or ignore it")
     values = values.cast(pa.float64(), safe=False).fill_null(np.nan)
-    infinite = np.flatnonzero(np.isinf(values.to_numpy()))
+    infinite = np.flatnonzero(np.abs(values.to_numpy()) > LARGEST)
     if len(infinite):
         first = int(infinite[0]) + 1
-        raise InputError(f"column {name!r} has {len(infinite)} infinite values (first in row {first}); replace them")
+        what = f"{len(infinite)} infinite values (first in row {first})"
+        raise InputError(f"column {name!r} has {what}, or some beyond {LARGEST:g}; replace them")
     return values
 
 

@@ -229,10 +229,11 @@ def _tail_scores(graph: Graph, tails: Tails, distances: str) -> str:
     shares = graph.op("Div", graph.op("Sub", np.float32(n + 0.5), below), np.float32(n + 1))
     body = graph.op("Neg", graph.op("Log", shares))
     tiny = np.finfo(np.float32).tiny
-    excess = graph.op("Sub", graph.op("Log", graph.op("Max", distances, tiny)), tails.log_threshold.numpy())
+    threshold = tails.threshold.numpy()
+    excess = graph.op("Sub", graph.op("Log", graph.op("Max", distances, tiny)), np.log(np.maximum(threshold, tiny)))
     start = np.log(np.float32((tails.n_tail + 0.5) / (n + 1)))
     tail = graph.op("Sub", graph.op("Div", excess, tails.index.numpy()), start)
-    return str(graph.op("Where", graph.op("Greater", excess, np.float32(0.0)), tail, body))
+    return str(graph.op("Where", graph.op("Greater", distances, threshold), tail, body))
 
 
 def _odds(graph: Graph, head: TreeHead, rows: str) -> str:
@@ -242,12 +243,13 @@ def _odds(graph: Graph, head: TreeHead, rows: str) -> str:
     is_leaf = t["left"] == nodes
     tree = np.searchsorted(t["roots"], nodes, side="right") - 1
     own = nodes - t["roots"][tree]
+    # A target for each tree: their mean is then taken in double, as ours is. Many rows have the same, and the rank of
+    # all of them hangs on its last bit.
     values = graph.op(
         "TreeEnsembleRegressor",
         rows,
         domain="ai.onnx.ml",
-        aggregate_function="AVERAGE",
-        n_targets=1,
+        n_targets=len(t["roots"]),
         nodes_treeids=tree.tolist(),
         nodes_nodeids=own.tolist(),
         nodes_featureids=t["feature"].tolist(),
@@ -259,10 +261,11 @@ def _odds(graph: Graph, head: TreeHead, rows: str) -> str:
         nodes_missing_value_tracks_true=[0] * n_nodes,
         target_treeids=tree[is_leaf].tolist(),
         target_nodeids=own[is_leaf].tolist(),
-        target_ids=[0] * int(is_leaf.sum()),
+        target_ids=tree[is_leaf].tolist(),
         target_weights=t["anomaly"][is_leaf].tolist(),
     )
-    probability, most = graph.op("Transpose", values, perm=[1, 0]), np.float32(1 + VOTE)
+    mean = graph.op("ReduceMean", graph.cast(values, DOUBLE), [1], keepdims=0)
+    probability, most = graph.op("Unsqueeze", graph.cast(mean, FLOAT), [0]), np.float32(1 + VOTE)
     return str(graph.op("Div", graph.op("Add", probability, np.float32(VOTE)), graph.op("Sub", most, probability)))
 
 

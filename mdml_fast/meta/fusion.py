@@ -47,7 +47,7 @@ def prior_weights(n_scores: int, n_normals: int, config: FusionConfig) -> Tensor
 
 
 def fuse(weights: Tensor, scores: Tensor, config: FusionConfig) -> Tensor:
-    """The weighted power mean [N] of scores ≥ 0 [C, N]."""
+    """The weighted power mean [N] of scores ≥ 0 [C, N]: (Σ w s^p)^(1/p), whatever the weights sum to."""
     return (weights @ scores.pow(config.power)).pow(1 / config.power)
 
 

@@ -20,12 +20,13 @@ class Tails:
     simple general approach to inference about the tail of a distribution", 1975).
 
     Args:
-        distances: of normals, each left out of its own references, sorted, float [C, n].
+        distances: of normals, each left out of its own references, sorted, float [C, n]; or what else is larger for
+            stranger rows.
         least_index: what each tail's index is at least: the same for all, or of each [C, 1].
 
     Attributes:
         n_tail: how many of them are the outermost.
-        log_threshold: the logarithm of the least of those [C, 1].
+        threshold: the least of those [C, 1].
         index: the tail's index, the mean logarithm of what they are times that [C, 1].
     """
 
@@ -33,9 +34,9 @@ class Tails:
         self.distances, self._least_index = distances, torch.as_tensor(least_index).to(distances)
         n = distances.shape[1]
         self.n_tail = max(1, min(max(TAIL_ROWS, round(TAIL_SHARE * n)), n // 2))
-        outermost = _log(distances[:, n - self.n_tail :])
-        self.log_threshold = outermost[:, :1].clone()
-        self.index = (outermost - self.log_threshold).mean(dim=1, keepdim=True).clamp(min=self._least_index)
+        outermost = distances[:, n - self.n_tail :]
+        self.threshold = outermost[:, :1].clone()
+        self.index = (_log(outermost) - _log(self.threshold)).mean(dim=1, keepdim=True).clamp(min=self._least_index)
 
     @classmethod
     def fit(cls, distances: Tensor, least_index: Tensor | float = LEAST_INDEX) -> Tails:
@@ -67,9 +68,9 @@ class Tails:
         n = self.distances.shape[1]
         below = torch.searchsorted(self.distances, distances.contiguous())
         body = -((n - below + 0.5) / (n + 1)).log()
-        excess = _log(distances) - self.log_threshold
-        tail = excess / self.index - torch.tensor((self.n_tail + 0.5) / (n + 1)).log()
-        return torch.where(excess > 0, tail, body)
+        tail = (_log(distances) - _log(self.threshold)) / self.index - torch.tensor((self.n_tail + 0.5) / (n + 1)).log()
+        # Logarithms differ in the last bit from machine to machine; which rows are the outermost must not.
+        return torch.where(distances > self.threshold, tail, body)
 
 
 def _log(distances: Tensor) -> Tensor:

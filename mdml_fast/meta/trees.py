@@ -90,8 +90,9 @@ class TreeHead:
         """The share of each feature in the probability of rows, compared with a normal for each [N, d].
 
         On its way to a leaf a row's probability changes with every split, which belongs to the split's feature (Saabas,
-        "Interpreting random forests", 2014). The normal's changes are taken from the row's, so the shares sum to that
-        of the row's probability which lies above the normal's; where none does, there are none.
+        "Interpreting random forests", 2014). The normal's changes are taken from the row's. What raises the probability
+        has a share in proportion, if row and normal differ in it; the shares sum to that of the row's probability which
+        lies above the normal's. Where nothing does, there are none.
 
         Args:
             rows: float32 [N, d].
@@ -104,7 +105,9 @@ class TreeHead:
         shares, more = torch.zeros_like(rows), above > below
         changes = self._changes(torch.cat([rows[more], others]), torch.cat([leaves[more], leaves_of_others]))
         n_more = len(changes) - len(others)
-        shares[more] = (changes[:n_more] - changes[n_more:][which[more]]) / above[more].unsqueeze(1)
+        raised = (changes[:n_more] - changes[n_more:][which[more]]).clamp(min=0) * (rows[more] != normals[more])
+        surplus = (1 - below[more] / above[more]) / raised.sum(1).clamp(min=torch.finfo(raised.dtype).tiny)
+        shares[more] = raised * surplus.unsqueeze(1)
         return shares
 
     def mean(self, leaves: Tensor) -> Tensor:

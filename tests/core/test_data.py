@@ -147,6 +147,7 @@ def test_unknown_categories_and_booleans_and_integers_score() -> None:
         (pa.table({"n": ["text"], "s": ["a"]}), "column 'n' holds text"),
         (pa.table({"n": [1.0], "s": [2.0]}), "column 's' holds numbers"),
         (pa.table({"n": [1.0, -np.inf], "s": ["a", "b"]}), r"column 'n' has 1 infinite values \(first in row 2\)"),
+        (pa.table({"n": [1e300, -1.7e308], "s": ["a", "b"]}), r"column 'n' has 1 infinite values \(first in row 2\)"),
         (pa.table({"n": [[1.0]], "s": ["a"]}), "column 'n' holds list"),
     ],
 )

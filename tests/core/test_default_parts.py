@@ -230,6 +230,12 @@ def test_one_trees_doubt_is_no_alarm_where_the_trees_find_all_normals_normal() -
     )
     assert 3 < some < 6 < 15 < certain < 25
     torch.testing.assert_close(family.tails.index[:6], Tails.fit(distances).index)
+    held_out = family.tails.held_out_scores(torch.cat([distances, no_doubt]), torch.arange(200))
+    assert held_out[-1].max() < 1
+    one_doubt = no_doubt.clone()
+    one_doubt[0, 7] = odds(torch.tensor(0.01))
+    held_out = family.tails.held_out_scores(torch.cat([distances, one_doubt]), torch.arange(200))
+    assert 3 < held_out[-1, 7] < 6
     equal = NormalFamily.fit(None, torch.ones(6, 200))
     assert (equal.tails.index == LEAST_INDEX).all()
 

@@ -72,6 +72,18 @@ def test_what_equals_the_nearest_normal_adds_nothing(fitted: MDMLDetector) -> No
     assert (why.contributions[equal, why.columns.index("colour")] == 0).all()
 
 
+def test_what_equals_the_nearest_normal_adds_nothing_in_any_row_and_nothing_adds_much_more_than_the_score() -> None:
+    """Trees go other ways for other reasons: their changes at a feature differ where the feature does not."""
+    detector = MDMLDetector(random_state=0).fit(*table(), normal=["ok"])
+    rows, _ = table(seed=1)
+    why, encoder = detector.explain(rows), detector.encoder_
+    agree = (encoder.transform(rows) == encoder.transform(why.nearest_normals())).astype(float)
+    both = encoder.by_column(1 - agree, why.columns) == 0
+    assert both.sum() > 100
+    assert np.abs(why.contributions[both]).max() < 1e-6
+    assert (np.abs(why.contributions).max(1) < 1.2 * np.abs(why.scores)).mean() > 0.99
+
+
 def test_reasons_name_column_and_value_and_what_is_usual() -> None:
     detector = MDMLDetector(FAST, random_state=0).fit(*table(), normal=["ok"])
     rows, labels = table(seed=1)

@@ -99,6 +99,20 @@ def test_onnx_scores_as_we_do(fitted: MDMLDetector, promise: str) -> None:
     assert_agree(run_onnx(fitted, rows), fitted, rows)
 
 
+@pytest.mark.parametrize("seed", [0, 1, 5])
+def test_onnx_ranks_equal_rows_as_we_do(seed: int) -> None:
+    """Few distinct rows, of both kinds: trees' leaves are mixed, and hundreds of normals share one score."""
+    rng = np.random.default_rng(seed)
+    kind, flag = rng.choice(4, 1000, p=rng.dirichlet(np.full(4, 0.5))), rng.integers(0, 2, 1000)
+    labels = np.where(rng.random(1000) < 0.02 * (1 + kind), "bad", "ok").astype(object)
+    rows = pa.table({"kind": [f"k{code}" for code in kind], "flag": flag.astype(float)})
+    detector = MDMLDetector(random_state=0).fit(rows, labels, normal=["ok"])
+    found = run_onnx(detector, rows)
+    np.testing.assert_allclose(found.scores, detector.score_samples(rows), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(found.p_values, detector.p_value(rows), rtol=1e-5)
+    np.testing.assert_array_equal(found.is_alarm, detector.predict(rows) == -1)
+
+
 def test_a_single_row_can_be_scored_and_only_used_columns_are_inputs(fitted: MDMLDetector) -> None:
     rows = table(seed=1)[0].slice(0, 1)
     np.testing.assert_allclose(run_onnx(fitted, rows).scores, fitted.score_samples(rows), rtol=1e-5, atol=1e-6)

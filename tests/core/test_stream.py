@@ -214,6 +214,13 @@ def test_output_is_refused_before_anything_is_scored(fitted: tuple[MDMLDetector,
     assert not list(task.out.parent.iterdir())
 
 
+def test_the_data_are_not_overwritten(fitted: tuple[MDMLDetector, ScoreTask], task: ScoreTask) -> None:
+    before = task.data.read_bytes()
+    with pytest.raises(InputError, match="is the data to score: write to another file"):
+        score_file(fitted[0], replace(task, out=task.data))
+    assert task.data.read_bytes() == before
+
+
 def test_large_parquet_groups_do_not_grow_memory(tmp_path: Path) -> None:
     n = 800_000
     column = np.random.default_rng(0).normal(size=n)
