@@ -237,3 +237,15 @@ def test_few_normals_all_scale_the_columns(n: int, all_of_them: bool) -> None:
     detector = MDMLDetector(FAST, random_state=0).fit(rows)
     encoder = FeatureEncoder.fit(as_table(rows), np.ones(n, dtype=bool))
     assert (detector.encoder_ == encoder) == all_of_them
+
+
+def test_held_out_normals_are_judged_by_the_head_too() -> None:
+    rows, labels = data()
+    with_head, without = (
+        MDMLDetector(replace(FAST, fusion=replace(FAST.fusion, head=weight)), normal=["ok"], random_state=0)
+        .fit(rows, labels)
+        .model_.held_out.scores
+        for weight in (0.25, 0.0)
+    )
+    assert (with_head <= without).all()
+    assert (with_head < without - 0.05).mean() > 0.02
