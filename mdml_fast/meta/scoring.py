@@ -15,6 +15,8 @@ from mdml_fast.meta.trees import TreeHead, odds
 
 # Trees may find nothing at all in any normal. The head's tail is then this steep, so that one tree's doubt is no alarm.
 LEAST_HEAD_INDEX = 0.5
+# A smaller part of a score is not worth the walk through the trees that would share it.
+LEAST_PART = 0.01
 
 
 class NormalFamily(NamedTuple):
@@ -60,18 +62,19 @@ class Scorer(NamedTuple):
         What each distance adds is shared by the features as the distance is; the head's part by the splits on the
         trees' paths.
         """
-        by_head, of_head = rows.new_empty(0, len(rows)), rows.new_empty(0, *rows.shape)
-        if self.head:
-            leaves = self.head.leaves(rows)
-            by_head = odds(self.head.mean(leaves)).unsqueeze(0)
-            of_head = self.head.shares(rows, normals, leaves).unsqueeze(0)
+        by_head = head_odds(self.head, rows)
         scored = [self._amounts(family, rows, by_head) for family in self.families]
         anomaly, closest = torch.stack([own for own, _ in scored]).min(0)
         centres = torch.stack([family.neighbourhood.centre for family in self.families])[closest]
-        shares = torch.cat([distance_shares(self.families[0].neighbourhood, rows, normals, centres), of_head])
+        shares = distance_shares(self.families[0].neighbourhood, rows, normals, centres)
         place = torch.arange(len(rows), device=rows.device)
         chosen = torch.stack([amounts for _, amounts in scored])[closest, :, place]
-        return anomaly, torch.einsum("nc,cnd->nd", chosen, shares)
+        parts = torch.einsum("nc,cnd->nd", chosen[:, : len(shares)], shares)
+        if self.head:
+            of_head = chosen[:, -1]
+            heard = of_head > LEAST_PART * anomaly
+            parts[heard] += of_head[heard].unsqueeze(1) * self.head.shares(rows[heard], normals[heard])
+        return anomaly, parts
 
     def _amounts(self, family: NormalFamily, rows: Tensor, by_head: Tensor) -> tuple[Tensor, Tensor]:
         """How anomalous rows are to a family [N], and what each distance and the head add to that [2 + D (+ 1), N].

@@ -86,7 +86,7 @@ class TreeHead:
         step = max(1, BLOCK_VALUES // len(self.tensors["roots"]))
         return torch.cat([self._walk(rows[start : start + step]) for start in range(0, len(rows), step)])
 
-    def shares(self, rows: Tensor, normals: Tensor, leaves: Tensor) -> Tensor:
+    def shares(self, rows: Tensor, normals: Tensor) -> Tensor:
         """The share of each feature in the probability of rows, compared with a normal for each [N, d].
 
         On its way to a leaf a row's probability changes with every split, which belongs to the split's feature (Saabas,
@@ -97,10 +97,9 @@ class TreeHead:
         Args:
             rows: float32 [N, d].
             normals: what each is compared with [N, d].
-            leaves: those of the rows [N, trees].
         """
         others, which = torch.unique(normals, dim=0, return_inverse=True)
-        leaves_of_others = self.leaves(others)
+        leaves, leaves_of_others = self.leaves(rows), self.leaves(others)
         above, below = self.mean(leaves), self.mean(leaves_of_others)[which]
         shares, more = torch.zeros_like(rows), above > below
         changes = self._changes(torch.cat([rows[more], others]), torch.cat([leaves[more], leaves_of_others]))

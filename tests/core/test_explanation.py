@@ -146,7 +146,7 @@ def test_the_heads_shares_are_of_what_its_probability_is_above_the_normals() -> 
     rows = torch.as_tensor(detector.encoder_.transform(table(seed=1)[0]))
     normals = rows[torch.arange(len(rows)) // 2]
     probability, below = head.probability(rows), head.probability(normals)
-    shares, more = head.shares(rows, normals, head.leaves(rows)), probability > below
+    shares, more = head.shares(rows, normals), probability > below
     assert min(more.sum(), (~more).sum()) > 20
     torch.testing.assert_close(shares.sum(1)[more], (1 - below / probability)[more], rtol=1e-3, atol=1e-4)
     assert (shares[~more] == 0).all()
