@@ -37,7 +37,8 @@ class Explanation:
         scores: [N], higher is more normal.
         contributions: what each column adds to the score [N, d], compared with the row's nearest normal: a negative
             number makes the row an anomaly. 0 for columns in which both agree and for those that are not used.
-        remainder: the score less its contributions [N]: what the row shares with its nearest normal.
+        remainder: the score less its contributions [N]: what the row shares with its nearest normal, and what the trees
+            add where that is less than a hundredth.
         nearest: position of the nearest normal in `normals` [N].
         nearest_family: the class of that normal [N].
         kind: the seen anomaly class that the row resembles, or ``new`` [N]. Of a row that is no alarm it says nothing.
