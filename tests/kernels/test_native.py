@@ -288,7 +288,7 @@ def test_short_coordinates_are_taken_where_they_pay():
     generator = torch.Generator().manual_seed(0)
     scattered = torch.randn(2000, 200, generator=generator)
     assert neighbours.NeighbourSearch(scattered).width == 200
-    assert neighbours.NeighbourSearch(scattered * 0.7 ** torch.arange(200)).width == 16
+    assert neighbours.NeighbourSearch(scattered * 0.7 ** torch.arange(200)).width == 32
     spread = scattered * 0.9 ** torch.arange(200)
     search = neighbours.NeighbourSearch(spread)
     assert search.width < search._fine.shape[1] < 200

@@ -1,17 +1,16 @@
-// Mean distances of rows to their nearest references: a product rules most of them out, the last few are measured.
-#include <algorithm>
+// Mean distances of rows to their nearest references: balls that are too far away are passed by, products of short
+// coordinates rule out most of what is in the others, and the last few are measured.
 #include <cmath>
 #include <vector>
 
+#include "balls.h"
 #include "wide.h"
 
 namespace mdml {
 namespace {
 
-constexpr int64_t CHUNK = 512;  // references whose columns stay in the second-level cache for all rows
-constexpr int64_t ROWS = 48;    // shortened at once: they stay in the cache
 constexpr int64_t MOST = 64;    // neighbours of a row
-constexpr float EPSILON = std::numeric_limits<float>::epsilon();
+constexpr int64_t BLOCK = 128;  // rows that meet the balls together
 
 // The squared distance of two rows [d]: each square is rounded to float32, then added in double.
 double squared_distance(const float* a, const float* b, int64_t d) {
@@ -45,15 +44,168 @@ float short_distance(const float* a, const float* b, int64_t n) {
 // The k nearest so far.
 struct Nearest {
   double squared[MOST];  // least first
-  int64_t n = 0;
-  float limit = INFINITE;  // what is farther out in short coordinates is not among them
+  int64_t n = 0, first = -1;  // how many there are, and which is the nearest
+  float limit = INFINITE;  // what is farther out, squared, in short coordinates is not among them
 
-  void meet(double value, int64_t k) {
+  void meet(double value, int64_t which, int64_t k) {
     if (n == k && !(value < squared[n - 1])) return;
     int64_t i = n < k ? n++ : n - 1;
     for (; i && squared[i - 1] > value; --i) squared[i] = squared[i - 1];
     squared[i] = value;
+    if (i == 0) first = which;
     if (n == k) limit = squared[k - 1] > 0.0 ? static_cast<float>(squared[k - 1]) * (1.0f + EPSILON) : -INFINITE;
+  }
+
+  float mean() const {
+    double total = 0.0;
+    for (int64_t i = 0; i < n; ++i) total += std::sqrt(squared[i]);
+    return n ? static_cast<float>(total / n) : std::nanf("");
+  }
+};
+
+// What is compared; see mdml_neighbour_distances.
+struct Search {
+  int64_t n_balls, d, c, f, k;
+  const Ball* balls;
+  const Coarse::Entry *centres, *columns;
+  const float *squares, *fine_references, *references;
+  const int64_t* reference_families;
+  const float *coarse_rows, *fine_rows, *rows;
+  const int64_t* families;
+  float left_out;
+};
+
+// Rows that meet the balls together.
+class Block {
+ public:
+  Block(const Search& of, int64_t first, int64_t n) : of(of), first(first), n(n), depth(Coarse::depth(of.c)) {
+    static thread_local Buffer<Coarse::Entry> narrow;
+    static thread_local Buffer<float> rounded;
+    const float* coarse = of.coarse_rows + first * of.c;
+    entries = reinterpret_cast<const Coarse::Entry*>(Coarse::stored(coarse, n * of.c, narrow));
+    float* kept = rounded.take(n * of.c);
+    as_kept(coarse, n * of.c, kept);
+    for (int64_t i = 0; i < n; ++i) {
+      square[i] = dot(kept + i * of.c, kept + i * of.c, of.c) * (1.0f - of.left_out);
+      update_reach(i);
+    }
+  }
+
+  // Let the rows meet all balls that may hold one of their nearest references.
+  void search() {
+    if (!of.n_balls) return;
+    static thread_local Buffer<float> held;
+    float* apart = held.take(of.n_balls * BLOCK);  // of each row from each centre, squared
+    measure_centres(apart);
+    meet_nearest(apart);
+    for (int64_t b = 0; b < of.n_balls; ++b) {
+      int32_t who[BLOCK];
+      int64_t m = 0;
+      const float surface = of.balls[b].radius + of.balls[b].error;
+      for (int64_t i = 0; i < n; i += W) {
+        const Floats touching = load(reach + i) + surface;
+        each_bit(where_less(load(apart + b * BLOCK + i), touching * touching), [&](int lane) { who[m++] = i + lane; });
+      }
+      for (int64_t t = 0; t < m; t += TILE_ROWS) look(b, who + t, std::min<int64_t>(TILE_ROWS, m - t));
+    }
+  }
+
+  const Nearest& nearest_of(int64_t i) const { return nearest[i]; }
+
+ private:
+  const Search& of;
+  const int64_t first, n, depth;
+  const Coarse::Entry* entries;  // coarse coordinates as they are kept [n, depth]
+  float square[BLOCK] = {};      // of their lengths
+  float reach[BLOCK];            // no reference whose coarse coordinates are farther away is among the nearest
+  Nearest nearest[BLOCK];
+
+  void update_reach(int64_t i) {
+    // A limit below zero gives a NaN, which no ball is near enough for.
+    reach[i] = std::sqrt(nearest[i].limit) * (1.0f + EPSILON) + (ROUNDED + of.left_out) * std::sqrt(square[i]);
+  }
+
+  void measure_centres(float* apart) const {
+    static thread_local Buffer<Coarse::Entry> buffer;
+    const Coarse::Entry* across = Coarse::turned(of.coarse_rows + first * of.c, n, of.c, buffer);
+    const Operands<Coarse> operands = {of.centres, across, depth, 1, padded(n), depth};
+    product(operands, of.n_balls, n, [&](int64_t b, int64_t i, Floats sums, int64_t) INLINE {
+      store(apart + b * BLOCK + i, of.balls[b].square - 2.0f * sums + load(square + i));
+    });
+  }
+
+  // So that most other balls are known to be too far away. A ball that was met is infinitely far from then on.
+  void meet_nearest(float* apart) {
+    for (int64_t i = 0; i < n; i += W) {
+      Floats least = all(INFINITE);
+      Ints which = {};
+      for (int64_t b = 0; b < of.n_balls; ++b) {
+        const Floats value = load(apart + b * BLOCK + i);
+        const Ints less = value < least;
+        least = less ? value : least, which = less ? Ints{} + static_cast<int32_t>(b) : which;
+      }
+      for (int32_t lane = 0; lane < std::min<int64_t>(W, n - i); ++lane) {
+        const int32_t who = i + lane;
+        look(which[lane], &who, 1);
+        apart[which[lane] * BLOCK + who] = INFINITE;
+      }
+    }
+    std::fill(reach + n, reach + padded(n), std::nanf(""));
+  }
+
+  // Let some rows, TILE_ROWS at most, meet the references in a ball.
+  void look(int64_t ball, const int32_t* who, int64_t m) {
+    static_assert(TILE_ROWS == 6);
+    switch (m) {
+      case 6: return look<6>(ball, who);
+      case 5: return look<5>(ball, who);
+      case 4: return look<4>(ball, who);
+      case 3: return look<3>(ball, who);
+      case 2: return look<2>(ball, who);
+      default: return look<1>(ball, who);
+    }
+  }
+
+  template <int R>
+  __attribute__((noinline)) void look(int64_t ball, const int32_t* who) {
+    const Coarse::Entry *columns = of.columns + ball * depth * W, *row[R];
+    Floats sums[R];
+    each<R>([&](int r) INLINE { sums[r] = Floats{}, row[r] = entries + who[r] * depth; });
+    for (int64_t i = 0; i < depth; ++i)
+      each<R>([&](int r) INLINE { sums[r] = Coarse::fma(sums[r], row[r][i], columns + i * W); });
+    const Floats squares = load(of.squares + ball * W);
+    each<R>([&](int r) INLINE {
+      const int64_t i = who[r];
+      const Floats apart = squares - 2.0f * sums[r] + square[i];
+      const float limit = reach[i] + of.balls[ball].error;
+      if (const uint32_t near = where_less(apart, all(limit * limit))) measure(i, ball, near, apart, squares);
+    });
+  }
+
+  // Let a row meet those references in a ball that are near by their coarse coordinates.
+  __attribute__((noinline)) void measure(int64_t i, int64_t ball, uint32_t near, Floats apart, Floats squares) {
+    // The first to be met are the nearest, so that the others may be too far away.
+    for (; near && nearest[i].n < of.k; ) {
+      const int lane = __builtin_ctz(~where_less(reduce(apart, lesser), apart));
+      meet(i, ball, lane, apart[lane], squares[lane]);
+      apart[lane] = INFINITE, near &= ~(1u << lane);
+    }
+    float aparts[W], lengths[W];
+    store(aparts, apart), store(lengths, squares);
+    each_bit(near, [&](int lane) { meet(i, ball, lane, aparts[lane], lengths[lane]); });
+  }
+
+  inline INLINE void meet(int64_t i, int64_t ball, int lane, float apart, float length) {
+    const int64_t row = first + i, at = ball * W + lane;
+    const float coarse_limit = reach[i] + of.balls[ball].error, before = nearest[i].limit;
+    if (!(apart < coarse_limit * coarse_limit)) return;
+    if (of.families && of.families[row] == of.reference_families[at]) return;
+    if (of.fine_rows) {
+      const float finely = short_distance(of.fine_rows + row * of.f, of.fine_references + at * of.f, of.f);
+      if (!(finely - of.left_out * (square[i] + length) < before)) return;
+    }
+    nearest[i].meet(squared_distance(of.rows + row * of.d, of.references + at * of.d, of.d), at, of.k);
+    if (nearest[i].limit != before) update_reach(i);
   }
 };
 
@@ -61,98 +213,27 @@ struct Nearest {
 
 extern "C" {
 
-// fine [N, f]: the short coordinates of rows [N, d], which are first taken from the centre [d]: along f - 1 orthonormal
-// directions [d, f], whose last column is zero, and then how far a row is from what these span. coarse [N, c] (null:
-// none): along the first c - 1 of them, and then how far it is from those. f and c are multiples of W.
-void mdml_short_coordinates(int64_t begin, int64_t end, int64_t d, int64_t f, int64_t c, const float* rows,
-                            const float* centre, const float* directions, float* fine, float* coarse) {
-  static thread_local Buffer<float> inputs, turned;
-  float* x = inputs.take(ROWS * padded(d));
-  const float* back = Singles::turned(directions, d, f, turned);
-  for (int64_t first = begin; first < end; first += ROWS) {
-    const int64_t n = std::min(ROWS, end - first);
-    float* along = fine + first * f;
-    for (int64_t i = 0; i < n; ++i)
-      for (int64_t j = 0; j < padded(d); ++j) x[i * padded(d) + j] = j < d ? rows[(first + i) * d + j] - centre[j] : 0.0f;
-    product(Operands<Singles>{x, directions, padded(d), 1, f, d}, n, f,
-            [=](int64_t i, int64_t j, Floats sums, int64_t) INLINE { store(along + i * f + j, sums); });
-    // What is left is measured, not computed from the norms: their difference would be all rounding.
-    product(Operands<Singles>{along, back, f, 1, padded(d), f}, n, d, [=](int64_t i, int64_t j, Floats sums, int64_t) INLINE {
-      store(x + i * padded(d) + j, load(x + i * padded(d) + j) - sums);
-    });
+// out [N] of rows [N, d] from `begin` to `end`: the mean distance to the k nearest of the references [n, d], NaN where
+// there is none; which [N] (null: not asked for): the place of the nearest, -1 where there is none.
+// Balls, centres, columns and squares are as mdml_balls makes them of the coarse coordinates of the references, which
+// have to be in their order; nothing is farther apart in coarse coordinates, nor in the fine ones of rows [N, f] and
+// references [n, f] (null: none), than it is, but for rounding: the share left_out of their lengths, and the same share
+// of their squares, covers it. Families [N] and [n] (null: none): a row is not compared with its own.
+void mdml_neighbour_distances(int64_t begin, int64_t end, int64_t n_balls, int64_t d, int64_t c, int64_t f, int64_t k,
+                              const Ball* balls, const Coarse::Entry* centres, const Coarse::Entry* columns,
+                              const float* squares, const float* fine_references, const float* references,
+                              const int64_t* reference_families, const float* coarse_rows, const float* fine_rows,
+                              const float* rows, const int64_t* families, float left_out, float* out, int64_t* which) {
+  const Search of = {n_balls, d, c, f, k, balls, centres, columns, squares, fine_references, references,
+                     reference_families, coarse_rows, fine_rows, rows, families, left_out};
+  for (int64_t first = begin; first < end; first += BLOCK) {
+    const int64_t n = std::min(BLOCK, end - first);
+    const auto block = std::make_unique<Block>(of, first, n);  // too large for the stack of a thread
+    block->search();
     for (int64_t i = 0; i < n; ++i) {
-      Floats squared = {};
-      for (int64_t j = 0; j < d; j += W) squared += load(x + i * padded(d) + j) * load(x + i * padded(d) + j);
-      along[i * f + f - 1] = std::sqrt(reduce(squared, sum<Floats>)[0]);
+      out[first + i] = block->nearest_of(i).mean();
+      if (which) which[first + i] = block->nearest_of(i).first;
     }
-    for (int64_t i = 0; coarse && i < n; ++i) {
-      const float* from = along + i * f;
-      float *to = coarse + (first + i) * c, squared = 0.0f;
-      std::copy(from, from + c, to);
-      for (int64_t j = c - 1; j < f; ++j) squared += from[j] * from[j];
-      to[c - 1] = std::sqrt(squared);
-    }
-  }
-}
-
-// out [N] of rows [N, d] from `begin` to `end`: the mean distance to the k nearest of n references [n, d]; NaN where
-// there is none. Families [N] and [n] (null: none): a row is not compared with its own.
-// In coarse coordinates, [N, c] and [n, c], and in fine ones, [N, f] and [n, f] (null: none), nothing is farther apart
-// than it is, but for their rounding.
-void mdml_neighbour_distances(int64_t begin, int64_t end, int64_t n, int64_t d, int64_t c, int64_t f, int64_t k,
-                              const float* rows, const float* references, const float* coarse_rows,
-                              const float* coarse_references, const float* fine_rows, const float* fine_references,
-                              const int64_t* families, const int64_t* reference_families, float* out) {
-  static thread_local Buffer<float> turned, squares;
-  // |a - b|² is computed as |a|² + |b|² - 2ab. What is left out of the squares is more than all rounding adds, also to
-  // fine coordinates: their squares have the same sum.
-  const float left_out = (std::max(c, f) + d) * EPSILON, kept = 1.0f - left_out;
-  std::vector<Nearest> found(end - begin);
-  std::vector<float> square_of_row(end - begin);
-  for (int64_t i = begin; i < end; ++i)
-    for (int64_t j = 0; j < c; ++j) square_of_row[i - begin] += coarse_rows[i * c + j] * coarse_rows[i * c + j];
-  float tile[TILE_ROWS * CHUNK];
-  for (int64_t first = 0; first < n; first += CHUNK) {
-    const int64_t width = std::min(CHUNK, n - first);
-    const float* columns = Singles::turned(coarse_references + first * c, width, c, turned);
-    float* square = squares.take(CHUNK);
-    for (int64_t j = 0; j < width; j += W) {
-      Floats total = {};
-      for (int64_t i = 0; i < c; ++i) {
-        const Floats column = load(columns + i * padded(width) + j);
-        total += column * column;
-      }
-      store_some(square + j, total * kept, width - j);
-    }
-    for (int64_t i = begin; i < end; i += TILE_ROWS) {
-      const int64_t height = std::min<int64_t>(TILE_ROWS, end - i);
-      const Operands<Singles> of = {coarse_rows + i * c, columns, c, 1, padded(width), c};
-      product(of, height, width, [&tile, square](int64_t r, int64_t j, Floats sums, int64_t left) INLINE {
-        store(tile + r * CHUNK + j, load_some(square + j, left, INFINITE) - 2.0f * sums);
-      });
-      for (int64_t r = i; r < i + height; ++r) {
-        Nearest& nearest = found[r - begin];
-        const float own = square_of_row[r - begin] * kept;
-        const float* others = tile + (r - i) * CHUNK;
-        for (int64_t j = 0; j < width; j += W)
-          each_bit(where_less(load(others + j) + own, all(nearest.limit)), [&](int lane) {
-            const int64_t at = first + j + lane;
-            if (!(others[j + lane] + own < nearest.limit)) return;
-            if (families && families[r] == reference_families[at]) return;
-            if (fine_rows) {
-              const float apart = short_distance(fine_rows + r * f, fine_references + at * f, f);
-              if (!(apart - left_out * (own + square[j + lane]) < nearest.limit)) return;
-            }
-            nearest.meet(squared_distance(rows + r * d, references + at * d, d), k);
-          });
-      }
-    }
-  }
-  for (int64_t i = begin; i < end; ++i) {
-    const Nearest& nearest = found[i - begin];
-    double total = 0.0;
-    for (int64_t j = 0; j < nearest.n; ++j) total += std::sqrt(nearest.squared[j]);
-    out[i] = nearest.n ? static_cast<float>(total / nearest.n) : std::nanf("");
   }
 }
 

@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+from ctypes import c_float
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mdml_kernels.native.calls import call, whole
+from mdml_kernels.native.calls import call
+from mdml_kernels.native.loader import multiplies_bfloat16
 
 # Neighbours that the kernel has room for.
 MOST = 64
-# Numbers of short coordinates to choose from.
-_WIDTHS = (16, 32, 64)
+# References in a ball.
+_BALL = 16
+# Squared lengths from here on are as good as infinite: sums of them would be.
+_LONG = 1e37
+# Numbers of short coordinates to choose from. Fewer would let through what takes longer than products of these.
+_WIDTHS = (32, 64)
 # Main directions are learned from so many references, in random order, and judged by rows held against others.
 _SAMPLE, _JUDGED = 1024, 32
 # One pair of rows costs as much, for each of its coordinates, as so many do in a product.
-_ONE_PAIR = 30
+_ONE_PAIR = 100
 # Fewer products than this are not worth a thread of their own.
 _LEAST_PRODUCTS = 1 << 20
 # Rows at once, so that memory does not grow with their number.
@@ -26,25 +33,33 @@ class NeighbourSearch:
     """Mean distances to the nearest of n references [n, d], float32 on a CPU.
 
     Short coordinates are those along the references' main directions, and how far a row is from what these span:
-    nothing is farther apart in them than it is. A product of a few coarse ones rules most references out, finer ones
-    most of the others, one by one. Only what is left is measured, with squared distances summed in float64, so the
-    nearest found are the nearest there are (the idea of principal axis trees: McNames, "A fast nearest-neighbor
-    algorithm based on a principal axis search tree", 2001).
+    nothing is farther apart in them than it is (the idea of principal axis trees: McNames, "A fast nearest-neighbor
+    algorithm based on a principal axis search tree", 2001). References that are close together in a few coarse ones
+    share a ball, and whole balls are too far away. In the others a product of coarse coordinates rules most references
+    out, finer ones most of what is left, one by one. Only then anything is measured, with squared distances summed in
+    float64, so the nearest found are the nearest there are.
 
     Args:
         references: in random order.
 
     Attributes:
-        width: how many coordinates of all references are compared.
+        width: how many coarse coordinates are compared.
     """
 
     def __init__(self, references: Tensor) -> None:
-        self._references = references.contiguous()
-        sample = self._references[: _SAMPLE + _JUDGED]
+        sample = references[: _SAMPLE + _JUDGED]
         sample = sample[sample.isfinite().all(1)]
-        self._centre = sample.mean(0)
+        self._n_features, self._centre = references.shape[1], sample.mean(0)
         self._directions, self.width = _directions(sample, self._centre)
-        self._coarse, self._fine = self._shortened(self._references)
+        coarse, fine = self._shortened(references.contiguous())
+        # What can't be measured is nobody's neighbour.
+        finite = (coarse.square().sum(1) < _LONG).nonzero().squeeze(1)
+        self._order = finite[_gathered(coarse[finite])]
+        self._references = references[self._order]
+        self._fine = None if fine is None else fine[self._order]
+        widest = max(coarse.shape[1], 0 if fine is None else fine.shape[1]) + self._n_features
+        self._left_out = c_float(widest * torch.finfo(torch.float32).eps)
+        self._balls = _balls(coarse[self._order], self._left_out)
 
     def distances(
         self, rows: Tensor, k: int, families: Tensor | None = None, reference_families: Tensor | None = None
@@ -59,32 +74,79 @@ class NeighbourSearch:
         """
         if k > MOST:
             raise ValueError(f"k must be {MOST} at most, got {k}")
-        if rows.shape[1:] != self._references.shape[1:]:
-            raise ValueError(f"rows must be as wide as the references, got {rows.shape[1]} and {len(self._centre)}")
         if families is not None and reference_families is None:
             raise ValueError("families need the reference_families")
-        own, others = (
-            None if families is None or codes is None else whole(codes.to(torch.int64))
-            for codes in (families, reference_families)
-        )
+        own, others = None, None
+        if families is not None and reference_families is not None:
+            own, others = families.to(torch.int64).contiguous(), reference_families.to(torch.int64)[self._order]
+        return self._search(rows, k, own, others)[0]
+
+    def nearest(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Which reference is the nearest to each of the rows [N, d], int64 [N], and its distance [N].
+
+        -1 and NaN where there is none.
+
+        Raises:
+            ValueError: rows are not as wide as the references.
+        """
+        distances, places = self._search(rows, 1)
+        found = places >= 0
+        places[found] = self._order[places[found]]
+        return places, distances
+
+    def _search(
+        self, rows: Tensor, k: int, families: Tensor | None = None, reference_families: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The mean distances [N], and the place of the nearest among the references as they are kept [N]."""
+        if rows.shape[1:] != (self._n_features,):
+            raise ValueError(f"rows must be as wide as the references, got {rows.shape[1]} and {self._n_features}")
         n_fine = 0 if self._fine is None else self._fine.shape[1]
-        out, sizes = rows.new_empty(len(rows)), (*self._references.shape, self.width, n_fine, k)
+        distances, places = rows.new_empty(len(rows)), torch.empty(len(rows), dtype=torch.int64)
         for start in range(0, len(rows), _ROWS):
             block = slice(start, start + _ROWS)
             some = rows[block].contiguous()
             coarse, fine = self._shortened(some)
+            sizes = (len(self._balls[0]), self._n_features, coarse.shape[1], n_fine, k)
             call(
-                *("mdml_neighbour_distances", len(some), self._coarse.numel(), _LEAST_PRODUCTS, *sizes),
-                *(some, self._references, coarse, self._coarse, fine, self._fine),
-                *(None if own is None else own[block], others, out[block]),
+                *("mdml_neighbour_distances", len(some), self._balls[2].numel(), _LEAST_PRODUCTS, *sizes),
+                *(*self._balls, self._fine, self._references, reference_families, coarse, fine, some),
+                *(None if families is None else families[block], self._left_out, distances[block], places[block]),
             )
-        return out
+        return distances, places
 
     def _shortened(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The coarse coordinates [N, c] of rows [N, d], themselves where fewer don't pay, and the fine ones, if any."""
+        """The coarse coordinates [N, c] of rows [N, d], themselves where fewer don't pay, and the fine ones, if any.
+
+        c is even.
+        """
         if self._directions is None:
-            return rows, None
+            return (pad(rows, (0, 1)) if rows.shape[1] % 2 else rows), None
         return _shortened(rows, self._centre, self._directions, self.width)
+
+
+def _gathered(rows: Tensor) -> Tensor:
+    """An order of rows [n, c] in which each `_BALL` of them that follow one another are close together [n]."""
+    order = torch.empty(len(rows), dtype=torch.int64)
+    call("mdml_gather", 1, 1, 1, *rows.shape, rows, order)
+    return order
+
+
+def _balls(rows: Tensor, left_out: c_float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of references with coarse coordinates [n, c] in order: the balls, their centres, columns and squares.
+
+    See mdml_balls; coordinates are kept as its `Coarse` keeps them.
+    """
+    n_balls, width = -(-len(rows) // _BALL), rows.shape[1]
+    kept = torch.bfloat16 if multiplies_bfloat16() else torch.float32
+    balls = torch.empty(n_balls, 3, dtype=torch.float32)
+    centres = torch.empty(n_balls, width, dtype=kept)
+    columns = torch.empty(n_balls, width, _BALL, dtype=kept)
+    squares = torch.empty(n_balls, _BALL, dtype=torch.float32)
+    call(
+        *("mdml_balls", n_balls, _BALL * width, _LEAST_PRODUCTS, *rows.shape),
+        *(rows, columns, squares, centres, balls, left_out),
+    )
+    return balls, centres, columns, squares
 
 
 def _shortened(rows: Tensor, centre: Tensor, directions: Tensor, n_coarse: int) -> tuple[Tensor, Tensor | None]:
