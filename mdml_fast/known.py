@@ -6,6 +6,8 @@ from functools import cached_property
 
 import numpy as np
 import torch
+from mdml_kernels.native import loader
+from mdml_kernels.native.neighbours import NeighbourSearch
 from torch import Tensor
 
 from mdml_fast.calibration import Positions
@@ -51,6 +53,9 @@ class KnownRows:
         """The position of the known row nearest to each row [N, d], and its distance, both [N]; inf without any."""
         if not len(self.rows):
             return np.zeros(len(rows), dtype=np.intp), np.full(len(rows), np.inf)
+        if self._search:
+            places, distances = self._search.nearest(torch.as_tensor(rows))
+            return places.clamp(min=0).numpy(), distances.nan_to_num(nan=torch.inf).double().numpy()
         known, squares = torch.as_tensor(self.rows), torch.as_tensor(self.rows).square().sum(1)
         step = max(1, BLOCK_VALUES // len(self.rows))
         found = [
@@ -76,6 +81,12 @@ class KnownRows:
             like = (distances < distance_to_normals) & (distances <= reach)
             kinds[like] = names[like]
         return kinds
+
+    @cached_property
+    def _search(self) -> NeighbourSearch | None:
+        """By the compiled kernels, where there are any."""
+        known = torch.as_tensor(self.rows)
+        return NeighbourSearch(known) if loader.serves(known) else None
 
     @cached_property
     def _reach(self) -> dict[str, float]:

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from mdml_kernels import SoftmaxMarginLoss
+from mdml_kernels.native import encoders as native
 from mdml_kernels.native import loader
-from mdml_kernels.native.encoders import residual_encoders
 from torch import Tensor
 
 from mdml_fast.data.labelled import Names
@@ -26,6 +26,8 @@ from mdml_fast.threads import single_thread
 
 # In each view the directions take complementary halves of the seen families.
 HALVES = 2
+# The parameters of a residual encoder, A, b, B and s, in the order in which the kernels take them.
+PARTS = ("inner.weight", "inner.bias", "outer.weight", "log_scale")
 
 
 @dataclass(frozen=True)
@@ -72,9 +74,9 @@ class Ensemble:
     def embed(self, rows: Tensor) -> Tensor:
         """Embeddings [D, N, d] of rows in each view [4, N, d], computed in float64 and rounded once."""
         # `ResidualEncoder`, written out: a module lends its parameters to one thread at a time only.
-        parts = [self.weights[name] for name in ("inner.weight", "inner.bias", "outer.weight", "log_scale")]
+        parts = [self.weights[name] for name in PARTS]
         if loader.serves(rows, *parts):
-            return residual_encoders(rows, *parts)
+            return native.residual_encoders(rows, *parts)
         inner, bias, outer, log_scale = (part.double() for part in parts)
         x = rows.double().repeat(HALVES, 1, 1)
         hidden = torch.baddbmm(bias.unsqueeze(1), x, inner.mT).relu()
@@ -92,10 +94,12 @@ class Ensemble:
             rows: x in each view [4, N, d].
             steps: s in it [4, N, d].
         """
+        inner, bias, outer, log_scale = parts = [self.weights[name] for name in PARTS]
+        if loader.serves(rows, steps, *parts):
+            return native.pull_back(rows, steps, *parts)
         rows, steps = rows.repeat(HALVES, 1, 1), steps.repeat(HALVES, 1, 1)
-        scale = self.weights["log_scale"].exp().unsqueeze(1)
-        inner, outer = self.weights["inner.weight"], self.weights["outer.weight"]
-        at_row = torch.baddbmm(self.weights["inner.bias"].unsqueeze(1), rows, inner.mT)
+        scale = log_scale.exp().unsqueeze(1)
+        at_row = torch.baddbmm(bias.unsqueeze(1), rows, inner.mT)
         change = steps @ inner.mT
         slope = torch.where(change.abs() > 1e-6, (at_row.relu() - (at_row - change).relu()) / change, 0.5)
         difference = torch.addcmul((slope * change) @ outer.mT, steps, scale)

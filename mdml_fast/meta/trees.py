@@ -27,6 +27,8 @@ BLOCK_VALUES = 2**16
 LEVELS = 6
 # Changes of probability held at once, nodes times features: 64 MiB.
 PATH_VALUES = 2**24
+# A smaller rise of probability is rounding.
+LEAST_RISE = 1e-5
 # A vote more for each side, of a hundred trees: rows that all trees agree on have odds too.
 VOTE = 0.01
 
@@ -80,9 +82,6 @@ class TreeHead:
         if torch.compiler.is_exporting():
             # A program can't depend on who has arrived.
             return self._walk_all(rows)
-        forest = self._forest(rows)
-        if forest is not None:
-            return native.leaves(rows, forest)
         step = max(1, BLOCK_VALUES // len(self.tensors["roots"]))
         return torch.cat([self._walk(rows[start : start + step]) for start in range(0, len(rows), step)])
 
@@ -99,15 +98,13 @@ class TreeHead:
             normals: what each is compared with [N, d].
         """
         others, which = torch.unique(normals, dim=0, return_inverse=True)
-        leaves, leaves_of_others = self.leaves(rows), self.leaves(others)
-        above, below = self.mean(leaves), self.mean(leaves_of_others)[which]
-        shares, more = torch.zeros_like(rows), above > below
-        changes = self._changes(torch.cat([rows[more], others]), torch.cat([leaves[more], leaves_of_others]))
-        n_more = len(changes) - len(others)
-        raised = (changes[:n_more] - changes[n_more:][which[more]]).clamp(min=0) * (rows[more] != normals[more])
-        surplus = (1 - below[more] / above[more]) / raised.sum(1).clamp(min=torch.finfo(raised.dtype).tiny)
-        shares[more] = raised * surplus.unsqueeze(1)
-        return shares
+        changes, changes_of_others = self._changes(torch.cat([rows, others])).tensor_split([len(rows)])
+        begin = self.tensors["anomaly"][self.tensors["roots"]].mean()
+        above, below = begin + changes.sum(1), (begin + changes_of_others.sum(1))[which]
+        more = above - below > LEAST_RISE
+        raised = (changes - changes_of_others[which]).clamp(min=0) * (rows != normals) * more.unsqueeze(1)
+        share = (1 - below / above) / raised.sum(1).clamp(min=torch.finfo(raised.dtype).tiny)
+        return raised * share.where(more, 0.0).unsqueeze(1)
 
     def mean(self, leaves: Tensor) -> Tensor:
         """The mean probability [N] of leaves [N, trees]."""
@@ -142,14 +139,12 @@ class TreeHead:
             node = torch.where(goes_left, t["left"][node], t["right"][node])
         return node
 
-    def _changes(self, rows: Tensor, leaves: Tensor) -> Tensor:
-        """The changes of probability from root to leaf, by feature and averaged over the trees [N, d].
-
-        The compiled kernel walks the rows, other ways start from their leaves.
-        """
+    def _changes(self, rows: Tensor) -> Tensor:
+        """The changes of probability from root to leaf, by feature and averaged over the trees [N, d]."""
         forest = self._forest(rows)
         if forest is not None:
             return native.changes(rows, forest, self.tensors["anomaly"])
+        leaves = self.leaves(rows)
         roots, n_features = self.tensors["roots"], rows.shape[1]
         n_nodes = len(self.tensors["left"])
         # So many trees at once that their table of changes is of bounded size.

@@ -13,6 +13,7 @@ from support import normals_and_two_classes
 from torch.nn.functional import softplus
 
 from mdml_fast.data.views import VIEWS, Views
+from mdml_fast.meta.ensemble import Ensemble
 from mdml_fast.meta.fusion import FusionConfig, choose_weights, cross_fused, fuse, learn_weights, prior_weights
 from mdml_fast.meta.neighbours import References
 from mdml_fast.meta.scoring import NormalFamily
@@ -265,13 +266,26 @@ def test_compiled_trees_are_those_of_tensor_operations(monkeypatch: pytest.Monke
     new[torch.arange(50), t["feature"][t["roots"]]] = t["threshold"][t["roots"]]  # as large as the first to be met
     new[::20, 0] = torch.nan
     assert head._forest(new) is not None, loader.native().reason
-    leaves, probability = head.leaves(new), head.probability(new)
-    changes = head._changes(new, leaves)
+    probability, changes = head.probability(new), head._changes(new)
     monkeypatch.setattr(loader, "native", lambda: loader.Native(None, "the test wants none"))
     assert head._forest(new) is None
-    assert torch.equal(head.leaves(new), leaves)
     torch.testing.assert_close(head.probability(new), probability, rtol=2**-23, atol=0)
-    torch.testing.assert_close(head._changes(new, leaves), changes, rtol=0, atol=1e-6)
+    torch.testing.assert_close(head._changes(new), changes, rtol=0, atol=1e-6)
+
+
+def test_compiled_encoders_are_pulled_back_through_as_by_tensor_operations(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where hidden units change by next to nothing, and where a step is none."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = {"inner.weight": (8, 20, 30), "inner.bias": (8, 20), "outer.weight": (8, 30, 20), "log_scale": (8, 30)}
+    weights = {name: 0.3 * torch.randn(size, generator=generator) for name, size in sizes.items()}
+    ensemble = Ensemble(weights, [[]] * 8)
+    rows, steps = (torch.randn(4, 80, 30, generator=generator) for _ in range(2))
+    steps[:, ::3] *= 1e-7
+    steps[:, 1] = 0.0
+    found = ensemble.pull_back(rows, steps)
+    monkeypatch.setattr(loader, "native", lambda: loader.Native(None, "the test wants none"))
+    torch.testing.assert_close(ensemble.pull_back(rows, steps), found, rtol=1e-3, atol=1e-4)
+    assert not torch.equal(ensemble.pull_back(rows, steps), found)
 
 
 def test_thresholds_in_float32_compare_as_in_float64() -> None:

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pytest
 import torch
+from mdml_kernels.native import loader
 from sklearn.metrics import roc_auc_score
 from support import OPEN_SETS, open_table
 
@@ -177,11 +178,18 @@ def test_values_are_decoded_to_what_they_were() -> None:
     assert decoded["colour"].to_pylist() == rows["colour"].to_pylist()
 
 
-def test_rows_are_like_a_family_as_near_as_its_own_rows_are() -> None:
+@pytest.mark.parametrize("compiled", [True, False])
+def test_rows_are_like_a_family_as_near_as_its_own_rows_are(compiled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not compiled:
+        monkeypatch.setattr(loader, "native", lambda: loader.Native(None, "the test wants none"))
     known = KnownRows(np.array([[0.0], [1.0], [2.0], [50.0]], dtype=np.float32), np.array(["a", "a", "a", "b"]))
     rows = np.array([[2.5], [3.5], [50.0], [49.0], [2.5]], dtype=np.float32)
     kinds = known.resembled(rows, np.array([9.0, 9.0, 1.0, 1.5, 0.1]))
     assert kinds.tolist() == ["a", "new", "b", "new", "new"]
+    assert (known._search is not None) == compiled
+    positions, distances = known.nearest(rows)
+    assert positions.tolist() == [2, 2, 3, 3, 2]
+    np.testing.assert_allclose(distances, [0.5, 1.5, 0.0, 1.0, 0.5])
     empty = KnownRows(np.empty((0, 1), dtype=np.float32), np.array([], dtype=object))
     assert empty.resembled(rows, np.ones(5)).tolist() == ["new"] * 5
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mdml_kernels import softmax_margin_loss
-from mdml_kernels.native import calls, encoders, episodes, layers, loader, neighbours, rows
+from mdml_kernels.native import calls, encoders, episodes, layers, loader, rows
 
 WIDTHS = st.integers(1, 40)
 
@@ -231,129 +231,6 @@ def test_a_part_of_a_call_holds_its_memory(monkeypatch):
     assert all(reference() is None for reference in held)
 
 
-def exact_distances(x, references, k, families=None, others=None):
-    distances = torch.cdist(x.double(), references.double(), compute_mode="donot_use_mm_for_euclid_dist")
-    if families is not None:
-        distances = distances.masked_fill(families[:, None] == others, torch.inf)
-    nearest = distances.topk(min(k, len(references)), largest=False).values
-    return nearest.where(nearest.isfinite(), torch.nan).nanmean(-1)
-
-
-@settings(deadline=None, max_examples=60)
-@given(
-    n_rows=st.integers(1, 40),
-    n=st.sampled_from([1, 2, 7, 63, 64, 65, 511, 512, 513, 1100]),
-    d=WIDTHS,
-    k=st.integers(1, 6),
-    grouped=st.booleans(),
-    data=st.data(),
-)
-def test_neighbour_distances(n_rows, n, d, k, grouped, data):
-    """On a grid many distances are equal, and some rows are references themselves."""
-    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
-    x, references = (torch.randint(-3, 4, (m, d), generator=generator) / 2 for m in (n_rows, n))
-    families, others = (torch.randint(0, 3, (m,), generator=generator) for m in (n_rows, n))
-    codes = (families, others) if grouped else ()
-    found = neighbours.NeighbourSearch(references).distances(x, k, *codes)
-    expected = exact_distances(x, references, k, *codes)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-6, atol=1e-6, equal_nan=True)
-
-
-@settings(deadline=None, max_examples=40)
-@given(
-    d=st.sampled_from([70, 118, 300]),
-    rank=st.integers(1, 20),
-    noise=st.sampled_from([0.0, 1e-3, 0.1]),
-    far=st.sampled_from([0.0, 10.0, 1e3]),
-    near=st.sampled_from([1e-4, 1.0]),
-    seed=st.integers(0, 99),
-)
-def test_short_coordinates_lose_no_neighbour(d, rank, noise, far, near, seed):
-    """Rows near few dimensions are told apart by them; some lie close together, some are copies, some lie far out."""
-    generator = torch.Generator().manual_seed(seed)
-    inner = torch.randn(30, rank, generator=generator).repeat(30, 1) + near * torch.randn(
-        900, rank, generator=generator
-    )
-    everything = inner @ torch.randn(rank, d, generator=generator) + far
-    everything += near * noise * torch.randn(900, d, generator=generator)
-    x, references = everything[:60], everything[50:].clone()
-    references[::97] *= 50.0
-    search = neighbours.NeighbourSearch(references)
-    assert noise or far or search.width <= 64
-    # A step is rounded as its ends are.
-    torch.testing.assert_close(search.distances(x, 3).double(), exact_distances(x, references, 3), rtol=2e-6, atol=2e-6)
-
-
-def test_short_coordinates_are_taken_where_they_pay():
-    generator = torch.Generator().manual_seed(0)
-    scattered = torch.randn(2000, 200, generator=generator)
-    assert neighbours.NeighbourSearch(scattered).width == 200
-    assert neighbours.NeighbourSearch(scattered * 0.7 ** torch.arange(200)).width == 32
-    spread = scattered * 0.9 ** torch.arange(200)
-    search = neighbours.NeighbourSearch(spread)
-    assert search.width < search._fine.shape[1] < 200
-    x = spread[:50] + 0.01 * torch.randn(50, 200, generator=generator)
-    coarse, fine = search._shortened(x)
-    # The same rows, measured along fewer directions: all of them lie as far from the centre.
-    torch.testing.assert_close(coarse.norm(dim=1), fine.norm(dim=1))
-    torch.testing.assert_close(fine[:, : search.width - 1], coarse[:, :-1], rtol=0, atol=0)
-    torch.testing.assert_close(search.distances(x, 3).double(), exact_distances(x, spread, 3), rtol=1e-6, atol=1e-6)
-
-
-@pytest.mark.parametrize("n", [1, 33, 47, 48, 63, 64, 80, 94, 95, 96])
-@pytest.mark.parametrize("d", [17, 65, 118])
-def test_few_references_have_few_directions(n, d):
-    everything = torch.randn(n + 9, 3, generator=torch.Generator().manual_seed(n)) @ torch.randn(3, d)
-    x, references = everything[n:], everything[:n]
-    search = neighbours.NeighbourSearch(references)
-    assert search.width == d or search.width <= n - 32
-    torch.testing.assert_close(search.distances(x, 2).double(), exact_distances(x, references, 2), rtol=1e-5, atol=1e-5)
-
-
-@pytest.mark.parametrize("d", [4, 70])
-def test_a_row_with_a_nan_has_no_neighbours_and_is_none(d):
-    generator = torch.Generator().manual_seed(0)
-    x, references = torch.randn(3, d, generator=generator), torch.randn(200, d, generator=generator)
-    clean = neighbours.NeighbourSearch(references[1:]).distances(x, 2)
-    references[0, 1] = torch.nan
-    torch.testing.assert_close(neighbours.NeighbourSearch(references).distances(x, 2), clean)
-    x[1, 2] = torch.nan
-    assert neighbours.NeighbourSearch(references).distances(x, 2).isnan().tolist() == [False, True, False]
-
-
-def test_large_rows_and_copies_have_neighbours():
-    generator = torch.Generator().manual_seed(0)
-    references = 1e12 * torch.randn(400, 4, generator=generator) @ torch.randn(4, 70, generator=generator)
-    x = references[:5] + 1e9
-    found = neighbours.NeighbourSearch(references).distances(x, 1)
-    torch.testing.assert_close(found.double(), exact_distances(x, references, 1), rtol=1e-5, atol=0)
-    copies = references[:1].repeat(300, 1)
-    assert neighbours.NeighbourSearch(copies).distances(copies[:2], 2).tolist() == [0, 0]
-
-
-def test_kernels_keep_to_float32_whatever_is_the_default():
-    x, references = torch.randn(9, 40), torch.randn(300, 40)
-    search = neighbours.NeighbourSearch(references)
-    expected = search.distances(x, 2)
-    torch.set_default_dtype(torch.float64)
-    try:
-        again = neighbours.NeighbourSearch(references).distances(x, 2)
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert torch.equal(again, expected)
-
-
-def test_what_no_search_can_be_made_of_is_told():
-    search = neighbours.NeighbourSearch(torch.randn(100, 5))
-    for arguments, message in {
-        (torch.zeros(2, 4), 2): "as wide as the references, got 4 and 5",
-        (torch.zeros(2, 5), 65): "k must be 64 at most",
-        (torch.zeros(2, 5), 2, torch.zeros(2)): "need the reference_families",
-    }.items():
-        with pytest.raises(ValueError, match=message):
-            search.distances(*arguments)
-
-
 @settings(deadline=None, max_examples=60)
 @given(n_views=st.integers(1, 2), n=st.integers(1, 100), d=WIDTHS, h=WIDTHS, data=st.data())
 def test_residual_encoders(n_views, n, d, h, data):
@@ -369,3 +246,23 @@ def test_residual_encoders(n_views, n, d, h, data):
     row = data.draw(st.integers(0, n - 1))
     alone = encoders.residual_encoders(x[:, row : row + 1], inner, bias, outer, log_scale)
     assert torch.equal(found[:, row : row + 1], alone)
+
+
+@settings(deadline=None, max_examples=60)
+@given(n_views=st.integers(1, 2), n=st.integers(1, 100), d=WIDTHS, h=WIDTHS, data=st.data())
+def test_pull_back(n_views, n, d, h, data):
+    """Its product with the step is the squared distance between what the encoders make of both ends."""
+    generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99)))
+    sizes = [(n_views, n, d), (n_views, n, d), (2 * n_views, h, d), (2 * n_views, h), (2 * n_views, d, h)]
+    x, steps, inner, bias, outer = (torch.randn(size, generator=generator) for size in sizes)
+    steps *= torch.rand(sizes[0], generator=generator) < 0.5  # what does not differ adds nothing
+    log_scale = 0.1 * torch.randn(2 * n_views, d, generator=generator)
+    weights = encoders.pull_back(x, steps, inner, bias, outer, log_scale)
+    ends = (encoders.residual_encoders(rows, inner, bias, outer, log_scale) for rows in (x, x - steps))
+    first, second = (end.double() for end in ends)
+    added = (weights.double() * steps.double().repeat(2, 1, 1)).sum(-1)
+    torch.testing.assert_close(added, (first - second).square().sum(-1), rtol=1e-3, atol=1e-3)
+    row = data.draw(st.integers(0, n - 1))
+    here = slice(row, row + 1)
+    alone = encoders.pull_back(x[:, here], steps[:, here], inner, bias, outer, log_scale)
+    assert torch.equal(weights[:, here], alone)

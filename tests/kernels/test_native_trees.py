@@ -55,6 +55,14 @@ def walked(rows, feature, threshold, left, right, roots):
     return torch.tensor(places).view(len(rows), len(roots)), steps
 
 
+def leaves(rows, packed):
+    """The leaves [N, trees]: each tree's mean alone of the places of the nodes."""
+    places = torch.arange(len(packed.nodes), dtype=torch.float32)
+    return torch.stack(
+        [trees.means(rows, packed._replace(roots=own), places) for own in packed.roots.split(1)], 1
+    ).long()
+
+
 @settings(deadline=None, max_examples=60)
 @given(shapes=st.lists(SHAPES | CHAINS, min_size=1, max_size=4), n=st.integers(1, 9), seed=st.integers(0, 99))
 def test_a_row_falls_into_the_leaves_of_a_plain_walk(shapes, n, seed):
@@ -63,7 +71,7 @@ def test_a_row_falls_into_the_leaves_of_a_plain_walk(shapes, n, seed):
     rows = torch.as_tensor(rng.choice(VALUES, (n, N_FEATURES)))
     packed, values = trees.packed(*forest), torch.as_tensor(rng.random(len(forest[0]), dtype=np.float32))
     expected, steps = walked(rows, *forest)
-    assert torch.equal(trees.leaves(rows, packed), expected)
+    assert torch.equal(leaves(rows, packed), expected)
     total = sum(values[own].double() for own in expected.T)
     assert torch.equal(trees.means(rows, packed, values), (total / len(shapes)).float())
     changes = torch.zeros(n, N_FEATURES, dtype=torch.float64)
@@ -80,14 +88,14 @@ def test_blocks_threads_and_strides_change_no_bit():
     before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        leaves, means = trees.leaves(rows, packed), trees.means(rows, packed, values)
+        arrived, means = leaves(rows, packed), trees.means(rows, packed, values)
     finally:
         torch.set_num_threads(before)
     few = [0, 1, 255, 256, 257, 2999, 3000, 3001, 6000, 8999]
-    assert torch.equal(leaves[few], walked(rows[few], *forest)[0])
-    assert torch.equal(leaves, torch.cat([trees.leaves(part, packed) for part in rows.split(777)]))
+    assert torch.equal(arrived[few], walked(rows[few], *forest)[0])
+    assert torch.equal(arrived, torch.cat([leaves(part, packed) for part in rows.split(777)]))
     assert torch.equal(means, torch.cat([trees.means(part, packed, values) for part in rows.split(777)]))
-    assert trees.leaves(rows[:0], packed).shape == (0, 3)
+    assert trees.means(rows[:0], packed, values).shape == (0,)
 
 
 def test_only_what_fits_is_packed():
@@ -117,12 +125,12 @@ def test_subtrees_of_any_size_that_fits():
         packed = trees.packed(*forest)
         assert (packed is not None) == fits
         if fits:
-            assert trees.leaves(torch.tensor([[0.0], [1.0]]), packed).tolist() == [[1], [n_nodes - 1]]
+            assert leaves(torch.tensor([[0.0], [1.0]]), packed).tolist() == [[1], [n_nodes - 1]]
 
 
 def test_rows_without_all_features_are_told():
     packed = trees.packed(*table([(None, None)] * 20, np.random.default_rng(0)))
     with pytest.raises(IndexError, match="4 features, the trees ask for 5"):
-        trees.leaves(torch.zeros(3, 4), packed)
+        trees.means(torch.zeros(3, 4), packed, torch.zeros(len(packed.nodes)))
     with pytest.raises(IndexError, match="1 values for"):
         trees.means(torch.zeros(3, 5), packed, torch.zeros(1))

@@ -31,7 +31,8 @@ struct Gathering {
     const std::vector<float> direction = spread(begin, end);
     for (int64_t i = begin; i < end; ++i) along[order[i]] = dot(row(i), direction.data(), stride);
     const int64_t cut = begin + std::max<int64_t>(1, n / W / 2) * W;
-    std::nth_element(order + begin, order + cut, order + end, [this](int64_t a, int64_t b) { return along[a] < along[b]; });
+    const auto before = [this](int64_t a, int64_t b) { return along[a] < along[b]; };
+    std::nth_element(order + begin, order + cut, order + end, before);
     gather(begin, cut);
     gather(cut, end);
   }
@@ -90,7 +91,8 @@ void mdml_balls(int64_t begin, int64_t end, int64_t n, int64_t c, const float* r
   for (int64_t b = begin; b < end; ++b) {
     const int64_t m = std::min<int64_t>(W, n - b * W);
     for (int64_t i = 0; i < W; ++i) as_kept(rows + (b * W + std::min(i, m - 1)) * c, c, own + i * c);
-    memcpy(columns + b * Coarse::depth(c) * W, Coarse::turned(own, W, c, turned), Coarse::depth(c) * W * sizeof(*columns));
+    const int64_t n_entries = Coarse::depth(c) * W;
+    memcpy(columns + b * n_entries, Coarse::turned(own, W, c, turned), n_entries * sizeof(*columns));
     for (int64_t j = 0; j < c; ++j) {
       step[j] = 0.0f;
       for (int64_t i = 0; i < W; ++i) step[j] += own[i * c + j] / W;

@@ -1,4 +1,4 @@
-"""Residual encoders by the compiled kernels: no matrix of float64 is ever in memory."""
+"""Residual encoders by the compiled kernels: no matrix of float64, nor of hidden units, is ever in memory."""
 
 from __future__ import annotations
 
@@ -23,5 +23,23 @@ def residual_encoders(rows: Tensor, inner: Tensor, bias: Tensor, outer: Tensor, 
     call(
         *("mdml_residual_encoders", rows.shape[1], 2 * inner.numel(), _LEAST_PRODUCTS, *rows.shape, *inner.shape[:2]),
         *(whole(rows), whole(inner), whole(bias), whole(outer), whole(log_scale), out),
+    )
+    return out
+
+
+def pull_back(rows: Tensor, steps: Tensor, inner: Tensor, bias: Tensor, outer: Tensor, log_scale: Tensor) -> Tensor:
+    """What the coordinates of steps s [V, N, d], to rows x [V, N, d], add to |z(x) - z(x - s)|² [D, N, d].
+
+    Their product with s; see `mdml_fast.meta.ensemble.Ensemble.pull_back`. Encoders are as in `residual_encoders`. All
+    in float32 on a CPU; no graph.
+    """
+    if rows.shape != steps.shape or rows.shape[2] != inner.shape[2]:
+        raise ValueError(
+            f"rows and steps must have the {inner.shape[2]} features, got {list(rows.shape)} and {list(steps.shape)}"
+        )
+    out = rows.new_empty(len(inner), *rows.shape[1:])
+    call(
+        *("mdml_pull_back", rows.shape[1], 5 * inner.numel(), _LEAST_PRODUCTS, *rows.shape, *inner.shape[:2]),
+        *(whole(rows), whole(steps), whole(inner), whole(bias), whole(outer), whole(log_scale), out),
     )
     return out

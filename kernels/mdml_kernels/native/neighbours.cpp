@@ -89,6 +89,7 @@ class Block {
       square[i] = dot(kept + i * of.c, kept + i * of.c, of.c) * (1.0f - of.left_out);
       update_reach(i);
     }
+    std::fill(reach + n, reach + BLOCK, std::nanf(""));
   }
 
   // Let the rows meet all balls that may hold one of their nearest references.
@@ -117,11 +118,11 @@ class Block {
   const int64_t first, n, depth;
   const Coarse::Entry* entries;  // coarse coordinates as they are kept [n, depth]
   float square[BLOCK] = {};      // of their lengths
-  float reach[BLOCK];            // no reference whose coarse coordinates are farther away is among the nearest
+  float reach[BLOCK];            // what is farther away in coarse coordinates is not among the nearest; NaN: nothing is
   Nearest nearest[BLOCK];
 
   void update_reach(int64_t i) {
-    // A limit below zero gives a NaN, which no ball is near enough for.
+    // A limit below zero gives a NaN.
     reach[i] = std::sqrt(nearest[i].limit) * (1.0f + EPSILON) + (ROUNDED + of.left_out) * std::sqrt(square[i]);
   }
 
@@ -150,7 +151,6 @@ class Block {
         apart[which[lane] * BLOCK + who] = INFINITE;
       }
     }
-    std::fill(reach + n, reach + padded(n), std::nanf(""));
   }
 
   // Let some rows, TILE_ROWS at most, meet the references in a ball.
@@ -185,7 +185,7 @@ class Block {
   // Let a row meet those references in a ball that are near by their coarse coordinates.
   __attribute__((noinline)) void measure(int64_t i, int64_t ball, uint32_t near, Floats apart, Floats squares) {
     // The first to be met are the nearest, so that the others may be too far away.
-    for (; near && nearest[i].n < of.k; ) {
+    while (near && nearest[i].n < of.k) {
       const int lane = __builtin_ctz(~where_less(reduce(apart, lesser), apart));
       meet(i, ball, lane, apart[lane], squares[lane]);
       apart[lane] = INFINITE, near &= ~(1u << lane);

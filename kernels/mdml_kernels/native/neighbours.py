@@ -19,10 +19,10 @@ _BALL = 16
 _LONG = 1e37
 # Numbers of short coordinates to choose from. Fewer would let through what takes longer than products of these.
 _WIDTHS = (32, 64)
-# Main directions are learned from so many references, in random order, and judged by rows held against others.
+# Main directions are learned from so many references, and judged by rows held against others.
 _SAMPLE, _JUDGED = 1024, 32
 # One pair of rows costs as much, for each of its coordinates, as so many do in a product.
-_ONE_PAIR = 100
+_ONE_PAIR = 50
 # Fewer products than this are not worth a thread of their own.
 _LEAST_PRODUCTS = 1 << 20
 # Rows at once, so that memory does not grow with their number.
@@ -39,27 +39,25 @@ class NeighbourSearch:
     out, finer ones most of what is left, one by one. Only then anything is measured, with squared distances summed in
     float64, so the nearest found are the nearest there are.
 
-    Args:
-        references: in random order.
-
     Attributes:
         width: how many coarse coordinates are compared.
     """
 
     def __init__(self, references: Tensor) -> None:
-        sample = references[: _SAMPLE + _JUDGED]
+        chosen = torch.randperm(len(references), generator=torch.Generator().manual_seed(0))[: _SAMPLE + _JUDGED]
+        sample = references[chosen]
         sample = sample[sample.isfinite().all(1)]
         self._n_features, self._centre = references.shape[1], sample.mean(0)
         self._directions, self.width = _directions(sample, self._centre)
         coarse, fine = self._shortened(references.contiguous())
         # What can't be measured is nobody's neighbour.
         finite = (coarse.square().sum(1) < _LONG).nonzero().squeeze(1)
-        self._order = finite[_gathered(coarse[finite])]
-        self._references = references[self._order]
-        self._fine = None if fine is None else fine[self._order]
+        self._order = finite[_gathered(coarse.index_select(0, finite))]
+        self._references = references.index_select(0, self._order)
+        self._fine = None if fine is None else fine.index_select(0, self._order)
         widest = max(coarse.shape[1], 0 if fine is None else fine.shape[1]) + self._n_features
         self._left_out = c_float(widest * torch.finfo(torch.float32).eps)
-        self._balls = _balls(coarse[self._order], self._left_out)
+        self._balls = _balls(coarse.index_select(0, self._order), self._left_out)
 
     def distances(
         self, rows: Tensor, k: int, families: Tensor | None = None, reference_families: Tensor | None = None

@@ -7,6 +7,7 @@ namespace {
 
 constexpr int64_t BLOCK = 256;  // rows that share a tree's nodes while these are in the cache
 constexpr int LEVELS = 5;       // between two looks at who has arrived
+constexpr int64_t SIDE_BY_SIDE = 8;    // rows whose changes are noted together
 
 // Its left child is the next node, its right one `right` nodes away. A leaf has 0 there, and a NaN as threshold.
 struct Node {
@@ -52,10 +53,10 @@ struct Walkers {
 
 extern "C" {
 
-// Of rows [N, d] from `begin` to `end`: leaves [N, trees], the places of the nodes they arrive at in all trees, whose
-// roots are at roots [trees]; and means [N] of these nodes' values. Either may be null.
-void mdml_trees(int64_t begin, int64_t end, int64_t n_trees, int64_t d, const Node* nodes, const int64_t* roots,
-                const float* values, const float* rows, int64_t* leaves, float* means) {
+// means [N], of rows [N, d] from `begin` to `end`: of the values of the leaves they arrive at in all trees, whose roots
+// are at roots [trees].
+void mdml_tree_means(int64_t begin, int64_t end, int64_t n_trees, int64_t d, const Node* nodes, const int64_t* roots,
+                     const float* values, const float* rows, float* means) {
   Walkers walkers;
   const Node* arrived[BLOCK];
   for (int64_t first = begin; first < end; first += BLOCK) {
@@ -66,13 +67,9 @@ void mdml_trees(int64_t begin, int64_t end, int64_t n_trees, int64_t d, const No
         walkers.at[i] = nodes + roots[t], walkers.row[i] = rows + (first + i) * d, walkers.place[i] = i;
       for (walkers.n = height; walkers.n; walkers.note(arrived))
         for (int level = 0; level < LEVELS; ++level) walkers.descend();
-      if (leaves)
-        for (int64_t i = 0; i < height; ++i) leaves[(first + i) * n_trees + t] = arrived[i] - nodes;
-      if (means)
-        for (int64_t i = 0; i < height; ++i) totals[i] += values[arrived[i] - nodes];
+      for (int64_t i = 0; i < height; ++i) totals[i] += values[arrived[i] - nodes];
     }
-    if (means)
-      for (int64_t i = 0; i < height; ++i) means[first + i] = static_cast<float>(totals[i] / n_trees);
+    for (int64_t i = 0; i < height; ++i) means[first + i] = static_cast<float>(totals[i] / n_trees);
   }
 }
 
@@ -80,14 +77,21 @@ void mdml_trees(int64_t begin, int64_t end, int64_t n_trees, int64_t d, const No
 // feature and averaged over the trees.
 void mdml_tree_changes(int64_t begin, int64_t end, int64_t n_trees, int64_t d, const Node* nodes, const int64_t* roots,
                        const float* values, const float* rows, float* out) {
-  for (int64_t i = begin; i < end; ++i) {
-    const float* row = rows + i * d;
-    float* changes = out + i * d;
-    for (int64_t t = 0; t < n_trees; ++t)
-      for (const Node *at = nodes + roots[t], *next; at->right; at = next) {
-        next = at->next(row);
-        changes[at->feature] += (values[next - nodes] - values[at - nodes]) / n_trees;
+  for (int64_t first = begin; first < end; first += SIDE_BY_SIDE) {
+    const int64_t n = std::min(SIDE_BY_SIDE, end - first);
+    for (int64_t t = 0; t < n_trees; ++t) {
+      const Node* at[SIDE_BY_SIDE];
+      std::fill(at, at + n, nodes + roots[t]);
+      for (bool walking = true; walking;) {
+        walking = false;
+        for (int64_t i = 0; i < n; ++i) {  // who has arrived stays, and changes by nothing
+          const Node* next = at[i]->next(rows + (first + i) * d);
+          out[(first + i) * d + at[i]->feature] += (values[next - nodes] - values[at[i] - nodes]) / n_trees;
+          at[i] = next;
+          walking |= next->right != 0;
+        }
       }
+    }
   }
 }
 

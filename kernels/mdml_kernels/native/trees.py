@@ -1,4 +1,4 @@
-"""Decision trees by the compiled kernels: where rows arrive, the means of the values there, and the changes on the way.
+"""Decision trees by the compiled kernels: the means of the values where rows arrive, and the changes on the way.
 
 A row goes left where its value is up to the threshold, so with a NaN it goes right. Rows are float32 [N, d] on a CPU.
 """
@@ -45,17 +45,10 @@ def packed(feature: Tensor, threshold: Tensor, left: Tensor, right: Tensor, root
     return Forest(torch.cat(parts, 1), roots.long().contiguous(), 1 + int(feature.max()))
 
 
-def leaves(rows: Tensor, forest: Forest) -> Tensor:
-    """The place of the leaf [N, trees] that each row falls into, tree by tree."""
-    out = rows.new_empty(len(rows), len(forest.roots), dtype=torch.int64)
-    _walk("mdml_trees", rows, forest, None, out, None)
-    return out
-
-
 def means(rows: Tensor, forest: Forest, values: Tensor) -> Tensor:
     """The mean over the trees [N] of the leaves' values, float32 [n]: summed in float64, tree after tree."""
     out = rows.new_empty(len(rows))
-    _walk("mdml_trees", rows, forest, values, None, out)
+    _walk("mdml_tree_means", rows, forest, values, out)
     return out
 
 
@@ -66,13 +59,13 @@ def changes(rows: Tensor, forest: Forest, values: Tensor) -> Tensor:
     return out
 
 
-def _walk(kernel: str, rows: Tensor, forest: Forest, values: Tensor | None, *out: Tensor | None) -> None:
+def _walk(kernel: str, rows: Tensor, forest: Forest, values: Tensor, out: Tensor) -> None:
     if rows.shape[1] < forest.n_features:
         raise IndexError(f"rows have {rows.shape[1]} features, the trees ask for {forest.n_features}")
-    if values is not None and len(values) != len(forest.nodes):
+    if len(values) != len(forest.nodes):
         raise IndexError(f"{len(values)} values for {len(forest.nodes)} nodes")
     sizes = (len(forest.roots), rows.shape[1])
     call(
         *(kernel, len(rows), sizes[0], _LEAST_WALKS, *sizes),
-        *(forest.nodes, forest.roots, whole(values), whole(rows), *out),
+        *(forest.nodes, forest.roots, whole(values), whole(rows), out),
     )
