@@ -32,6 +32,7 @@ CSV_BLOCK_BYTES = 2**22
 PARQUET_BUFFER_BYTES = 2**18
 # An Arrow file begins with these (and two more bytes), an Arrow stream with those.
 ARROW_FILE, ARROW_STREAM = b"ARROW1", b"\xff\xff\xff\xff"
+PARQUET, GZIP = b"PAR1", b"\x1f\x8b"
 
 Wanted = Mapping[str, pa.DataType | None] | None
 """The columns to read, those of them that there are; with a type, what a text format shall be read as. None is all."""
@@ -177,6 +178,10 @@ def _standard_input(wanted: Wanted) -> _Found:
         reader = pa.ipc.open_stream(raw if start.startswith(ARROW_FILE) else _rejoined(start, raw))
         names = reader.schema.names
         return _Found(names, (batch.select(_chosen(names, wanted)) for batch in reader), lambda _: None)
+    if start.startswith(PARQUET):
+        raise InputError("standard input is Parquet, which is read from its end: name the file instead")
+    if start.startswith(GZIP):
+        raw, start = gzip.GzipFile(fileobj=_rejoined(start, raw)), b""
     return _csv(raw, wanted, "standard input", lambda _: None, start)
 
 

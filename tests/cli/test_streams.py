@@ -129,7 +129,7 @@ def test_quiet_says_nothing_and_plain_lines_say_how_fast(
     assert "alarms in 9000 rows" in quiet.out
     assert run(arguments) == 0
     first, last = capsys.readouterr().err.splitlines()
-    assert first == "scoring: 1,024 of 9,000 rows"
+    assert first == "scoring: 4,096 of 9,000 rows"
     assert last.startswith("scoring: 9,000 of 9,000 rows, ")
     assert last.endswith(" rows/s")
 

@@ -56,19 +56,28 @@ def test_an_npz_is_read_in_pieces(tmp_path: Path) -> None:
     assert [piece.num_rows for piece in read(tmp_path / "t.npz", 6, {"x0": None})] == [6, 4]
 
 
-@pytest.mark.parametrize("kind", ["stream", "file", "csv"])
+@pytest.mark.parametrize("kind", ["stream", "file", "csv", "csv.gz"])
 def test_standard_input_is_told_by_its_first_bytes(monkeypatch: pytest.MonkeyPatch, kind: str) -> None:
     sink = io.BytesIO()
-    if kind == "csv":
+    if kind.startswith("csv"):
         pa_csv.write_csv(TABLE, sink)
     else:
         with {"stream": pa.ipc.new_stream, "file": pa.ipc.new_file}[kind](sink, TABLE.schema) as writer:
             writer.write_table(TABLE)
-    monkeypatch.setattr(sys, "stdin", Standard(sink.getvalue()))
+    data = sink.getvalue()
+    monkeypatch.setattr(sys, "stdin", Standard(gzip.compress(data) if kind.endswith("gz") else data))
     with open_table(STANDARD, WANTED, 300) as table:
-        assert table.is_text == (kind == "csv")
+        assert table.is_text == kind.startswith("csv")
         assert table.rows_in_all(300) is None
         assert pa.concat_tables(table.batches).equals(TABLE.select(["id", "x", "kind"]))
+
+
+def test_parquet_is_not_read_as_it_comes(monkeypatch: pytest.MonkeyPatch) -> None:
+    sink = io.BytesIO()
+    pa_parquet.write_table(TABLE, sink)
+    monkeypatch.setattr(sys, "stdin", Standard(sink.getvalue()))
+    with pytest.raises(InputError, match=r"^standard input is Parquet, .*: name the file instead$"):
+        open_table(STANDARD, WANTED, 300).__enter__()
 
 
 @pytest.mark.parametrize("text", [True, False])
