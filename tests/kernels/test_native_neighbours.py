@@ -8,7 +8,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from mdml_kernels.native import loader
+from mdml_kernels.native import loader, neighbours
 from mdml_kernels.native.neighbours import NeighbourSearch
 
 WIDTHS = st.integers(1, 40)
@@ -159,6 +159,28 @@ def test_the_order_of_references_changes_no_bit(d):
     own = search.distances(x, 5, families, others)
     assert torch.equal(own, another.distances(x, 5, families, others[order]))
     torch.testing.assert_close(own.double(), exact_distances(x, references, 5, families, others), rtol=1e-5, atol=1e-5)
+
+
+def test_blocks_of_rows_change_nothing(monkeypatch):
+    everything = clusters(400, 20)
+    x, references = everything[:100], everything[100:]
+    families, others = torch.arange(100) % 7, torch.arange(300) % 7
+    search = NeighbourSearch(references)
+    apart, nearest = search.distances(x, 3, families, others), search.nearest(x)
+    monkeypatch.setattr(neighbours, "_ROWS", 33)
+    assert torch.equal(search.distances(x, 3, families, others), apart)
+    assert all(map(torch.equal, search.nearest(x), nearest))
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_ball_is_not_passed_by_for_what_rounding_adds(sign):
+    """Half way between two numbers of bfloat16: the nearest is rounded away from the row, what is farther to it."""
+    middle, ulp = 1.0 + 2.0**-8, 2.0**-23
+    x = torch.tensor([[sign * (middle + ulp)]])
+    nearest, others = torch.full((16, 1), sign * (middle - ulp)), torch.full((16, 1), sign * (middle + 0.002))
+    which, distance = NeighbourSearch(torch.cat([others, nearest])).nearest(x)
+    assert which >= 16
+    assert distance == 2 * ulp
 
 
 @settings(deadline=None, max_examples=40)
