@@ -50,7 +50,10 @@ class KnownRows:
         return KnownRows(np.concatenate([self.rows, own.rows]), np.concatenate([self.names, own.names]))
 
     def nearest(self, rows: Rows) -> tuple[Positions, Floats]:
-        """The position of the known row nearest to each row [N, d], and its distance, both [N]; inf without any."""
+        """The position of the known row nearest to each row [N, d], and its distance, both [N].
+
+        Where nothing can be measured, or there is none, any position, and inf.
+        """
         if not len(self.rows):
             return np.zeros(len(rows), dtype=np.intp), np.full(len(rows), np.inf)
         if self._search:
@@ -63,7 +66,8 @@ class KnownRows:
             for block in torch.split(torch.as_tensor(rows), step)
         ]
         positions: Positions = torch.cat(found).numpy()
-        return positions, np.linalg.norm(rows - self.rows[positions], axis=1).astype(np.float64)
+        with np.errstate(over="ignore"):
+            return positions, np.linalg.norm(rows - self.rows[positions], axis=1).astype(np.float64)
 
     def resembled(self, rows: Rows, distance_to_normals: Floats) -> Names:
         """The family that each row [N, d] is like [N], or ``new``.

@@ -28,7 +28,7 @@ class References:
     """What rows are compared with in each of D embeddings.
 
     Args:
-        embedded: float [D, n, d], in random order.
+        embedded: float [D, n, d].
     """
 
     def __init__(self, embedded: Tensor) -> None:

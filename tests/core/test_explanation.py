@@ -190,6 +190,9 @@ def test_rows_are_like_a_family_as_near_as_its_own_rows_are(compiled: bool, monk
     positions, distances = known.nearest(rows)
     assert positions.tolist() == [2, 2, 3, 3, 2]
     np.testing.assert_allclose(distances, [0.5, 1.5, 0.0, 1.0, 0.5])
+    positions, distances = known.nearest(np.array([[1e30]], dtype=np.float32))
+    assert positions[0] in range(4)
+    assert np.isinf(distances[0])
     empty = KnownRows(np.empty((0, 1), dtype=np.float32), np.array([], dtype=object))
     assert empty.resembled(rows, np.ones(5)).tolist() == ["new"] * 5
 

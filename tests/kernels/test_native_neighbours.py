@@ -139,9 +139,13 @@ def test_kernels_keep_to_float32_whatever_is_the_default():
 def test_what_no_search_can_be_made_of_is_told():
     search = NeighbourSearch(torch.randn(100, 5))
     for arguments, message in {
-        (torch.zeros(2, 4), 2): "as wide as the references, got 4 and 5",
-        (torch.zeros(2, 5), 65): "k must be 64 at most",
+        (torch.zeros(2, 4), 2): r"as wide as the references, 5, got \[2, 4\]",
+        (torch.zeros(5), 2): r"as wide as the references, 5, got \[5\]",
+        (torch.zeros(2, 5, dtype=torch.float64), 2): "must be float32, got torch.float64",
+        (torch.zeros(2, 5), 65): "k must be 1 at least and 64 at most, got 65",
+        (torch.zeros(2, 5), 0): "k must be 1 at least",
         (torch.zeros(2, 5), 2, torch.zeros(2)): "need the reference_families",
+        (torch.zeros(2, 5), 2, torch.zeros(1), torch.zeros(100)): "2 rows need as many families, got 1",
     }.items():
         with pytest.raises(ValueError, match=message):
             search.distances(*arguments)
@@ -207,19 +211,58 @@ def test_nothing_is_nearest_where_nothing_can_be_measured():
         assert search.distances(x, 2).isnan().all()
 
 
+@pytest.mark.parametrize("power", [-15, -20, 12])
+def test_rows_of_any_size_have_neighbours(power):
+    """Products of bfloat16 take the smallest numbers for nothing."""
+    everything = 10.0**power * clusters(600, 40)
+    x, references = everything[:60], everything[60:]
+    apart = (x.unsqueeze(1).double() - references.double()).square().sum(-1).sqrt()
+    found = NeighbourSearch(references).distances(x, 3) if power > -19 else NeighbourSearch(references).nearest(x)[1]
+    expected = apart.topk(3, largest=False).values.mean(1) if power > -19 else apart.amin(1)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5 if power > -19 else 0.1, atol=0)
+
+
+@pytest.mark.parametrize("d", [10, 30, 70])
+def test_far_from_the_origin_nothing_more_is_measured(d):
+    """What rounding adds is a share of how far rows are from the references' centre."""
+    everything = clusters(4000, d)
+    search, far = NeighbourSearch(everything), NeighbourSearch(everything + 1e4)
+    torch.testing.assert_close(far._balls[0][:, 2].mean(), search._balls[0][:, 2].mean(), rtol=0.05, atol=0)
+    x = everything[:50] + 1e4
+    expected = exact_distances(x, everything + 1e4, 2)
+    torch.testing.assert_close(far.distances(x, 2).double(), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("d", [20, 70])
+def test_a_reference_that_is_far_too_large_hides_no_other(d):
+    everything = clusters(400, d)
+    x, references = everything[:50], everything[50:].clone()
+    clean = NeighbourSearch(references[1:]).distances(x, 2)
+    references[0] = 1e30
+    assert torch.equal(NeighbourSearch(references).distances(x, 2), clean)
+
+
 @pytest.mark.skipif(platform.machine() != "x86_64", reason="another processor of this family")
 def test_a_processor_with_less_finds_the_same(tmp_path):
     """No bfloat16 and half as wide vectors: other products, and the same bits."""
-    x, references = clusters(500, 90), clusters(3000, 90)[500:]
+    generator = torch.Generator().manual_seed(0)
+    cases = [clusters(3500, 90)]
+    for d in (5, 90):  # two places, and about each of them rows that are a few units in the last place apart
+        place = 1 + torch.rand(1, d, generator=generator)
+        step = torch.randint(-6, 7, (3500, d), generator=generator) * 2.0**-23
+        cases.append((place + step) * (2 * torch.randint(2, (3500, 1), generator=generator) - 1))
     paths = [tmp_path / name for name in ("given.pt", "found.pt")]
-    torch.save((x, references), paths[0])
+    torch.save(cases, paths[0])
     code = (
         "import sys, torch; from mdml_kernels.native import loader, neighbours\n"
         "loader._FLAGS = tuple(flag.replace('native', 'x86-64-v3') for flag in loader._FLAGS)\n"
         "assert loader.native().kernels is not None and not loader.multiplies_bfloat16()\n"
-        "x, references = torch.load(sys.argv[1])\n"
-        "torch.save(neighbours.NeighbourSearch(references).distances(x, 2), sys.argv[2])"
+        "search = neighbours.NeighbourSearch\n"
+        "torch.save([search(case[500:]).distances(case[:500], 2) for case in torch.load(sys.argv[1])], sys.argv[2])"
     )
     subprocess.run([sys.executable, "-c", code, *map(str, paths)], check=True)
     assert loader.native().kernels is not None, loader.native().reason
-    assert torch.equal(torch.load(paths[1]), NeighbourSearch(references).distances(x, 2))
+    for case, found in zip(cases, torch.load(paths[1]), strict=True):
+        assert torch.equal(found, NeighbourSearch(case[500:]).distances(case[:500], 2))
+        exact = exact_distances(case[:500], case[500:], 2)
+        torch.testing.assert_close(found.double(), exact, rtol=1e-6, atol=0)

@@ -73,7 +73,7 @@ extern "C" {
 
 // order [n], whole numbers from 0 to n - 1: rows [n, c] such that each W of them that follow one another are close.
 void mdml_gather(int64_t, int64_t, int64_t n, int64_t c, const float* rows, int64_t* order) {
-  static thread_local Buffer<float> buffer;
+  Buffer<float> buffer;
   std::vector<float> along(n);
   std::iota(order, order + n, 0);
   Gathering{Singles::stacked(rows, n, c, buffer), padded(c), order, along.data()}.gather(0, n);
@@ -86,6 +86,8 @@ void mdml_balls(int64_t begin, int64_t end, int64_t n, int64_t c, const float* r
                 float* squares, Coarse::Stored* centres, Ball* balls, float left_out) {
   static thread_local Buffer<float> taken;
   static thread_local Buffer<Coarse::Entry> turned, narrow;
+  // Products of bfloat16 take what is smaller than a normal number for nothing.
+  const float lost = 4.0f * static_cast<float>(c) * std::numeric_limits<float>::min();
   float* own = taken.take((W + 2) * c);
   float *centre = own + W * c, *step = centre + c;
   for (int64_t b = begin; b < end; ++b) {
@@ -104,9 +106,9 @@ void mdml_balls(int64_t begin, int64_t end, int64_t n, int64_t c, const float* r
       const float square = dot(own + i * c, own + i * c, c);
       for (int64_t j = 0; j < c; ++j) step[j] = own[i * c + j] - centre[j];
       longest = std::max(longest, square), widest = std::max(widest, dot(step, step, c));
-      squares[b * W + i] = i < m ? square * (1.0f - left_out) : INFINITE;
+      squares[b * W + i] = i < m ? square * (1.0f - left_out) - lost : INFINITE;
     }
-    balls[b] = {dot(centre, centre, c) * (1.0f - left_out), std::sqrt(widest) * (1.0f + left_out),
+    balls[b] = {dot(centre, centre, c) * (1.0f - left_out) - lost, std::sqrt(widest) * (1.0f + left_out),
                 std::sqrt(longest) * (ROUNDED + left_out)};
   }
 }

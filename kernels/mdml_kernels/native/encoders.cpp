@@ -7,7 +7,7 @@
 namespace mdml {
 namespace {
 
-constexpr int64_t ROWS = 48;       // at once: they and their hidden units stay in the cache
+constexpr int64_t ROWS = 48;        // at once: they and their hidden units stay in the cache
 constexpr float NO_CHANGE = 1e-6f;  // a hidden unit that changes less has no slope of its own
 
 }  // namespace

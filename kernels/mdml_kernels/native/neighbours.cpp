@@ -1,7 +1,6 @@
-// Mean distances of rows to their nearest references: balls that are too far away are passed by, products of short
+// Mean distances of rows to their nearest references, and which the nearest is: balls that are too far away are passed by, products of short
 // coordinates rule out most of what is in the others, and the last few are measured.
 #include <cmath>
-#include <vector>
 
 #include "balls.h"
 #include "wide.h"
@@ -118,7 +117,7 @@ class Block {
   const int64_t first, n, depth;
   const Coarse::Entry* entries;  // coarse coordinates as they are kept [n, depth]
   float square[BLOCK] = {};      // of their lengths
-  float reach[BLOCK];            // what is farther away in coarse coordinates is not among the nearest; NaN: nothing is
+  float reach[BLOCK];            // what is farther away in coarse coordinates is not among the nearest; NaN: nothing more is
   Nearest nearest[BLOCK];
 
   void update_reach(int64_t i) {
@@ -217,8 +216,8 @@ extern "C" {
 // there is none; which [N] (null: not asked for): the place of the nearest, -1 where there is none.
 // Balls, centres, columns and squares are as mdml_balls makes them of the coarse coordinates of the references, which
 // have to be in their order; nothing is farther apart in coarse coordinates, nor in the fine ones of rows [N, f] and
-// references [n, f] (null: none), than it is, but for rounding: the share left_out of their lengths, and the same share
-// of their squares, covers it. Families [N] and [n] (null: none): a row is not compared with its own.
+// references [n, f] (null: none), than it is, but for rounding. The share left_out, a float32's epsilon for each feature
+// and coordinate, covers it: of lengths for how coordinates came about, of squares for how they are summed. Families [N] and [n] (null: none): a row is not compared with its own.
 void mdml_neighbour_distances(int64_t begin, int64_t end, int64_t n_balls, int64_t d, int64_t c, int64_t f, int64_t k,
                               const Ball* balls, const Coarse::Entry* centres, const Coarse::Entry* columns,
                               const float* squares, const float* fine_references, const float* references,

@@ -1,4 +1,4 @@
-"""Mean distances to the nearest references by the compiled kernels: no matrix of distances is ever in memory."""
+"""Mean distances to the nearest references by the compiled kernels: no matrix of all distances is ever in memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,8 @@ _LONG = 1e37
 _WIDTHS = (32, 64)
 # Main directions are learned from so many references, and judged by rows held against others.
 _SAMPLE, _JUDGED = 1024, 32
-# One pair of rows costs as much, for each of its coordinates, as so many do in a product.
+# One pair of rows costs as much, for each of its coordinates, as so many do in a product. (Balls save products, how
+# many is not known yet; so widths are chosen as if there were none.)
 _ONE_PAIR = 50
 # Fewer products than this are not worth a thread of their own.
 _LEAST_PRODUCTS = 1 << 20
@@ -37,7 +38,8 @@ class NeighbourSearch:
     algorithm based on a principal axis search tree", 2001). References that are close together in a few coarse ones
     share a ball, and whole balls are too far away. In the others a product of coarse coordinates rules most references
     out, finer ones most of what is left, one by one. Only then anything is measured, with squared distances summed in
-    float64, so the nearest found are the nearest there are.
+    float64, so the nearest found are the nearest there are. References whose squared length is 1e37 or more, or no
+    number, are nobody's neighbours.
 
     Attributes:
         width: how many coarse coordinates are compared.
@@ -46,8 +48,9 @@ class NeighbourSearch:
     def __init__(self, references: Tensor) -> None:
         chosen = torch.randperm(len(references), generator=torch.Generator().manual_seed(0))[: _SAMPLE + _JUDGED]
         sample = references[chosen]
-        sample = sample[sample.isfinite().all(1)]
-        self._n_features, self._centre = references.shape[1], sample.mean(0)
+        sample = sample[sample.square().sum(1) < _LONG]
+        self._n_features = references.shape[1]
+        self._centre = sample.mean(0) if len(sample) else references.new_zeros(self._n_features)
         self._directions, self.width = _directions(sample, self._centre)
         coarse, fine = self._shortened(references.contiguous())
         # What can't be measured is nobody's neighbour.
@@ -68,12 +71,14 @@ class NeighbourSearch:
         all).
 
         Raises:
-            ValueError: k is larger, rows are not as wide as the references, or only the rows have families.
+            ValueError: k is larger, rows are not float32 or not as wide as the references, or families are missing.
         """
-        if k > MOST:
-            raise ValueError(f"k must be {MOST} at most, got {k}")
+        if not 1 <= k <= MOST:
+            raise ValueError(f"k must be 1 at least and {MOST} at most, got {k}")
         if families is not None and reference_families is None:
             raise ValueError("families need the reference_families")
+        if families is not None and len(families) != len(rows):
+            raise ValueError(f"{len(rows)} rows need as many families, got {len(families)}")
         own, others = None, None
         if families is not None and reference_families is not None:
             own, others = families.to(torch.int64).contiguous(), reference_families.to(torch.int64)[self._order]
@@ -85,7 +90,7 @@ class NeighbourSearch:
         -1 and NaN where there is none.
 
         Raises:
-            ValueError: rows are not as wide as the references.
+            ValueError: rows are not float32, or not as wide as the references.
         """
         distances, places = self._search(rows, 1)
         found = places >= 0
@@ -96,8 +101,10 @@ class NeighbourSearch:
         self, rows: Tensor, k: int, families: Tensor | None = None, reference_families: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The mean distances [N], and the place of the nearest among the references as they are kept [N]."""
+        if rows.dtype != torch.float32:
+            raise ValueError(f"rows must be float32, got {rows.dtype}")
         if rows.shape[1:] != (self._n_features,):
-            raise ValueError(f"rows must be as wide as the references, got {rows.shape[1]} and {self._n_features}")
+            raise ValueError(f"rows must be as wide as the references, {self._n_features}, got {list(rows.shape)}")
         n_fine = 0 if self._fine is None else self._fine.shape[1]
         distances, places = rows.new_empty(len(rows)), torch.empty(len(rows), dtype=torch.int64)
         for start in range(0, len(rows), _ROWS):
@@ -113,12 +120,13 @@ class NeighbourSearch:
         return distances, places
 
     def _shortened(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The coarse coordinates [N, c] of rows [N, d], themselves where fewer don't pay, and the fine ones, if any.
+        """The coarse coordinates [N, c] of rows [N, d], all of them where fewer don't pay, and the fine ones, if any.
 
-        c is even.
+        They are from the centre, where rounding takes least; c is even.
         """
         if self._directions is None:
-            return (pad(rows, (0, 1)) if rows.shape[1] % 2 else rows), None
+            centred = rows - self._centre
+            return (pad(centred, (0, 1)) if self._n_features % 2 else centred), None
         return _shortened(rows, self._centre, self._directions, self.width)
 
 

@@ -5,9 +5,9 @@
 namespace mdml {
 namespace {
 
-constexpr int64_t BLOCK = 256;  // rows that share a tree's nodes while these are in the cache
-constexpr int LEVELS = 5;       // between two looks at who has arrived
-constexpr int64_t SIDE_BY_SIDE = 8;    // rows whose changes are noted together
+constexpr int64_t BLOCK = 256;       // rows that share a tree's nodes while these are in the cache
+constexpr int LEVELS = 5;            // between two looks at who has arrived
+constexpr int64_t SIDE_BY_SIDE = 8;  // rows whose changes are noted together
 
 // Its left child is the next node, its right one `right` nodes away. A leaf has 0 there, and a NaN as threshold.
 struct Node {
