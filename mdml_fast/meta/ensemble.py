@@ -28,8 +28,6 @@ from mdml_fast.threads import single_thread
 HALVES = 2
 # The parameters of a residual encoder, A, b, B and s, in the order in which the kernels take them.
 PARTS = ("inner.weight", "inner.bias", "outer.weight", "log_scale")
-# A hidden unit that changes less has no slope of its own; the kernel has the same number.
-NO_CHANGE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ class Ensemble:
         scale = log_scale.exp().unsqueeze(1)
         at_row = torch.baddbmm(bias.unsqueeze(1), rows, inner.mT)
         change = steps @ inner.mT
-        slope = torch.where(change.abs() > NO_CHANGE, (at_row.relu() - (at_row - change).relu()) / change, 0.5)
+        slope = torch.where(change.abs() > native.NO_CHANGE, (at_row.relu() - (at_row - change).relu()) / change, 0.5)
         difference = torch.addcmul((slope * change) @ outer.mT, steps, scale)
         return torch.addcmul((slope * (difference @ outer)) @ inner, difference, scale)
 

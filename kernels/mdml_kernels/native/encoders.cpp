@@ -7,8 +7,7 @@
 namespace mdml {
 namespace {
 
-constexpr int64_t ROWS = 48;        // at once: they and their hidden units stay in the cache
-constexpr float NO_CHANGE = 1e-6f;  // a hidden unit that changes less has no slope of its own
+constexpr int64_t ROWS = 48;  // at once: they and their hidden units stay in the cache
 
 }  // namespace
 
@@ -45,10 +44,11 @@ void mdml_residual_encoders(int64_t begin, int64_t end, int64_t n_views, int64_t
 }
 
 // out [D, N, d], from row `begin` to `end`: what the coordinates of steps s [V, N, d], which end at rows x [V, N, d],
-// add to |z(x) - z(x - s)|²; see `Ensemble.pull_back`. All else as above, in float32.
+// add to |z(x) - z(x - s)|²; see `Ensemble.pull_back`. A hidden unit that changes by no more than no_change has no slope
+// of its own. All else as above, in float32.
 void mdml_pull_back(int64_t begin, int64_t end, int64_t n_views, int64_t n_rows, int64_t d, int64_t n_encoders,
                     int64_t h, const float* rows, const float* steps, const float* inner, const float* bias,
-                    const float* outer, const float* log_scale, float* out) {
+                    const float* outer, const float* log_scale, float no_change, float* out) {
   static thread_local Buffer<float> inners, outers, inners_back, outers_back, biases, scales;
   static thread_local Buffer<float> at_rows, slopes, units, differences;
   const int64_t high = padded(h), wide = padded(d);
@@ -72,7 +72,7 @@ void mdml_pull_back(int64_t begin, int64_t end, int64_t n_views, int64_t n_rows,
               [=](int64_t i, int64_t j, Floats change, int64_t) INLINE {
                 const Floats zero = {}, here = load(at_row + i * high + j);
                 const Floats way = larger(here, zero) - larger(here - change, zero);
-                const Floats own = magnitude(change) > NO_CHANGE ? way / change : all(0.5f);
+                const Floats own = magnitude(change) > no_change ? way / change : all(0.5f);
                 store(slope + i * high + j, own);
                 store(unit + i * high + j, own * change);
               });

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from ctypes import c_float
+
 from torch import Tensor
 
 from mdml_kernels.native.calls import call, whole
 
+# A hidden unit that changes by no more has no slope of its own.
+NO_CHANGE = 1e-6
 # Fewer products than this are not worth a thread of their own.
 _LEAST_PRODUCTS = 1 << 20
 
@@ -40,6 +44,6 @@ def pull_back(rows: Tensor, steps: Tensor, inner: Tensor, bias: Tensor, outer: T
     out = rows.new_empty(len(inner), *rows.shape[1:])
     call(
         *("mdml_pull_back", rows.shape[1], 5 * inner.numel(), _LEAST_PRODUCTS, *rows.shape, *inner.shape[:2]),
-        *(whole(rows), whole(steps), whole(inner), whole(bias), whole(outer), whole(log_scale), out),
+        *(*map(whole, (rows, steps, inner, bias, outer, log_scale)), c_float(NO_CHANGE), out),
     )
     return out

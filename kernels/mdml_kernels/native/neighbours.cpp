@@ -1,5 +1,5 @@
-// Mean distances of rows to their nearest references, and which the nearest is: balls that are too far away are passed by, products of short
-// coordinates rule out most of what is in the others, and the last few are measured.
+// Mean distances of rows to their nearest references, and which the nearest is: balls that are too far away are passed
+// by, products of short coordinates rule out most of what is in the others, and the last few are measured.
 #include <cmath>
 
 #include "balls.h"

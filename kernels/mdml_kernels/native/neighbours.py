@@ -75,13 +75,13 @@ class NeighbourSearch:
         """
         if not 1 <= k <= MOST:
             raise ValueError(f"k must be 1 at least and {MOST} at most, got {k}")
-        if families is not None and reference_families is None:
+        if families is None:
+            return self._search(rows, k)[0]
+        if reference_families is None:
             raise ValueError("families need the reference_families")
-        if families is not None and len(families) != len(rows):
+        if len(families) != len(rows):
             raise ValueError(f"{len(rows)} rows need as many families, got {len(families)}")
-        own, others = None, None
-        if families is not None and reference_families is not None:
-            own, others = families.to(torch.int64).contiguous(), reference_families.to(torch.int64)[self._order]
+        own, others = families.to(torch.int64).contiguous(), reference_families.to(torch.int64)[self._order]
         return self._search(rows, k, own, others)[0]
 
     def nearest(self, rows: Tensor) -> tuple[Tensor, Tensor]:
