@@ -1,4 +1,4 @@
-// Balls of references: W of them in each, told by a few coarse coordinates.
+// Balls of references: some of them in each, told by a few coarse coordinates.
 #pragma once
 
 #include "bfloat16.h"
@@ -13,6 +13,8 @@ constexpr float ROUNDED = 1.0f / 256;
 using Coarse = Singles;
 constexpr float ROUNDED = 0.0f;
 #endif
+
+constexpr int64_t BALL = 16;  // references in a ball; a multiple of W
 
 constexpr float EPSILON = std::numeric_limits<float>::epsilon();
 

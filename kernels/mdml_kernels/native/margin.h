@@ -5,7 +5,7 @@
 
 namespace mdml {
 
-// Logits [N, K] of one episode, taken sixteen rows at a time; tau, and the background or null.
+// Logits [N, K] of one episode, taken W rows at a time; tau, and the background or null.
 struct EpisodeLogits {
   const float* data;
   int64_t row_stride, n_rows, n_classes;
@@ -54,13 +54,13 @@ struct Sides {
 // Values of the first n lanes, 0 in the others, whatever is there.
 static inline Floats in_use(Floats value, int64_t n) { return LANES < static_cast<int32_t>(n) ? value : all(0.0f); }
 
-// The log-odds of sixteen rows, from the log of the sum of e^x of the others than m, or of all (`mass`).
+// The log-odds of W rows, from the log of the sum of e^x of the others than m, or of all (`mass`).
 static inline Floats odds_of(const EpisodeLogits& of, const Statistics& found, Floats log_sum, bool mass) {
   if (mass) return of.background ? log_sum - *of.background : log_sum;
   return found.top - (of.background ? log_add(log_sum, all(*of.background)) : log_sum);
 }
 
-// Slopes by the odds of sixteen rows, as they reach e^(x - shift), the entry m, and the background (0 without one).
+// Slopes by the odds of W rows, as they reach e^(x - shift), the entry m, and the background (0 without one).
 struct Pulled {
   Floats at_rest, at_first, by_background;
 };
@@ -106,7 +106,7 @@ static inline float hinge(const EpisodeLogits& of, const uint8_t* is_ood, float 
   return met ? 0.0f : gap;
 }
 
-// Slopes by the odds of sixteen rows pulled back to their logits [n, K]; the result is that by the background. Letters
+// Slopes by the odds of W rows pulled back to their logits [n, K]; the result is that by the background. Letters
 // as in `pulled`; first is m, or -1 (`mass`).
 static inline Floats pull_odds(const EpisodeLogits& of, int64_t i, Floats by_odds, Floats shift, Ints first, bool mass,
                                float* by_logits) {

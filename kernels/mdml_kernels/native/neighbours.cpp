@@ -11,18 +11,24 @@ namespace {
 constexpr int64_t MOST = 64;    // neighbours of a row
 constexpr int64_t BLOCK = 128;  // rows that meet the balls together
 
-// The squared distance of two rows [d]: each square is rounded to float32, then added in double.
+// The squared distance of two rows [d]: each square is rounded to float32, then added in double. In the same order
+// whatever W is.
 double squared_distance(const float* a, const float* b, int64_t d) {
-  Doubles low = {}, high = {};
+  constexpr int N = 16, HALF = W / 2;  // added side by side
+  Doubles sums[N / HALF] = {};
   int64_t i = 0;
-  for (; i + W <= d; i += W) {
-    const Floats step = load(a + i) - load(b + i), square = step * step;
-    low += __builtin_convertvector(__builtin_shufflevector(square, square, 0, 1, 2, 3, 4, 5, 6, 7), Doubles);
-    high += __builtin_convertvector(__builtin_shufflevector(square, square, 8, 9, 10, 11, 12, 13, 14, 15), Doubles);
-  }
-  const Doubles sums = low + high;
+  for (; i + N <= d; i += N)
+    each<N / HALF>([&](int t) INLINE {
+      Rounded x, y;
+      memcpy(&x, a + i + t * HALF, sizeof x), memcpy(&y, b + i + t * HALF, sizeof y);
+      const Rounded step = x - y;
+      sums[t] += __builtin_convertvector(step * step, Doubles);
+    });
   double total = 0.0;
-  for (int lane = 0; lane < W / 2; ++lane) total += sums[lane];
+  for (int t = 0; t < N / HALF / 2; ++t) {
+    const Doubles both = sums[t] + sums[t + N / HALF / 2];
+    for (int lane = 0; lane < HALF; ++lane) total += both[lane];
+  }
   for (; i < d; ++i) {
     const float step = a[i] - b[i];
     total += static_cast<double>(step * step);
@@ -167,35 +173,44 @@ class Block {
 
   template <int R>
   __attribute__((noinline)) void look(int64_t ball, const int32_t* who) {
-    const Coarse::Entry *columns = of.columns + ball * depth * W, *row[R];
-    Floats sums[R];
-    each<R>([&](int r) INLINE { sums[r] = Floats{}, row[r] = entries + who[r] * depth; });
+    constexpr int V = BALL / W;
+    const Coarse::Entry *columns = of.columns + ball * depth * BALL, *row[R];
+    Floats sums[R * V];
+    each<R>([&](int r) INLINE { row[r] = entries + who[r] * depth; });
+    each<R * V>([&](int t) INLINE { sums[t] = Floats{}; });
     for (int64_t i = 0; i < depth; ++i)
-      each<R>([&](int r) INLINE { sums[r] = Coarse::fma(sums[r], row[r][i], columns + i * W); });
-    const Floats squares = load(of.squares + ball * W);
+      each<R * V>([&](int t) INLINE { sums[t] = Coarse::fma(sums[t], row[t / V][i], columns + i * BALL + t % V * W); });
+    const float* squares = of.squares + ball * BALL;
     each<R>([&](int r) INLINE {
       const int64_t i = who[r];
-      const Floats apart = squares - 2.0f * sums[r] + square[i];
       const float limit = reach[i] + of.balls[ball].error;
-      if (const uint32_t near = where_less(apart, all(limit * limit))) measure(i, ball, near, apart, squares);
+      Floats apart[V];
+      uint32_t near = 0;
+      each<V>([&](int v) INLINE {
+        apart[v] = load(squares + v * W) - 2.0f * sums[r * V + v] + square[i];
+        near |= where_less(apart[v], all(limit * limit)) << (v * W);
+      });
+      if (!near) return;
+      float aparts[BALL];
+      each<V>([&](int v) INLINE { store(aparts + v * W, apart[v]); });
+      measure(i, ball, near, aparts, squares);
     });
   }
 
   // Let a row meet those references in a ball that are near by their coarse coordinates.
-  __attribute__((noinline)) void measure(int64_t i, int64_t ball, uint32_t near, Floats apart, Floats squares) {
+  __attribute__((noinline)) void measure(int64_t i, int64_t ball, uint32_t near, const float* apart, const float* squares) {
     // The first to be met are the nearest, so that the others may be too far away.
     while (near && nearest[i].n < of.k) {
-      const int lane = __builtin_ctz(~where_less(reduce(apart, lesser), apart));
-      meet(i, ball, lane, apart[lane], squares[lane]);
-      apart[lane] = INFINITE, near &= ~(1u << lane);
+      int first = __builtin_ctz(near);
+      each_bit(near, [&](int at) { first = apart[at] < apart[first] ? at : first; });
+      meet(i, ball, first, apart[first], squares[first]);
+      near &= ~(1u << first);
     }
-    float aparts[W], lengths[W];
-    store(aparts, apart), store(lengths, squares);
-    each_bit(near, [&](int lane) { meet(i, ball, lane, aparts[lane], lengths[lane]); });
+    each_bit(near, [&](int at) { meet(i, ball, at, apart[at], squares[at]); });
   }
 
-  inline INLINE void meet(int64_t i, int64_t ball, int lane, float apart, float length) {
-    const int64_t row = first + i, at = ball * W + lane;
+  inline INLINE void meet(int64_t i, int64_t ball, int place, float apart, float length) {
+    const int64_t row = first + i, at = ball * BALL + place;
     const float coarse_limit = reach[i] + of.balls[ball].error, before = nearest[i].limit;
     if (!(apart < coarse_limit * coarse_limit)) return;
     if (of.families && of.families[row] == of.reference_families[at]) return;

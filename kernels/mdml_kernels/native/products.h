@@ -12,7 +12,7 @@ namespace mdml {
 #ifdef __AVX512F__
 constexpr int TILE_ROWS = 6, TILE_VECTORS = 4;  // 24 of 32 registers
 #else
-constexpr int TILE_ROWS = 6, TILE_VECTORS = 1;  // a vector is two registers here, or four
+constexpr int TILE_ROWS = 6, TILE_VECTORS = 2;  // 12 of 16 registers
 #endif
 
 static inline int64_t padded(int64_t n) { return (n + W - 1) / W * W; }
@@ -127,7 +127,7 @@ struct Singles {
   static constexpr Entry one = 1.0f;
 
   static int64_t depth(int64_t n) { return n; }
-  static inline Floats fma(Floats sum, Entry a, const Entry* b) { return sum + a * mdml::load(b); }
+  static inline Floats fma(Floats sum, Entry a, const Entry* b) { return mdml::fma(sum, all(a), mdml::load(b)); }
   static inline Floats load(const Stored* from, int64_t n) { return load_some(from, n, 0.0f); }
   static inline void store(Stored* to, Floats value, int64_t n) { store_some(to, value, n); }
   static const Stored* stored(const float* rows, int64_t, Buffer<Entry>&) { return rows; }

@@ -4,12 +4,22 @@
 namespace mdml {
 namespace {
 
+constexpr int64_t BLOCK = 16;  // rows to a block, none in two episodes
+
 struct Episodes {
   const float* logits;
   int64_t episode_stride, row_stride, n_rows, n_classes;
   const float *tau, *background;
 
-  int64_t blocks() const { return (n_rows + W - 1) / W; }
+  // f(e, i) for every W rows of the blocks from `begin` to `end`: row i of episode e is the first of them.
+  template <class F>
+  void each_of_blocks(int64_t begin, int64_t end, const F& f) const {
+    const int64_t n_blocks = (n_rows + BLOCK - 1) / BLOCK;
+    for (int64_t b = begin; b < end; ++b) {
+      const int64_t first = b % n_blocks * BLOCK;
+      for (int64_t i = first; i < std::min(first + BLOCK, n_rows); i += W) f(b / n_blocks, i);
+    }
+  }
 
   EpisodeLogits at(int64_t e) const {
     return {logits + e * episode_stride, row_stride, n_rows, n_classes, tau[e], background ? background + e : nullptr};
@@ -20,20 +30,20 @@ struct Episodes {
 
 extern "C" {
 
-// Sixteen rows to a block, none in two episodes; blocks from `begin` to `end`: the largest x; log_sum [E, N] = log of
+// Blocks of rows from `begin` to `end`: the largest x; log_sum [E, N] = log of
 // the sum of e^x without m, whose index goes to first; of all, where first is null.
 void mdml_row_statistics(int64_t begin, int64_t end, const float* logits, int64_t episode_stride, int64_t row_stride,
                          int64_t n_rows, int64_t n_classes, const float* tau, float* top, float* log_sum,
                          int64_t* first) {
   const Episodes episodes = {logits, episode_stride, row_stride, n_rows, n_classes, tau, nullptr};
-  for (int64_t b = begin; b < end; ++b) {
-    const int64_t e = b / episodes.blocks(), i = b % episodes.blocks() * W, at = e * n_rows + i;
+  episodes.each_of_blocks(begin, end, [=](int64_t e, int64_t i) {
+    const int64_t at = e * n_rows + i;
     const Rows rows = episodes.at(e).rows(i);
     const Statistics of = statistics(rows, all(tau[e]));
     store_some(top + at, of.top, rows.n);
     store_some(log_sum + at, first ? log_others(of) : log_all(of), rows.n);
     if (first) store_indices(first + at, of.first, rows.n);
-  }
+  });
 }
 
 // Episodes from `begin` to `end`: the hinge loss [E], its slopes by the odds [E, N], and log_sum and first as above. Of
@@ -63,8 +73,8 @@ void mdml_row_gradients(int64_t begin, int64_t end, const float* logits, int64_t
                         const float* by_loss, const float* slope, const float* log_sum, const int64_t* first,
                         float* by_logits, float* by_tau, float* by_background) {
   const Episodes episodes = {logits, episode_stride, row_stride, n_rows, n_classes, tau, background};
-  for (int64_t b = begin; b < end; ++b) {
-    const int64_t e = b / episodes.blocks(), i = b % episodes.blocks() * W, at = e * n_rows + i;
+  episodes.each_of_blocks(begin, end, [=](int64_t e, int64_t i) {
+    const int64_t at = e * n_rows + i;
     const EpisodeLogits of = episodes.at(e);
     const Rows rows = of.rows(i);
     const Floats by_odds = load_some(slope + at, rows.n, 0.0f) * (by_loss ? by_loss[e] : 1.0f);
@@ -78,7 +88,7 @@ void mdml_row_gradients(int64_t begin, int64_t end, const float* logits, int64_t
         total += load_some(out + r * n_classes + k, n_classes - k, 0.0f) * load_some(rows.at(r) + k, n_classes - k, 0.0f);
       by_tau[at + r] = reduce(total, sum<Floats>)[0];
     }
-  }
+  });
 }
 
 }  // extern "C"

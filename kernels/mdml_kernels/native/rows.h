@@ -1,4 +1,4 @@
-// Rows of logits, sixteen at a time: their largest and their sums of e^x, a lane for each; and gradients to them.
+// Rows of logits, W at a time: their largest and their sums of e^x, a lane for each; and gradients to them.
 // x = tau * logits; m is the first largest x of a row. Short rows are turned into lanes, long ones taken one by one.
 #pragma once
 
@@ -10,7 +10,7 @@ namespace mdml {
 
 constexpr int64_t SHORT = 64;  // above, a row's reductions cost less than turning it
 
-// n rows (up to sixteen) of n_classes logits, side by side in a row.
+// n rows (up to W) of n_classes logits, side by side in a row.
 struct Rows {
   const float* data;
   int64_t stride, n, n_classes;
@@ -77,7 +77,7 @@ static inline void sweep(int64_t n, const F& f) {
 // Lanes past the end of a row hold -inf: no entry is less, and they take no share of any sum.
 static inline Floats scaled(const float* from, int64_t n, Floats tau) { return load_some(from, n, -INFINITE) * tau; }
 
-// Each row's vectors are reduced to one; sixteen of those, turned, to a lane for each row. Where it is not null, terms
+// Each row's vectors are reduced to one; W of those, turned, to a lane for each row. Where it is not null, terms
 // [n, n_classes] gets those of the sums, e^(x - second), side by side, and 1 / others in m's place.
 static inline Statistics long_statistics(const Rows& rows, Floats tau, float* terms) {
   Floats tops[W] = {}, seconds[W] = {}, totals[W] = {};

@@ -14,7 +14,7 @@ from mdml_kernels.native.calls import call, whole
 from mdml_kernels.native.loader import serves
 from mdml_kernels.reference import Confidence
 
-# Rows that the kernels take at once, one to a lane.
+# Rows in a block of the kernels.
 _BLOCK = 16
 # Rows up to this many logits are turned (see rows.h), and nothing is left of them for a gradient.
 SHORT = 64

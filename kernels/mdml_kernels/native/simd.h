@@ -1,11 +1,13 @@
-// Vectors of sixteen floats in the compiler's own terms: it splits them where the machine's registers are narrower.
+// Vectors of as many floats as a register of the machine holds, in the compiler's own terms. Wider ones would be split,
+// and kept in memory.
 #pragma once
 
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <utility>
 
-#ifdef __AVX512F__
+#ifdef __AVX2__
 #include <immintrin.h>
 #endif
 
@@ -13,7 +15,14 @@
 
 namespace mdml {
 
-constexpr int W = 16;  // floats in a vector
+// Floats in a vector.
+#if defined(__AVX512F__)
+constexpr int W = 16;
+#elif defined(__AVX2__)
+constexpr int W = 8;
+#else
+constexpr int W = 4;
+#endif
 using Floats = float __attribute__((vector_size(4 * W)));
 using Ints = int32_t __attribute__((vector_size(4 * W)));
 using UnalignedFloats = float __attribute__((vector_size(4 * W), aligned(4), may_alias));
@@ -21,7 +30,14 @@ using UnalignedInts = int32_t __attribute__((vector_size(4 * W), aligned(4), may
 
 constexpr float LOWEST = std::numeric_limits<float>::lowest();
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
-constexpr Ints LANES = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+using Lanes = std::make_integer_sequence<int, W>;
+
+template <int... L>
+constexpr Ints numbered(std::integer_sequence<int, L...>) {
+  return Ints{L...};
+}
+constexpr Ints LANES = numbered(Lanes());
 
 static inline Floats all(float value) { return Floats{} + value; }
 static inline Floats load(const float* from) { return *reinterpret_cast<const UnalignedFloats*>(from); }
@@ -40,19 +56,21 @@ static inline void store_some(float* to, Floats value, int64_t n) {
   memcpy(to, &value, 4 * n);
 }
 
-// The second where one is a NaN.
-#ifdef __AVX512F__
+// The larger and the lesser, the second where one is a NaN; and a bit for each lane in which a is less than b, the first
+// lane's the lowest, not where one is a NaN.
+#if defined(__AVX512F__)
 static inline Floats larger(Floats a, Floats b) { return (Floats)_mm512_max_ps((__m512)a, (__m512)b); }
 static inline Floats lesser(Floats a, Floats b) { return (Floats)_mm512_min_ps((__m512)a, (__m512)b); }
+static inline uint32_t where_less(Floats a, Floats b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ); }
+#elif defined(__AVX2__)
+static inline Floats larger(Floats a, Floats b) { return (Floats)_mm256_max_ps((__m256)a, (__m256)b); }
+static inline Floats lesser(Floats a, Floats b) { return (Floats)_mm256_min_ps((__m256)a, (__m256)b); }
+static inline uint32_t where_less(Floats a, Floats b) {
+  return _mm256_movemask_ps(_mm256_cmp_ps((__m256)a, (__m256)b, _CMP_LT_OQ));
+}
 #else
 static inline Floats larger(Floats a, Floats b) { return a > b ? a : b; }
 static inline Floats lesser(Floats a, Floats b) { return a < b ? a : b; }
-#endif
-
-// A bit for each lane in which a is less than b, the first lane's the lowest; not where one is a NaN.
-#ifdef __AVX512F__
-static inline uint32_t where_less(Floats a, Floats b) { return _mm512_cmp_ps_mask((__m512)a, (__m512)b, _CMP_LT_OQ); }
-#else
 static inline uint32_t where_less(Floats a, Floats b) {
   const Ints holds = a < b;
   uint32_t found = 0;
@@ -74,24 +92,41 @@ static inline V sum(V a, V b) {
   return a + b;
 }
 
-// Every lane the reduction of all lanes, always in the same order.
-template <class V, class F>
-static inline V reduce(V v, F f) {
-  v = f(v, __builtin_shufflevector(v, v, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3, 4, 5, 6, 7));
-  v = f(v, __builtin_shufflevector(v, v, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1, 2, 3));
-  v = f(v, __builtin_shufflevector(v, v, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0, 1));
-  return f(v, __builtin_shufflevector(v, v, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 0));
+template <int BY, class V, int... L>
+static inline V rotated(V v, std::integer_sequence<int, L...>) {
+  return __builtin_shufflevector(v, v, ((L + BY) % W)...);
 }
 
-// value * 2^n for a whole n that e^NOTHING gives, and for larger ones up to 0, for that one 0; the nearest whole number;
-// and a b - c, rounded once where the machine can.
+// Every lane the reduction of all lanes, always in the same order.
+template <int BY = W / 2, class V, class F>
+static inline V reduce(V v, F f) {
+  v = f(v, rotated<BY>(v, Lanes()));
+  if constexpr (BY > 1)
+    return reduce<BY / 2>(v, f);
+  else
+    return v;
+}
+
+// sum + a b, rounded once where the machine can. Left to the compiler it would be so here and not there, and bits would
+// depend on how a loop was unrolled.
+#if defined(__AVX512F__)
+static inline Floats fma(Floats sum, Floats a, Floats b) {
+  return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
+}
+#elif defined(__AVX2__) && defined(__FMA__)
+static inline Floats fma(Floats sum, Floats a, Floats b) {
+  return (Floats)_mm256_fmadd_ps((__m256)a, (__m256)b, (__m256)sum);
+}
+#else
+static inline Floats fma(Floats sum, Floats a, Floats b) { return sum + a * b; }
+#endif
+
+// value * 2^n for a whole n that e^NOTHING gives, and for larger ones up to 0, for that one 0; and the nearest whole
+// number.
 #ifdef __AVX512F__
 constexpr float NOTHING = -105.0f;
 static inline Floats times_power(Floats value, Floats n) { return (Floats)_mm512_scalef_ps((__m512)value, (__m512)n); }
 static inline Floats rounded(Floats x) { return (Floats)_mm512_roundscale_ps((__m512)x, 0); }
-static inline Floats product_less(Floats a, Floats b, Floats c) {
-  return (Floats)_mm512_fmsub_ps((__m512)a, (__m512)b, (__m512)c);
-}
 #else
 constexpr float NOTHING = -88.0f;  // where the exponent's bits become 0
 static inline Floats times_power(Floats value, Floats n) {
@@ -101,7 +136,6 @@ static inline Floats rounded(Floats x) {
   constexpr float coarse = 12582912.0f;  // 1.5 * 2^23, to which no fraction can be added
   return (x + coarse) - coarse;
 }
-static inline Floats product_less(Floats a, Floats b, Floats c) { return a * b - c; }
 #endif
 
 // e^x for x up to 0 (and what rounding adds), 0 up to NOTHING; a NaN stays one. Within 2 ulp from -5 on; log2 e is one
@@ -109,7 +143,7 @@ static inline Floats product_less(Floats a, Floats b, Floats c) { return a * b -
 static inline Floats exp_of(Floats x) {
   const Floats y = larger(all(NOTHING), x), log2_e = all(1.44269504088896341f);
   const Floats n = rounded(y * log2_e);
-  const Floats f = product_less(y, log2_e, n);
+  const Floats f = fma(-n, y, log2_e);
   // Minimax of 2^f on half of 1 to either side, to 2e-9 of it.
   Floats p = f * 1.534581e-4f + 1.3399931e-3f;
   p = p * f + 9.618489e-3f;

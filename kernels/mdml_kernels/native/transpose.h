@@ -1,7 +1,5 @@
-// Sixteen times sixteen values of 32 bits turned in registers.
+// W times W values of 32 bits turned in registers.
 #pragma once
-
-#include <utility>
 
 #include "simd.h"
 
@@ -17,12 +15,13 @@ static inline void exchange(Vector& a, Vector& b, std::integer_sequence<int, L..
 template <int D, class Vector>
 static inline void exchange_all(Vector (&rows)[W]) {
   for (int i = 0; i < W; ++i)
-    if (!(i & D)) exchange<D>(rows[i], rows[i + D], std::make_integer_sequence<int, W>());
+    if (!(i & D)) exchange<D>(rows[i], rows[i + D], Lanes());
 }
 
-template <class Vector>
+template <int D = W / 2, class Vector>
 static inline void turn(Vector (&block)[W]) {
-  exchange_all<8>(block), exchange_all<4>(block), exchange_all<2>(block), exchange_all<1>(block);
+  exchange_all<D>(block);
+  if constexpr (D > 1) turn<D / 2>(block);
 }
 
 // n_columns vectors, `to_stride` apart, from n_rows rows, `from_stride` apart; lanes without a row become zero.

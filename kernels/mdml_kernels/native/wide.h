@@ -18,7 +18,17 @@ struct Wide {
     return value;
   }
   static inline void store(double* to, Doubles value) { memcpy(to, &value, sizeof value); }
+#if defined(__AVX512F__)
+  static inline Doubles fma(Doubles sum, Entry a, const Entry* b) {
+    return (Doubles)_mm512_fmadd_pd(_mm512_set1_pd(a), (__m512d)load(b), (__m512d)sum);
+  }
+#elif defined(__AVX2__) && defined(__FMA__)
+  static inline Doubles fma(Doubles sum, Entry a, const Entry* b) {
+    return (Doubles)_mm256_fmadd_pd(_mm256_set1_pd(a), (__m256d)load(b), (__m256d)sum);
+  }
+#else
   static inline Doubles fma(Doubles sum, Entry a, const Entry* b) { return sum + a * load(b); }
+#endif
 
   // The first n lanes.
   static inline void round(float* to, Doubles value, int64_t n) {
