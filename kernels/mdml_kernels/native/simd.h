@@ -39,7 +39,7 @@ constexpr Ints numbered(std::integer_sequence<int, L...>) {
 }
 constexpr Ints LANES = numbered(Lanes());
 
-static inline Floats all(float value) { return Floats{} + value; }
+static inline Floats all(float value) { return value - Floats{}; }  // adding 0 would have to be done, as of -0 it is 0
 static inline Floats load(const float* from) { return *reinterpret_cast<const UnalignedFloats*>(from); }
 static inline void store(float* to, Floats value) { *reinterpret_cast<UnalignedFloats*>(to) = value; }
 
