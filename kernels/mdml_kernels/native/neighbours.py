@@ -17,8 +17,10 @@ MOST = 64
 _BALL = 16
 # Squared lengths from here on are as good as infinite: sums of them would be.
 _LONG = 1e37
-# Numbers of short coordinates to choose from. Fewer would let through what takes longer than products of these.
+# Numbers of short coordinates to choose from. Fewer would let through what takes longer than products of these; where
+# products are of float32 they take longer.
 _WIDTHS = (32, 64)
+_WIDTHS_OF_FLOAT32 = (16, *_WIDTHS)
 # Main directions are learned from so many references, and judged by rows held against others.
 _SAMPLE, _JUDGED = 1024, 32
 # One pair of rows costs as much, for each of its coordinates, as so many do in a product. (Balls save products, how
@@ -171,7 +173,8 @@ def _directions(rows: Tensor, centre: Tensor) -> tuple[Tensor | None, int]:
     As many as make the search cheapest; none where it is cheapest to compare the rows as they are.
     """
     n, d = rows.shape
-    widths = [width for width in _WIDTHS if width < d and width <= n - _JUDGED]
+    possible = _WIDTHS if multiplies_bfloat16() else _WIDTHS_OF_FLOAT32
+    widths = [width for width in possible if width < d and width <= n - _JUDGED]
     if not widths:
         return None, d
     judged, others = rows[:_JUDGED], rows[_JUDGED:]
