@@ -19,7 +19,7 @@ from mdml_fast.data.labelled import Names
 from mdml_fast.data.views import VIEWS, Views
 from mdml_fast.meta.checkpoint import Checkpoint
 from mdml_fast.meta.ensemble import Ensemble, EnsembleConfig, train_ensemble
-from mdml_fast.meta.fusion import FusionConfig, choose_weights, cross_fused, fuse, prior_weights
+from mdml_fast.meta.fusion import FusionConfig, choose_weights, fuse, held_out_fused, prior_weights
 from mdml_fast.meta.history import History
 from mdml_fast.meta.model import HeldOut, TrainingRows, fingerprint, tensors_under
 from mdml_fast.meta.neighbourhood import ANCHORS, SCORES, Neighbourhood, NeighbourhoodConfig
@@ -168,7 +168,7 @@ class DefaultModel:
         anomaly_scores = known.tails.score(torch.cat([distances, head_odds(head, anomalies)]))[: len(SCORES)]
         prior = prior_weights(len(SCORES), len(normals), config.fusion).to(device)
         weights = choose_weights(normal_scores, anomaly_scores, labels, prior, config.fusion)
-        fused = cross_fused(normal_scores, units, anomaly_scores, labels, prior, config.fusion)
+        fused = held_out_fused(normal_scores, units, anomaly_scores, labels, prior, weights, config.fusion)
         shares = weights.new_tensor([1.0, *[config.fusion.head] * len(by_head)])
         anomaly = fuse(shares, torch.cat([fused[None], by_head]), config.fusion)
         if previous:

@@ -127,12 +127,19 @@ def choose_weights(normals: Tensor, anomalies: Tensor, labels: Names, prior: Ten
     return best
 
 
-def cross_fused(
-    normals: Tensor, families: Tensor, anomalies: Tensor, labels: Names, prior: Tensor, config: FusionConfig
+def held_out_fused(
+    normals: Tensor,
+    families: Tensor,
+    anomalies: Tensor,
+    labels: Names,
+    prior: Tensor,
+    weights: Tensor,
+    config: FusionConfig,
 ) -> Tensor:
-    """The fused scores [n] of normals, each by weights that were chosen without its family, where there are two.
+    """The fused scores [n] that new rows at the places of these normals would have.
 
-    The weights make the normals that they are learned from look a little less strange than new ones.
+    The weights make the normals that they are chosen by look less strange than new rows. Weights that were chosen
+    without a normal's family, by half as many, make it look stranger. So: the mean of both, as for tails.
 
     Args:
         normals: scores [C, n].
@@ -140,15 +147,17 @@ def cross_fused(
         anomalies: see `choose_weights`.
         labels: likewise.
         prior: likewise.
+        weights: those that all the normals chose.
         config: likewise.
     """
-    fused, halves = normals.new_empty(normals.shape[1]), families % 2
+    fused, halves = fuse(weights, normals, config), families % 2
+    by_others = fused.clone()
     for half in torch.unique(halves):
         own = halves == half
-        others = own if own.all() else ~own
-        weights = choose_weights(normals[:, others], anomalies, labels, prior, config)
-        fused[own] = fuse(weights, normals[:, own], config)
-    return fused
+        if not own.all():
+            chosen = choose_weights(normals[:, ~own], anomalies, labels, prior, config)
+            by_others[own] = fuse(chosen, normals[:, own], config)
+    return (fused + by_others) / 2
 
 
 def _anchor_alone(prior: Tensor) -> Tensor:

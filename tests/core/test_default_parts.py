@@ -14,7 +14,7 @@ from torch.nn.functional import softplus
 
 from mdml_fast.data.views import VIEWS, Views
 from mdml_fast.meta.ensemble import Ensemble
-from mdml_fast.meta.fusion import FusionConfig, choose_weights, cross_fused, fuse, learn_weights, prior_weights
+from mdml_fast.meta.fusion import FusionConfig, choose_weights, fuse, held_out_fused, learn_weights, prior_weights
 from mdml_fast.meta.neighbours import References
 from mdml_fast.meta.scoring import NormalFamily
 from mdml_fast.meta.tails import FOLDS, LEAST_INDEX, Tails
@@ -203,15 +203,17 @@ def test_weights_that_rank_the_families_no_higher_than_the_anchor_give_way_to_it
 
 
 @pytest.mark.parametrize("n", [1, 2, 41])
-def test_a_normal_is_fused_by_weights_that_were_chosen_without_it(n: int) -> None:
+def test_half_of_a_normals_fused_score_is_by_weights_that_were_chosen_without_it(n: int) -> None:
     generator = torch.Generator().manual_seed(0)
     normals, anomalies = (torch.rand(6, k, generator=generator) + 0.01 for k in (n, 20))
     labels, config = np.array(["a"] * 10 + ["b"] * 10, dtype=object), FusionConfig()
     prior = prior_weights(6, 500, config)
     others = torch.arange(n) % 2 == 1 if n > 1 else torch.ones(1, dtype=torch.bool)
-    weights = choose_weights(normals[:, others], anomalies, labels, prior, config)
-    expected = fuse(weights, normals[:, ::2], config)
-    fused = cross_fused(normals, torch.arange(n), anomalies, labels, prior, config)
+    weights, by_others = (
+        choose_weights(normals[:, rows], anomalies, labels, prior, config) for rows in (slice(None), others)
+    )
+    expected = (fuse(weights, normals[:, ::2], config) + fuse(by_others, normals[:, ::2], config)) / 2
+    fused = held_out_fused(normals, torch.arange(n), anomalies, labels, prior, weights, config)
     torch.testing.assert_close(fused[::2], expected)
 
 
