@@ -28,6 +28,8 @@ WRITABLE = (".parquet", ".csv", ".arrow", ".feather")
 
 # A CSV is parsed in blocks of so many bytes; the first tells the types of its columns.
 CSV_BLOCK_BYTES = 2**22
+# Longer than this no row of a CSV is taken to be, whatever its quotes say.
+LONGEST_ROW = 2**26
 # Bytes that a Parquet column is read ahead; without a bound a whole row group is.
 PARQUET_BUFFER_BYTES = 2**18
 # An Arrow file begins with these (and two more bytes), an Arrow stream with those.
@@ -193,9 +195,9 @@ def _csv(
     raw: BinaryIO, wanted: Wanted, source: str, rows_in_all: Callable[[int], int | None], start: bytes = b""
 ) -> _Found:
     """Parsed block by block: pyarrow's own reader of streams would read from Python in threads that outlive it."""
-    blocks = _whole_lines(raw, start)
+    blocks = _whole_rows(raw, start)
     first = next(blocks, b"")
-    schema = pa_csv.read_csv(_native(first), convert_options=_as_found()).schema
+    schema = _parsed(first, _as_found()).schema
     check_names(schema.names, source)
     types = {name: schema.field(name).type for name in _chosen(schema.names, wanted)}
     if wanted is not None:
@@ -203,12 +205,18 @@ def _csv(
     options = _as_found(column_types=types, include_columns=list(types))
 
     def batches() -> Iterator[pa.RecordBatch]:
-        yield from pa_csv.read_csv(_native(first), convert_options=options).to_batches()
-        headed = pa_csv.ReadOptions(column_names=schema.names)
+        yield from _parsed(first, options).to_batches()
         for block in blocks:
-            yield from pa_csv.read_csv(_native(block), headed, convert_options=options).to_batches()
+            yield from _parsed(block, options, schema.names).to_batches()
 
     return _Found(schema.names, batches(), rows_in_all, is_text=True)
+
+
+def _parsed(block: bytes, options: pa_csv.ConvertOptions, names: list[str] | None = None) -> pa.Table:
+    """A block of whole rows; names are its columns', where its first row does not tell them."""
+    within_quotes = pa_csv.ParseOptions(newlines_in_values=b'"' in block)  # to look for them takes longer
+    headed = pa_csv.ReadOptions(column_names=names)
+    return pa_csv.read_csv(_native(block), headed, within_quotes, options)
 
 
 def _native(data: bytes) -> pa.BufferReader:
@@ -218,15 +226,28 @@ def _native(data: bytes) -> pa.BufferReader:
     return pa.BufferReader(sink.getvalue())
 
 
-def _whole_lines(raw: BinaryIO, start: bytes) -> Iterator[bytes]:
-    """The bytes after `start`, and these, in blocks of about `CSV_BLOCK_BYTES` that end with a line; none is blank."""
+def _whole_rows(raw: BinaryIO, start: bytes) -> Iterator[bytes]:
+    """The bytes after `start`, and these, in blocks of about `CSV_BLOCK_BYTES` that end with a row; none is blank."""
     rest = start
     while data := raw.read(CSV_BLOCK_BYTES):
-        lines, newline, rest = (rest + data).rpartition(b"\n")
-        if lines.strip():
-            yield lines + newline
+        data = rest + data
+        end = _end_of_rows(data)
+        rows, rest = data[:end], data[end:]
+        if rows.strip():
+            yield rows
     if rest.strip():
         yield rest
+
+
+def _end_of_rows(data: bytes) -> int:
+    """Behind the last line break that is not within quotes: the quotes before it are even in number.
+
+    Where there is none for long, the last one has to do: a quote may stand in the middle of a value, as itself.
+    """
+    last = end = data.rfind(b"\n") + 1
+    while end and data.count(b'"', 0, end) % 2:
+        end = data.rfind(b"\n", 0, data.rfind(b'"', 0, end)) + 1
+    return end or (last if len(data) > LONGEST_ROW else 0)
 
 
 def _as_found(**options: Any) -> pa_csv.ConvertOptions:

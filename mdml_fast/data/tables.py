@@ -136,7 +136,8 @@ def _read_parquet(path: Path) -> pa.Table:
 
 def _read_csv(path: Path) -> pa.Table:
     options = pa_csv.ConvertOptions(strings_can_be_null=True)
-    return pa_csv.read_csv(path, convert_options=options)
+    within_quotes = pa_csv.ParseOptions(newlines_in_values=True)
+    return pa_csv.read_csv(path, parse_options=within_quotes, convert_options=options)
 
 
 def _read_npz(path: Path) -> pa.Table:

@@ -1,5 +1,6 @@
 """Tables read and written batch by batch say the same as the whole."""
 
+import csv
 import gzip
 import io
 import sys
@@ -11,10 +12,13 @@ import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pa_parquet
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from mdml_fast import InputError
 from mdml_fast.data import batches
 from mdml_fast.data.batches import STANDARD, open_table, write_tables
+from mdml_fast.data.tables import read_table
 
 N_ROWS = 1000
 TABLE = pa.table(
@@ -121,6 +125,33 @@ def test_blank_lines_and_lines_longer_than_a_block_are_read(tmp_path: Path, monk
     (tmp_path / "t.csv").write_text(f"text,x\na,1\n\n\n\n\n\n\n\n\n\n\n\n\n{long},2\nb,3")
     (table,) = read(tmp_path / "t.csv", 100, {"text": pa.string(), "x": pa.float64()})
     assert table.to_pydict() == {"text": ["a", long, "b"], "x": [1, 2, 3]}
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    texts=st.lists(st.text('a,"\n', min_size=1, max_size=9), min_size=1, max_size=30),
+    size=st.integers(1, 60),
+)
+def test_quoted_values_hold_line_breaks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: list[str], size: int
+) -> None:
+    monkeypatch.setattr(batches, "CSV_BLOCK_BYTES", size)
+    with (tmp_path / "t.csv").open("w", newline="") as file:
+        rows = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
+        rows.writerows([["text", "x"], *zip(texts, range(len(texts)), strict=True)])
+    expected = {"text": texts, "x": list(range(len(texts)))}
+    pieces = read(tmp_path / "t.csv", 7, {"text": pa.string(), "x": pa.int64()})
+    assert pa.concat_tables(pieces).to_pydict() == expected
+    assert read_table(tmp_path / "t.csv").to_pydict() == expected
+
+
+def test_a_quote_in_the_middle_of_a_value_means_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "CSV_BLOCK_BYTES", 64)
+    monkeypatch.setattr(batches, "LONGEST_ROW", 512)
+    lines = [f'5" pipe,{i}' for i in range(3)] + [f"hose,{i}" for i in range(3, 500)]
+    (tmp_path / "t.csv").write_text("\n".join(["text,x", *lines]))
+    pieces = read(tmp_path / "t.csv", 100, {"text": pa.string(), "x": None})
+    assert pa.concat_tables(pieces).to_pydict() == {"text": ['5" pipe'] * 3 + ["hose"] * 497, "x": list(range(500))}
 
 
 def test_labels_of_rows_that_pandas_stored_are_no_column(tmp_path: Path) -> None:
