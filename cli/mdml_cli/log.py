@@ -7,6 +7,7 @@ import json
 import logging
 import sys
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -44,6 +45,7 @@ def open_log(quiet: bool, file: Path | None) -> None:
         InputError: the file can't be opened.
     """
     _log.quiet = quiet
+    warnings.showwarning = _shown
     if file is None:
         return
     try:
@@ -61,6 +63,7 @@ def close_log(exit_code: int) -> None:
     if _log.file is not None:
         _log.file.close()
     _log.file, _log.quiet = None, False
+    warnings.showwarning = _show_warning
 
 
 def record(event: str, **fields: Any) -> None:
@@ -69,6 +72,19 @@ def record(event: str, **fields: Any) -> None:
         entry = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}
         _log.file.write(json.dumps(entry) + "\n")
         _log.file.flush()
+
+
+_show_warning = warnings.showwarning
+
+
+def _shown(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """Our own warnings are notes; others are shown as ever."""
+    from mdml_fast.errors import MissingValuesWarning
+
+    if issubclass(category, MissingValuesWarning):
+        note(str(message))
+    else:
+        _show_warning(message, category, *where, **more)
 
 
 def note(message: str) -> None:

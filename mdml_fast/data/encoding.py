@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -13,7 +14,7 @@ import pyarrow.compute as pc
 from sklearn.preprocessing import RobustScaler, StandardScaler
 
 from mdml_fast.data.tables import plain
-from mdml_fast.errors import InputError
+from mdml_fast.errors import InputError, MissingValuesWarning
 
 Floats = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.float32]
@@ -132,10 +133,19 @@ class FeatureEncoder:
     def transform(self, table: pa.Table) -> Rows:
         """Encode rows: a table with the trained columns (others are ignored) to float32 [N, d].
 
+        Warns of values that are missing where none were in training (`MissingValuesWarning`, once for each column).
+
         Raises:
             InputError: a column is missing, of another type than in training, or holds infinities.
         """
-        encoded = [feature for column in self.columns for feature in column.encode(_values(table, column))]
+        encoded = []
+        for column in self.columns:
+            values = _values(table, column)
+            if isinstance(column, NumericColumn) and not column.has_missing and np.isnan(values).any():
+                what = f"values are missing in column {column.name!r}, and none were where its scale was learned"
+                advice = "they count as average, so such rows may look normal: fill them, or train with such rows too"
+                warnings.warn(f"{what}: {advice}", MissingValuesWarning, stacklevel=2)
+            encoded += column.encode(values)
         return np.stack(encoded, axis=1).astype(np.float32)
 
     def decode(self, rows: Rows) -> pa.Table:

@@ -64,6 +64,16 @@ def test_arrow_and_csv_come_and_go_through_pipes(model: Path, tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
+def test_values_missing_as_none_were_in_training_are_told_once(model: Path, tmp_path: Path) -> None:
+    gaps = pa.array([None if i % 10 == 0 else float(i % 3) for i in range(20_000)])
+    pa_parquet.write_table(table(20_000).set_column(1, "x0", gaps), tmp_path / "data.parquet")
+    process = start(tmp_path, "score", model, "data.parquet", "--out", "out.csv", "--log-file", "log")
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 0, err
+    assert err.decode().count("note: values are missing in column 'x0'") == 1
+    assert (tmp_path / "log").read_text().count("values are missing in column 'x0'") == 1
+
+
 def test_a_reader_that_goes_away_ends_the_run_in_silence(model: Path, tmp_path: Path) -> None:
     pa_csv.write_csv(table(200_000), tmp_path / "data.csv")
     process = start(tmp_path, "score", model, "data.csv", "--out", "-", "--quiet", stdout=subprocess.PIPE)

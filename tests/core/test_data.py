@@ -16,6 +16,7 @@ from sklearn.preprocessing import RobustScaler, StandardScaler
 from mdml_fast import InputError
 from mdml_fast.data import FeatureEncoder, as_table, label_table, read_table, write_table
 from mdml_fast.data.encoding import row_ids, soft_clip
+from mdml_fast.errors import MissingValuesWarning
 
 TABLE = pa.table({"n": [1.5, 2.5, -3.0], "s": ["a", "b", "a"]})
 ALL = np.ones(3, dtype=bool)
@@ -187,6 +188,18 @@ def test_labels_that_do_not_fit_are_refused(arguments: dict[str, object], match:
     table = pa.table({"n": np.arange(33.0), "c": ["ok"] * 30 + ["bad"] * 3})
     with pytest.raises(InputError, match=match):
         label_table(table, **({"label": "c", "normal": ["ok"]} | arguments))
+
+
+def test_values_that_are_missing_as_none_were_in_training_are_told() -> None:
+    known = pa.table({"n": [1.0, 2.0, 3.0], "gaps": [1.0, None, 3.0], "s": ["a", "b", "a"]})
+    encoder = FeatureEncoder.fit(known, np.ones(3, dtype=bool))
+    gaps = pa.table({"n": [1.0, 2.0], "gaps": [None, None], "s": [None, "a"]}, schema=known.schema)
+    encoder.transform(gaps)  # these are marked
+    for value in (None, float("nan")):
+        more = gaps.set_column(0, "n", pa.array([1.0, value]))
+        with pytest.warns(MissingValuesWarning, match="missing in column 'n', and none were .* fill them") as told:
+            encoder.transform(more)
+        assert len(told) == 1
 
 
 def test_missing_labels_are_refused() -> None:
