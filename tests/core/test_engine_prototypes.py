@@ -77,9 +77,6 @@ def test_it_agrees_with_the_tensor_operations_it_stands_for() -> None:
         torch.testing.assert_close(one.grads[name], other.grads[name], rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.skipif(
-    not (native.native().kernels and native.native().kernels.mdml_has_bfloat16()), reason="no products of bfloat16"
-)
 @pytest.mark.parametrize(("n", "q", "d", "hidden"), [(12, 15, 6, 10), (64, 33, 78, 64)])
 def test_bfloat16_products_are_close(n: int, q: int, d: int, hidden: int) -> None:
     rough, exact = engine(d, hidden, compute=torch.bfloat16), engine(d, hidden, torch.float64)

@@ -185,8 +185,6 @@ def test_adapt_equals_autograd(bfloat16, confidence):
         episodes.MlpLayer(w, b, i in (0, 1), own)
         for i, (w, b, own) in enumerate(zip(weights, biases, [*owns, None], strict=True))
     ]
-    if bfloat16 and not episodes.takes_bfloat16(made):
-        pytest.skip("this processor does not multiply bfloat16")
     support, tau, background = normal(n_episodes, n, 6), torch.tensor([0.5, 1.0, 2.0]), torch.tensor([0.1, 0.2, 0.3])
     episodes.adapt(made, episodes.InnerLoop(4, 0.3, confidence, bfloat16), support, tau, background)
 

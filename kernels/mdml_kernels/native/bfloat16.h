@@ -1,4 +1,5 @@
-// Operands of bfloat16, two along the depth to an entry, summed in float32 by the processor's own instruction.
+// Operands of bfloat16, summed in float32: two along the depth to an entry, by the processor's own instruction; or, where
+// it has none, each in a float32 of its own.
 #pragma once
 
 #include "products.h"
@@ -86,6 +87,45 @@ struct Pairs {
     return bits;
   }
 };
+
+using Bfloat16 = Pairs;
+
+}  // namespace mdml
+#else
+namespace mdml {
+
+// To the nearest number of bfloat16, to the even one where two are; a NaN stays one.
+static inline Floats to_bfloat16(Floats x) {
+  const Ints bits = (Ints)x, nearest = (bits + 0x7fff + ((bits >> 16) & 1)) & ~0xffff;
+  return x == x ? (Floats)nearest : x;
+}
+
+struct Narrow : Singles {
+  static inline void store(Stored* to, Floats value, int64_t n) { store_some(to, to_bfloat16(value), n); }
+
+  static const Stored* stored(const float* rows, int64_t n, Buffer<Entry>& buffer) {
+    float* to = buffer.take(n);
+    for (int64_t i = 0; i < n; i += W) store(to + i, load(rows + i, n - i), n - i);
+    return to;
+  }
+
+  static const Entry* stacked(const float* rows, int64_t n, int64_t width, Buffer<Entry>& buffer) {
+    const int64_t stride = padded(width);
+    float* to = buffer.take(n * stride);
+    for (int64_t i = 0; i < n; ++i)
+      for (int64_t j = 0; j < width; j += W) store(to + i * stride + j, load(rows + i * width + j, width - j), W);
+    return to;
+  }
+
+  static const Entry* turned(const float* rows, int64_t n, int64_t width, Buffer<Entry>& buffer) {
+    Singles::turned(rows, n, width, buffer);
+    float* to = buffer.get();
+    for (int64_t i = 0; i < width * padded(n); i += W) store(to + i, mdml::load(to + i), W);
+    return to;
+  }
+};
+
+using Bfloat16 = Narrow;
 
 }  // namespace mdml
 #endif

@@ -297,9 +297,7 @@ void run(const EpisodeProgram& program, int64_t begin, int64_t end, bool outer) 
 }
 
 void run(const EpisodeProgram& program, int64_t begin, int64_t end, bool outer) {
-#ifdef __AVX512BF16__
-  if (program.bfloat16) return run<Pairs>(program, begin, end, outer);
-#endif
+  if (program.bfloat16) return run<Bfloat16>(program, begin, end, outer);
   run<Singles>(program, begin, end, outer);
 }
 
@@ -307,7 +305,7 @@ void run(const EpisodeProgram& program, int64_t begin, int64_t end, bool outer) 
 
 extern "C" {
 
-// Whether there are products of bfloat16. Those take layers of even widths only.
+// Whether the processor has products of bfloat16.
 int64_t mdml_has_bfloat16() {
 #ifdef __AVX512BF16__
   return 1;

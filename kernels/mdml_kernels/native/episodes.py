@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 
 from mdml_kernels.native.calls import address, call, whole
-from mdml_kernels.native.loader import multiplies_bfloat16
 from mdml_kernels.reference import Confidence
 
 # Fewer products than this are not worth a thread of their own.
@@ -58,8 +57,8 @@ class InnerLoop(NamedTuple):
 
 
 def takes_bfloat16(layers: Sequence[MlpLayer]) -> bool:
-    """Whether this machine's processor multiplies bfloat16, and the layers' widths are even, as it wants them."""
-    return multiplies_bfloat16(*(width for layer in layers for width in layer.weight.shape[-2:]))
+    """Whether the layers' widths are even, as products of bfloat16 want them."""
+    return all(width % 2 == 0 for layer in layers for width in layer.weight.shape[-2:])
 
 
 class MetaGradients(NamedTuple):

@@ -67,10 +67,10 @@ def serves(*tensors: Tensor) -> bool:
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 
-def multiplies_bfloat16(*widths: int) -> bool:
-    """Whether there are products of bfloat16 on this machine, and for these widths: they have to be even."""
+def multiplies_bfloat16() -> bool:
+    """Whether this machine's processor does, and the kernels with it; else they round what they multiply in float32."""
     kernels = native().kernels
-    return kernels is not None and bool(kernels.mdml_has_bfloat16()) and all(width % 2 == 0 for width in widths)
+    return kernels is not None and bool(kernels.mdml_has_bfloat16())
 
 
 def _compiled(compiler: str) -> Path:

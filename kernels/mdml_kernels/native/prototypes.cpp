@@ -166,9 +166,7 @@ extern "C" {
 
 // Of the episodes from `begin` to `end`.
 void mdml_prototype_gradients(int64_t begin, int64_t end, const PrototypeProgram* program) {
-#ifdef __AVX512BF16__
-  if (program->bfloat16) return run<Pairs>(*program, begin, end);
-#endif
+  if (program->bfloat16) return run<Bfloat16>(*program, begin, end);
   run<Singles>(*program, begin, end);
 }
 

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from mdml_kernels.native.calls import address, call, whole
-from mdml_kernels.native.loader import multiplies_bfloat16
 
 # Fewer products than this are not worth a thread of their own.
 _LEAST_PRODUCTS = 1 << 20
@@ -35,8 +34,9 @@ class ResidualEncoder(NamedTuple):
 
 
 def takes_bfloat16(encoder: ResidualEncoder, support: Tensor | None = None) -> bool:
-    """Whether this machine's processor multiplies bfloat16, and widths are even, as it wants them."""
-    return multiplies_bfloat16(*encoder.inner.shape[1:], *(() if support is None else support.shape[1:2]))
+    """Whether widths are even, as products of bfloat16 want them."""
+    widths = (*encoder.inner.shape[1:], *(() if support is None else support.shape[1:2]))
+    return all(width % 2 == 0 for width in widths)
 
 
 def gradients(
