@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import TypeVar
 
@@ -50,6 +50,15 @@ def _help(pending: deque[tuple[Future[Item], Callable[[], Item]]]) -> bool:
             pending[i] = own, job
             return True
     return False
+
+
+def side_by_side(jobs: Sequence[Callable[[], Item]]) -> list[Item]:
+    """The results of jobs, in order: as many at once as torch may use threads here, each on one of its own."""
+    n_threads = torch.get_num_threads()
+    if n_threads == 1:
+        return [job() for job in jobs]
+    with workers(n_threads - 1) as pool, single_thread():
+        return list(in_order(pool, jobs, len(jobs), helping=True))
 
 
 @contextlib.contextmanager

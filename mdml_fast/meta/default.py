@@ -26,7 +26,7 @@ from mdml_fast.meta.neighbourhood import ANCHORS, SCORES, Neighbourhood, Neighbo
 from mdml_fast.meta.scoring import NormalFamily, Scorer, head_odds
 from mdml_fast.meta.training import Progress
 from mdml_fast.meta.trees import TreeHead
-from mdml_fast.threads import beside
+from mdml_fast.threads import beside, single_thread
 
 # Rows that are scored at once, so that memory does not grow with the table.
 SCORING_ROWS = 4096
@@ -167,8 +167,9 @@ class DefaultModel:
         distances = neighbourhood.distances(anomalies, counted=never_saw)
         anomaly_scores = known.tails.score(torch.cat([distances, head_odds(head, anomalies)]))[: len(SCORES)]
         prior = prior_weights(len(SCORES), len(normals), config.fusion).to(device)
-        weights = choose_weights(normal_scores, anomaly_scores, labels, prior, config.fusion)
-        fused = held_out_fused(normal_scores, units, anomaly_scores, labels, prior, weights, config.fusion)
+        with single_thread():  # many steps, each too small to be shared
+            weights = choose_weights(normal_scores, anomaly_scores, labels, prior, config.fusion)
+            fused = held_out_fused(normal_scores, units, anomaly_scores, labels, prior, weights, config.fusion)
         shares = weights.new_tensor([1.0, *[config.fusion.head] * len(by_head)])
         anomaly = fuse(shares, torch.cat([fused[None], by_head]), config.fusion)
         if previous:

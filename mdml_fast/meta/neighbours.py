@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +13,7 @@ from mdml_kernels.native.neighbours import MOST, NeighbourSearch
 from torch import Tensor
 
 from mdml_fast.data.encoding import Rows
+from mdml_fast.threads import side_by_side
 
 # Squared distances held at once, in float32: 16 MiB are still in the cache when their minima are sought.
 BLOCK_VALUES = 2**22
@@ -70,7 +71,7 @@ class References:
 
     @cached_property
     def _searches(self) -> list[NeighbourSearch]:
-        return [NeighbourSearch(one) for one in self.embedded]
+        return side_by_side([partial(NeighbourSearch, one) for one in self.embedded])
 
 
 def _product_columns(references: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from mdml_fast.threads import beside, in_order, single_thread, workers
+from mdml_fast.threads import beside, in_order, side_by_side, single_thread, workers
 
 
 def slow(i: int) -> tuple[int, int]:
@@ -38,6 +38,27 @@ def test_a_helper_does_what_nobody_begins() -> None:
         assert list(in_order(pool, (lambda i=i: i for i in range(5)), 2, helping=True)) == list(range(5))
         release.set()
         assert blocked.result() == -1
+
+
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_jobs_side_by_side_have_a_thread_each_and_no_more_than_torch_may_use(n_threads: int) -> None:
+    n_running = threading.Semaphore(n_threads)
+    together = threading.Barrier(n_threads)
+
+    def job(i: int) -> tuple[int, int]:
+        assert n_running.acquire(blocking=False)
+        together.wait(10)  # as many at once as there may be
+        n_running.release()
+        together.wait(10)
+        return i, torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(n_threads)
+    try:
+        assert side_by_side([lambda i=i: job(i) for i in range(6)]) == [(i, 1) for i in range(6)]
+        assert torch.get_num_threads() == n_threads
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("helping", [False, True])
