@@ -25,8 +25,6 @@ constexpr int W = 4;
 #endif
 using Floats = float __attribute__((vector_size(4 * W)));
 using Ints = int32_t __attribute__((vector_size(4 * W)));
-using UnalignedFloats = float __attribute__((vector_size(4 * W), aligned(4), may_alias));
-using UnalignedInts = int32_t __attribute__((vector_size(4 * W), aligned(4), may_alias));
 
 constexpr float LOWEST = std::numeric_limits<float>::lowest();
 constexpr float INFINITE = std::numeric_limits<float>::infinity();
@@ -40,8 +38,12 @@ constexpr Ints numbered(std::integer_sequence<int, L...>) {
 constexpr Ints LANES = numbered(Lanes());
 
 static inline Floats all(float value) { return value - Floats{}; }  // adding 0 would have to be done, as of -0 it is 0
-static inline Floats load(const float* from) { return *reinterpret_cast<const UnalignedFloats*>(from); }
-static inline void store(float* to, Floats value) { *reinterpret_cast<UnalignedFloats*>(to) = value; }
+static inline void store(float* to, Floats value) { memcpy(to, &value, sizeof value); }
+static inline Floats load(const float* from) {
+  Floats value;
+  memcpy(&value, from, sizeof value);
+  return value;
+}
 
 // The first n lanes from memory, the others as given.
 static inline Floats load_some(const float* from, int64_t n, float others) {
