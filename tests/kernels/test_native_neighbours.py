@@ -1,6 +1,8 @@
 """The nearest of many references by the compiled kernels, against all distances in float64."""
 
+import os
 import platform
+import shutil
 import subprocess
 import sys
 
@@ -242,9 +244,18 @@ def test_a_reference_that_is_far_too_large_hides_no_other(d):
     assert torch.equal(NeighbourSearch(references).distances(x, 2), clean)
 
 
-@pytest.mark.skipif(platform.machine() != "x86_64", reason="another processor of this family")
-def test_a_processor_with_less_finds_the_same(tmp_path):
-    """Vectors of four floats, and nothing but sums and products: the same bits."""
+@pytest.mark.parametrize(
+    ("compiler", "processor"),
+    [
+        pytest.param("c++", "x86-64-v2", id="vectors of four floats, nothing but sums and products"),
+        pytest.param("clang++", "native", id="another compiler"),
+    ],
+)
+def test_what_is_found_depends_neither_on_the_processor_nor_on_the_compiler(tmp_path, compiler, processor):
+    if shutil.which(compiler) is None:
+        pytest.skip(f"there is no {compiler}")
+    if processor.startswith("x86") and platform.machine() != "x86_64":
+        pytest.skip("another family of processors")
     generator = torch.Generator().manual_seed(0)
     cases = [clusters(3500, 90)]
     for d in (5, 90):  # two places, and about each of them rows that are a few units in the last place apart
@@ -255,12 +266,13 @@ def test_a_processor_with_less_finds_the_same(tmp_path):
     torch.save(cases, paths[0])
     code = (
         "import sys, torch; from mdml_kernels.native import loader, neighbours\n"
-        "loader._FLAGS = tuple(flag.replace('native', 'x86-64-v2') for flag in loader._FLAGS)\n"
-        "assert loader.native().kernels is not None and not loader.multiplies_bfloat16()\n"
+        "loader._FLAGS = tuple(flag.replace('native', sys.argv[3]) for flag in loader._FLAGS)\n"
+        "assert loader.native().kernels is not None, loader.native().reason\n"
         "search = neighbours.NeighbourSearch\n"
         "torch.save([search(case[500:]).distances(case[:500], 2) for case in torch.load(sys.argv[1])], sys.argv[2])"
     )
-    subprocess.run([sys.executable, "-c", code, *map(str, paths)], check=True)
+    environment = os.environ | {"CXX": compiler}
+    subprocess.run([sys.executable, "-c", code, *map(str, paths), processor], check=True, env=environment)
     assert loader.native().kernels is not None, loader.native().reason
     for case, found in zip(cases, torch.load(paths[1]), strict=True):
         assert torch.equal(found, NeighbourSearch(case[500:]).distances(case[:500], 2))
