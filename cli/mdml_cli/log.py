@@ -29,6 +29,7 @@ class _Log:
 
     quiet: bool = False
     file: TextIO | None = None
+    show_warning: Callable[..., None] | None = None  # what showed them before
 
 
 _log = _Log()
@@ -44,7 +45,7 @@ def open_log(quiet: bool, file: Path | None) -> None:
     Raises:
         InputError: the file can't be opened.
     """
-    _log.quiet = quiet
+    _log.quiet, _log.show_warning = quiet, warnings.showwarning
     warnings.showwarning = _shown
     if file is None:
         return
@@ -62,8 +63,9 @@ def close_log(exit_code: int) -> None:
     record("end", exit_code=exit_code)
     if _log.file is not None:
         _log.file.close()
-    _log.file, _log.quiet = None, False
-    warnings.showwarning = _show_warning
+    if _log.show_warning is not None:
+        warnings.showwarning = _log.show_warning
+    _log.file, _log.quiet, _log.show_warning = None, False, None
 
 
 def record(event: str, **fields: Any) -> None:
@@ -74,17 +76,14 @@ def record(event: str, **fields: Any) -> None:
         _log.file.flush()
 
 
-_show_warning = warnings.showwarning
-
-
 def _shown(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
     """Our own warnings are notes; others are shown as ever."""
     from mdml_fast.errors import MissingValuesWarning
 
     if issubclass(category, MissingValuesWarning):
         note(str(message))
-    else:
-        _show_warning(message, category, *where, **more)
+    elif _log.show_warning is not None:
+        _log.show_warning(message, category, *where, **more)
 
 
 def note(message: str) -> None:

@@ -6,6 +6,7 @@ import contextlib
 import gzip
 import io
 import json
+import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.dataset as pa_dataset
 import pyarrow.parquet as pa_parquet
 
-from mdml_fast.data.tables import check_names, check_readable, read_table, suffix_of
+from mdml_fast.data.tables import CSV_ROW_BYTES, check_names, check_readable, read_table, suffix_of
 from mdml_fast.errors import InputError, first_line
 from mdml_fast.files import replace_file
 
@@ -28,8 +29,8 @@ WRITABLE = (".parquet", ".csv", ".arrow", ".feather")
 
 # A CSV is parsed in blocks of so many bytes; the first tells the types of its columns.
 CSV_BLOCK_BYTES = 2**22
-# Longer than this no row of a CSV is taken to be, whatever its quotes say.
-LONGEST_ROW = 2**26
+# A value in quotes, which begin where a value does; to the end, where they are not closed.
+QUOTED = re.compile(rb'(?:\A|(?<=[,\r\n]))"[^"]*(?:""[^"]*)*"?')
 # Bytes that a Parquet column is read ahead; without a bound a whole row group is.
 PARQUET_BUFFER_BYTES = 2**18
 # An Arrow file begins with these (and two more bytes), an Arrow stream with those.
@@ -197,7 +198,9 @@ def _csv(
     """Parsed block by block: pyarrow's own reader of streams would read from Python in threads that outlive it."""
     blocks = _whole_rows(raw, start)
     first = next(blocks, b"")
-    schema = _parsed(first, _as_found()).schema
+    while not (found := _parsed(first, _as_found())).num_rows and (more := next(blocks, b"")):
+        first += more  # names alone tell no types
+    schema = found.schema
     check_names(schema.names, source)
     types = {name: schema.field(name).type for name in _chosen(schema.names, wanted)}
     if wanted is not None:
@@ -215,7 +218,7 @@ def _csv(
 def _parsed(block: bytes, options: pa_csv.ConvertOptions, names: list[str] | None = None) -> pa.Table:
     """A block of whole rows; names are its columns', where its first row does not tell them."""
     within_quotes = pa_csv.ParseOptions(newlines_in_values=b'"' in block)  # to look for them takes longer
-    headed = pa_csv.ReadOptions(column_names=names)
+    headed = pa_csv.ReadOptions(column_names=names, block_size=max(1, len(block)))
     return pa_csv.read_csv(_native(block), headed, within_quotes, options)
 
 
@@ -240,14 +243,15 @@ def _whole_rows(raw: BinaryIO, start: bytes) -> Iterator[bytes]:
 
 
 def _end_of_rows(data: bytes) -> int:
-    """Behind the last line break that is not within quotes: the quotes before it are even in number.
-
-    Where there is none for long, the last one has to do: a quote may stand in the middle of a value, as itself.
-    """
+    """Behind the last line break that is not within quotes; if there is none for too long, behind the last."""
     last = end = data.rfind(b"\n") + 1
-    while end and data.count(b'"', 0, end) % 2:
-        end = data.rfind(b"\n", 0, data.rfind(b'"', 0, end)) + 1
-    return end or (last if len(data) > LONGEST_ROW else 0)
+    quoted = [value.span() for value in QUOTED.finditer(data)] if b'"' in data else []
+    for begin, stop in reversed(quoted):
+        if stop < end:
+            break
+        if begin < end:
+            end = data.rfind(b"\n", 0, begin) + 1
+    return end or (last if len(data) > CSV_ROW_BYTES else 0)
 
 
 def _as_found(**options: Any) -> pa_csv.ConvertOptions:

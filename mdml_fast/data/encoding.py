@@ -133,7 +133,7 @@ class FeatureEncoder:
     def transform(self, table: pa.Table) -> Rows:
         """Encode rows: a table with the trained columns (others are ignored) to float32 [N, d].
 
-        Warns of values that are missing where none were in training (`MissingValuesWarning`, once for each column).
+        Warns of each column in which values are missing where none were in training (`MissingValuesWarning`).
 
         Raises:
             InputError: a column is missing, of another type than in training, or holds infinities.
@@ -143,7 +143,9 @@ class FeatureEncoder:
             values = _values(table, column)
             if isinstance(column, NumericColumn) and not column.has_missing and np.isnan(values).any():
                 what = f"values are missing in column {column.name!r}, and none were where its scale was learned"
-                advice = "they count as average, so such rows may look normal: fill them, or train with such rows too"
+                advice = (
+                    "they count as average, so such rows may look normal: fill them, or train with more rows like them"
+                )
                 warnings.warn(f"{what}: {advice}", MissingValuesWarning, stacklevel=2)
             encoded += column.encode(values)
         return np.stack(encoded, axis=1).astype(np.float32)

@@ -16,6 +16,9 @@ import pyarrow.parquet as pa_parquet
 
 from mdml_fast.errors import InputError, first_line
 
+# No row of a CSV may be longer; and the first so many bytes tell the types of its columns.
+CSV_ROW_BYTES = 2**26
+
 READABLE = (".parquet", ".csv", ".csv.gz", ".arrow", ".feather", ".npz")
 
 
@@ -136,8 +139,8 @@ def _read_parquet(path: Path) -> pa.Table:
 
 def _read_csv(path: Path) -> pa.Table:
     options = pa_csv.ConvertOptions(strings_can_be_null=True)
-    within_quotes = pa_csv.ParseOptions(newlines_in_values=True)
-    return pa_csv.read_csv(path, parse_options=within_quotes, convert_options=options)
+    within_quotes, large = pa_csv.ParseOptions(newlines_in_values=True), pa_csv.ReadOptions(block_size=CSV_ROW_BYTES)
+    return pa_csv.read_csv(path, large, within_quotes, options)
 
 
 def _read_npz(path: Path) -> pa.Table:

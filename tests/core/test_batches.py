@@ -1,9 +1,10 @@
 """Tables read and written batch by batch say the same as the whole."""
 
-import csv
+import contextlib
 import gzip
 import io
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -127,31 +128,49 @@ def test_blank_lines_and_lines_longer_than_a_block_are_read(tmp_path: Path, monk
     assert table.to_pydict() == {"text": ["a", long, "b"], "x": [1, 2, 3]}
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(
-    texts=st.lists(st.text('a,"\n', min_size=1, max_size=9), min_size=1, max_size=30),
-    size=st.integers(1, 60),
+def quoted(text: str) -> str:
+    return '"' + text.replace('"', '""') + '"'
+
+
+VALUES = st.text('a,"\n', min_size=1, max_size=9).map(lambda text: (quoted(text), text)) | st.just(
+    ('5" pipe', '5" pipe')
 )
-def test_quoted_values_hold_line_breaks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, texts: list[str], size: int
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(values=st.lists(VALUES, min_size=1, max_size=30), size=st.integers(1, 60))
+def test_line_breaks_within_quotes_end_no_row(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: list[tuple[str, str]], size: int
 ) -> None:
+    """A quote in the middle of a value means itself."""
     monkeypatch.setattr(batches, "CSV_BLOCK_BYTES", size)
-    with (tmp_path / "t.csv").open("w", newline="") as file:
-        rows = csv.writer(file, quoting=csv.QUOTE_NONNUMERIC, lineterminator="\n")
-        rows.writerows([["text", "x"], *zip(texts, range(len(texts)), strict=True)])
-    expected = {"text": texts, "x": list(range(len(texts)))}
-    pieces = read(tmp_path / "t.csv", 7, {"text": pa.string(), "x": pa.int64()})
+    lines = [f"{written},{i}" for i, (written, _) in enumerate(values)]
+    (tmp_path / "t.csv").write_text("\n".join(["text,x", *lines]))
+    expected = {"text": [text for _, text in values], "x": list(range(len(values)))}
+    pieces = read(tmp_path / "t.csv", 7, None)
     assert pa.concat_tables(pieces).to_pydict() == expected
     assert read_table(tmp_path / "t.csv").to_pydict() == expected
 
 
-def test_a_quote_in_the_middle_of_a_value_means_itself(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("text", ["y" * 3_000_000, '{"key": "value",\n' * 200_000])
+def test_long_rows_are_read_in_time(tmp_path: Path, text: str) -> None:
+    (tmp_path / "t.csv").write_text(f"text,x\na,1\n{quoted(text)},2\n")
+    start = time.perf_counter()
+    (table,) = read(tmp_path / "t.csv", 7, None)
+    assert time.perf_counter() - start < 20
+    assert table.to_pydict() == read_table(tmp_path / "t.csv").to_pydict() == {"text": ["a", text], "x": [1, 2]}
+
+
+def test_a_quote_that_is_not_closed_fills_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(batches, "CSV_BLOCK_BYTES", 64)
-    monkeypatch.setattr(batches, "LONGEST_ROW", 512)
-    lines = [f'5" pipe,{i}' for i in range(3)] + [f"hose,{i}" for i in range(3, 500)]
-    (tmp_path / "t.csv").write_text("\n".join(["text,x", *lines]))
-    pieces = read(tmp_path / "t.csv", 100, {"text": pa.string(), "x": None})
-    assert pa.concat_tables(pieces).to_pydict() == {"text": ['5" pipe'] * 3 + ["hose"] * 497, "x": list(range(500))}
+    monkeypatch.setattr(batches, "CSV_ROW_BYTES", 256)
+    sizes: list[int] = []
+    parsed = batches._parsed
+    monkeypatch.setattr(batches, "_parsed", lambda block, *others: sizes.append(len(block)) or parsed(block, *others))
+    (tmp_path / "t.csv").write_text('text,x\na,1\n"b,2\n' + "c,3\n" * 500)
+    with contextlib.suppress(InputError):
+        read(tmp_path / "t.csv", 7, None)
+    assert max(sizes) < 512
 
 
 def test_labels_of_rows_that_pandas_stored_are_no_column(tmp_path: Path) -> None:

@@ -80,9 +80,8 @@ void mdml_gather(int64_t, int64_t, int64_t n, int64_t c, const float* rows, int6
 }
 
 // Balls from `begin` to `end` of references whose coarse coordinates are rows [n, c], BALL to each: columns
-// [b, c, BALL],
-// the squared lengths of these [b, BALL], infinite where there is no reference, and centres [b, c]. c is even. left_out:
-// the share of lengths and squares that covers all rounding, but for that of what is kept.
+// [b, c, BALL], the squared lengths of these [b, BALL], infinite where there is no reference, and centres [b, c]. c is
+// even. left_out: the share of lengths and squares that covers all rounding, but for that of what is kept.
 void mdml_balls(int64_t begin, int64_t end, int64_t n, int64_t c, const float* rows, Coarse::Entry* columns,
                 float* squares, Coarse::Stored* centres, Ball* balls, float left_out) {
   static thread_local Buffer<float> taken;

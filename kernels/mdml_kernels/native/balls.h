@@ -14,7 +14,8 @@ using Coarse = Singles;
 constexpr float ROUNDED = 0.0f;
 #endif
 
-constexpr int64_t BALL = 16;  // references in a ball; a multiple of W
+constexpr int64_t BALL = 16;  // references in a ball
+static_assert(BALL % W == 0 && BALL <= 32);  // whole vectors, and a bit for each
 
 constexpr float EPSILON = std::numeric_limits<float>::epsilon();
 

@@ -15,6 +15,7 @@ constexpr int64_t BLOCK = 128;  // rows that meet the balls together
 // whatever W is.
 double squared_distance(const float* a, const float* b, int64_t d) {
   constexpr int N = 16, HALF = W / 2;  // added side by side
+  static_assert(N % W == 0);
   Doubles sums[N / HALF] = {};
   int64_t i = 0;
   for (; i + N <= d; i += N)
@@ -201,10 +202,10 @@ class Block {
   __attribute__((noinline)) void measure(int64_t i, int64_t ball, uint32_t near, const float* apart, const float* squares) {
     // The first to be met are the nearest, so that the others may be too far away.
     while (near && nearest[i].n < of.k) {
-      int first = __builtin_ctz(near);
-      each_bit(near, [&](int at) { first = apart[at] < apart[first] ? at : first; });
-      meet(i, ball, first, apart[first], squares[first]);
-      near &= ~(1u << first);
+      int closest = __builtin_ctz(near);
+      each_bit(near, [&](int at) { closest = apart[at] < apart[closest] ? at : closest; });
+      meet(i, ball, closest, apart[closest], squares[closest]);
+      near &= ~(1u << closest);
     }
     each_bit(near, [&](int at) { meet(i, ball, at, apart[at], squares[at]); });
   }

@@ -30,8 +30,8 @@ struct Episodes {
 
 extern "C" {
 
-// Blocks of rows from `begin` to `end`: the largest x; log_sum [E, N] = log of
-// the sum of e^x without m, whose index goes to first; of all, where first is null.
+// Blocks of rows from `begin` to `end`: the largest x; log_sum [E, N] = log of the sum of e^x without m, whose index goes
+// to first; of all, where first is null.
 void mdml_row_statistics(int64_t begin, int64_t end, const float* logits, int64_t episode_stride, int64_t row_stride,
                          int64_t n_rows, int64_t n_classes, const float* tau, float* top, float* log_sum,
                          int64_t* first) {

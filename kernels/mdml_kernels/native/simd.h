@@ -109,8 +109,8 @@ static inline V reduce(V v, F f) {
     return v;
 }
 
-// sum + a b, rounded once where the machine can. Left to the compiler it would be so here and not there, and bits would
-// depend on how a loop was unrolled.
+// sum + a b, rounded once where x86 can. Left to the compiler it may be so here and not there, and bits would depend on
+// how a loop was unrolled.
 #if defined(__AVX512F__)
 static inline Floats fma(Floats sum, Floats a, Floats b) {
   return (Floats)_mm512_fmadd_ps((__m512)a, (__m512)b, (__m512)sum);
