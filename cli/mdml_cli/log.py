@@ -30,6 +30,7 @@ class _Log:
     quiet: bool = False
     file: TextIO | None = None
     show_warning: Callable[..., None] | None = None  # what showed them before
+    notes: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # of what is logged all along
 
 
 _log = _Log()
@@ -47,6 +48,7 @@ def open_log(quiet: bool, file: Path | None) -> None:
     """
     _log.quiet, _log.show_warning = quiet, warnings.showwarning
     warnings.showwarning = _shown
+    _log.notes.enter_context(_logged_notes("mdml_kernels"))
     if file is None:
         return
     try:
@@ -65,6 +67,7 @@ def close_log(exit_code: int) -> None:
         _log.file.close()
     if _log.show_warning is not None:
         warnings.showwarning = _log.show_warning
+    _log.notes.close()
     _log.file, _log.quiet, _log.show_warning = None, False, None
 
 
@@ -93,10 +96,15 @@ def note(message: str) -> None:
         typer.echo(f"note: {message}", err=True)
 
 
-@contextlib.contextmanager
-def engine_notes() -> Iterator[None]:
+def engine_notes() -> contextlib.AbstractContextManager[None]:
     """What mdml_fast logs (which path and chunk size it chose, its speed), as notes."""
-    handler, logger = _Notes(), logging.getLogger("mdml_fast")
+    return _logged_notes("mdml_fast")
+
+
+@contextlib.contextmanager
+def _logged_notes(name: str) -> Iterator[None]:
+    """What a package logs, as notes."""
+    handler, logger = _Notes(), logging.getLogger(name)
     logger.addHandler(handler)
     logger.setLevel(logging.INFO)
     try:

@@ -1,4 +1,5 @@
 import json
+import logging
 import resource
 import signal
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 import torch
+from mdml_cli import log
 from mdml_cli.app import run
 from support import COMMAND, Run
 
@@ -281,3 +283,13 @@ def test_ctrl_c_ends_with_130(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=60) == 130
     assert not (tmp_path / "mdml-model").exists()
+
+
+@pytest.mark.parametrize("quiet", [False, True])
+def test_what_the_kernels_log_is_a_note_while_a_command_runs(quiet: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    kernels = logging.getLogger("mdml_kernels")
+    log.open_log(quiet, None)
+    kernels.info("made for this processor")
+    log.close_log(0)
+    kernels.info("nobody asks")
+    assert capsys.readouterr().err == ("" if quiet else "note: made for this processor\n")

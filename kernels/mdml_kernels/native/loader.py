@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import hashlib
+import logging
 import os
 import platform
 import shutil
@@ -18,11 +19,13 @@ import torch
 from torch import Tensor
 from torch.utils import _python_dispatch
 
+log = logging.getLogger("mdml_kernels")
+
 _HERE = Path(__file__).parent
 _COMPILERS = ("c++", "g++", "clang++")
 # No errno and no traps: neither is looked at, and both stand in the way of vectors. Not -ffast-math, which drops NaN.
 _FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC")
-_SECONDS = 120
+_SECONDS = 300
 
 
 class Native(NamedTuple):
@@ -83,6 +86,7 @@ def _compiled(compiler: str) -> Path:
     if (folder / name).is_file():
         return folder / name
     folder.mkdir(parents=True, exist_ok=True)
+    log.info("%s compiles the kernels for this processor: once, for some seconds", Path(compiler).name)
     with tempfile.TemporaryDirectory(dir=folder) as scratch, ThreadPoolExecutor() as pool:
         made = Path(scratch) / name
         objects = [str(Path(scratch) / f"{source.stem}.o") for source in sources]
