@@ -33,6 +33,7 @@ from threadpoolctl import threadpool_limits
 
 from mdml_fast import MDMLDetector
 from mdml_fast.data.open_sets import open_sets
+from mdml_fast.data.views import VIEWS
 
 ROOT = Path(__file__).parent.parent
 CHUNK_ROWS = 100_000
@@ -125,10 +126,9 @@ def flops_per_row(detector: MDMLDetector) -> float:
     """Of the products with the normals, with the encoders' weights and with the whitening matrix."""
     tensors = detector.model_.to_tensors()
     anchors, d = tensors["normals0.rows"].shape
-    n_directions = len(tensors["encoders.outer.weight"])
     embedded = min(anchors, detector.model_.config.neighbourhood.references)
     inner = tensors["encoders.inner.weight"].numel()
-    return 2.0 * (anchors * d + n_directions * embedded * d + 2 * inner + d * d)
+    return 2.0 * (anchors * d + len(VIEWS) * embedded * d + 2 * inner + d * d)
 
 
 def sgemm_rate(size: int = 2048, rounds: int = 5) -> float:

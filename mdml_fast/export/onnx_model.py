@@ -16,7 +16,6 @@ from mdml_fast.data.views import CLIP, VIEWS, Views
 from mdml_fast.detector import MDMLDetector
 from mdml_fast.export.graph import BOOL, DOUBLE, FLOAT, STRING, Graph
 from mdml_fast.meta.default import DefaultModel
-from mdml_fast.meta.ensemble import HALVES
 from mdml_fast.meta.neighbours import GROUP, SPARE
 from mdml_fast.meta.paper import PaperModel
 from mdml_fast.meta.scoring import NormalFamily, Scorer
@@ -158,9 +157,9 @@ def _views(graph: Graph, views: Views, rows: str) -> str:
 
 
 def _embed(graph: Graph, family: NormalFamily, views: str) -> str:
-    """`Ensemble.embed`: float32 [D, N, d]."""
-    w = {name: weight.double().numpy() for name, weight in family.neighbourhood.ensemble.weights.items()}
-    x = graph.cast(graph.op("Concat", *[views] * HALVES, axis=0), DOUBLE)
+    """`Encoders.embed`: float32 [4, N, d]."""
+    w = {name: weight.double().numpy() for name, weight in family.neighbourhood.encoders.weights.items()}
+    x = graph.cast(views, DOUBLE)
     hidden = graph.op("Add", graph.op("MatMul", x, w["inner.weight"].swapaxes(1, 2)), w["inner.bias"][:, None])
     correction = graph.op("MatMul", graph.op("Relu", hidden), w["outer.weight"].swapaxes(1, 2))
     scaled = graph.op("Mul", x, np.exp(w["log_scale"])[:, None])
@@ -174,14 +173,12 @@ def _family(
     neighbourhood, config = family.neighbourhood, family.neighbourhood.config
     normals = neighbourhood.normals.numpy()[None]
     knn = _neighbours(graph, graph.op("Unsqueeze", rows, [0]), normals, config.anchor_neighbours)
-    directions = _neighbours(graph, embedded, neighbourhood.embedded.numpy(), config.neighbours)
+    in_embeddings = _neighbours(graph, embedded, neighbourhood.embedded.numpy(), config.neighbours)
     whitened = graph.op("Gather", views, np.array([VIEWS.index("whitened")]), axis=0)
     difference = graph.cast(graph.op("Sub", whitened, neighbourhood.centre.numpy()), DOUBLE)
     squared = graph.op("ReduceSum", graph.op("Mul", difference, difference), [2], keepdims=0)
     mahalanobis = graph.cast(graph.op("Sqrt", squared), FLOAT)
-    by_half = graph.op("Reshape", directions, np.array([HALVES, len(VIEWS), -1]))
-    means = graph.op("ReduceMean", by_half, [0], keepdims=0)
-    scores = _tail_scores(graph, family.tails, graph.op("Concat", knn, mahalanobis, means, *odds, axis=0))
+    scores = _tail_scores(graph, family.tails, graph.op("Concat", knn, mahalanobis, in_embeddings, *odds, axis=0))
     powers = graph.op("Pow", scores, np.float32(scorer.fusion.power))
     return str(graph.op("Pow", graph.op("MatMul", scorer.weights.numpy(), powers), np.float32(1 / scorer.fusion.power)))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -18,12 +18,13 @@ from mdml_fast.data.encoding import Floats, Rows
 from mdml_fast.data.labelled import Names
 from mdml_fast.data.views import VIEWS, Views
 from mdml_fast.meta.checkpoint import Checkpoint
+from mdml_fast.meta.encoders import Encoders
 from mdml_fast.meta.ensemble import Ensemble, EnsembleConfig, train_ensemble
 from mdml_fast.meta.fusion import FusionConfig, choose_weights, fuse, held_out_fused, prior_weights
 from mdml_fast.meta.history import History
 from mdml_fast.meta.model import HeldOut, TrainingRows, fingerprint, tensors_under
-from mdml_fast.meta.neighbourhood import ANCHORS, SCORES, Neighbourhood, NeighbourhoodConfig
-from mdml_fast.meta.scoring import NormalFamily, Scorer, head_odds
+from mdml_fast.meta.neighbourhood import SCORES, Neighbourhood, NeighbourhoodConfig
+from mdml_fast.meta.scoring import NormalFamily, Scorer, head_odds, scores_by_others
 from mdml_fast.meta.training import Progress
 from mdml_fast.meta.trees import TreeHead
 from mdml_fast.threads import beside, single_thread
@@ -73,6 +74,7 @@ class DefaultModel:
 
     Args:
         config: the constants.
+        ensemble: the directions; rows are scored by the mean of their embeddings in each view.
         families: the training normals, then those that it was adapted to; a row is as normal as the nearest finds it.
         weights: of `SCORES`, not negative, with sum 1, and after them the head's, if there is one [6 or 7].
         head: the trees; None where there were no labelled anomalies.
@@ -85,6 +87,7 @@ class DefaultModel:
     def __init__(
         self,
         config: DefaultConfig,
+        ensemble: Ensemble,
         families: list[NormalFamily],
         weights: Tensor,
         head: TreeHead | None,
@@ -92,7 +95,7 @@ class DefaultModel:
         held_out: HeldOut | None = None,
     ) -> None:
         self.config, self.history, self.held_out = config, history, held_out
-        self._families, self._weights, self._head = families, weights, head
+        self._ensemble, self._families, self._weights, self._head = ensemble, families, weights, head
 
     @classmethod
     def fit(
@@ -130,8 +133,8 @@ class DefaultModel:
         labels = rows.anomaly_labels[labelled]
 
         learned = np.flatnonzero(~held_out)[: config.training_normals]
-        known_space = previous._families[0].neighbourhood if previous else None
-        views = (known_space.views if known_space else Views.fit(rows.normals[order[learned]])).to(device)
+        views = previous._families[0].neighbourhood.views if previous else Views.fit(rows.normals[order[learned]])
+        views = views.to(device)
         grow: Callable[[], TreeHead | None] = lambda: None  # noqa: E731 - one of two
         if len(anomalies) and config.n_trees:
             sample = rows.normals[order[learned[: config.tree_normals]]]
@@ -144,14 +147,15 @@ class DefaultModel:
                 labels,
                 config.ensemble,
                 seed=seed,
-                previous=known_space.ensemble if known_space else None,
+                previous=previous._ensemble if previous else None,
                 dtype=dtype,
                 progress=progress,
                 checkpoint=kept,
             )
             head = grown()
         centre = torch.zeros(normals.shape[1], device=device)
-        neighbourhood = Neighbourhood(config.neighbourhood, views, ensemble, normals, families, centre)
+        encoders = ensemble.encoders.averaged(len(VIEWS))
+        neighbourhood = Neighbourhood(config.neighbourhood, views, encoders, normals, families, centre)
 
         judged = np.flatnonzero(held_out)[: config.judged_normals]
         distances = neighbourhood.distances(normals[judged], families[judged])
@@ -163,9 +167,10 @@ class DefaultModel:
         if rows.groups is not None:
             units = torch.unique(families[judged], return_inverse=True)[1]
         normal_scores, by_head = known.tails.held_out_scores(distances, units).tensor_split([len(SCORES)])
-        never_saw = _not_in(labels, ensemble.trained_on).to(device)
-        distances = neighbourhood.distances(anomalies, counted=never_saw)
-        anomaly_scores = known.tails.score(torch.cat([distances, head_odds(head, anomalies)]))[: len(SCORES)]
+        anomaly_scores = normal_scores[:, :0]
+        if len(anomalies):
+            judges = (neighbourhood, ensemble, normals[judged], families[judged])
+            anomaly_scores = scores_by_others(*judges, anomalies, labels)
         prior = prior_weights(len(SCORES), len(normals), config.fusion).to(device)
         with single_thread():  # many steps, each too small to be shared
             weights = choose_weights(normal_scores, anomaly_scores, labels, prior, config.fusion)
@@ -175,7 +180,7 @@ class DefaultModel:
         if previous:
             history = previous.history.followed_by(history)
         to_calibrate_on = HeldOut(order[judged], -anomaly.double().cpu().numpy())
-        return cls(config, [known], torch.cat([weights, shares[1:]]), head, history, to_calibrate_on)
+        return cls(config, ensemble, [known], torch.cat([weights, shares[1:]]), head, history, to_calibrate_on)
 
     def score(self, rows: Rows) -> Floats:
         """Minus the anomaly score of each row [N, d] -> [N]: higher is more normal."""
@@ -189,8 +194,7 @@ class DefaultModel:
     def explain(self, rows: Rows, nearest: Rows) -> tuple[Floats, Floats]:
         """The score of each row [N], and what each feature adds to it compared with a normal, both [N, d]."""
         scorer, n_features = self.scorer, rows.shape[1]
-        n_distances = len(ANCHORS) + len(self._families[0].neighbourhood.embedded)
-        step = max(1, min(SCORING_ROWS, EXPLAINED_VALUES // (n_distances * n_features)))
+        step = max(1, min(SCORING_ROWS, EXPLAINED_VALUES // (len(SCORES) * n_features)))
         scores, contributions = [np.empty(0)], [np.empty((0, n_features))]
         with torch.inference_mode():
             for start in range(0, len(rows), step):
@@ -213,7 +217,7 @@ class DefaultModel:
         rows = torch.as_tensor(normals, device=self._weights.device)
         families = torch.arange(len(rows), device=rows.device)
         centre = base.views.transform(rows)[VIEWS.index("whitened")].mean(0)
-        own = Neighbourhood(base.config, base.views, base.ensemble, rows, families, centre)
+        own = Neighbourhood(base.config, base.views, base.encoders, rows, families, centre)
         distances = torch.cat([own.distances(rows, families), head_odds(self._head, rows)])
         self._families.append(NormalFamily.fit(own, distances))
 
@@ -224,10 +228,9 @@ class DefaultModel:
 
     def to_tensors(self) -> dict[str, Tensor]:
         """All that was learned, by name, on the CPU."""
-        views, ensemble = self._families[0].neighbourhood.views, self._families[0].neighbourhood.ensemble
         parts = {
-            "views": views.tensors,
-            "encoders": ensemble.weights,
+            "views": self._families[0].neighbourhood.views.tensors,
+            "encoders": self._ensemble.encoders.weights,
             "fusion": {"weights": self._weights},
             "trees": self._head.tensors if self._head else {},
         }
@@ -242,8 +245,8 @@ class DefaultModel:
 
     def to_json(self) -> dict[str, Any]:
         """What was learned beside the tensors, as plain JSON values."""
-        trained_on = self._families[0].neighbourhood.ensemble.trained_on
-        return {"history": self.history._asdict(), "trained_on": [list(names) for names in trained_on]}
+        trained_on = [list(names) for names in self._ensemble.trained_on]
+        return {"history": self.history._asdict(), "trained_on": trained_on}
 
     @classmethod
     def from_tensors(
@@ -260,19 +263,20 @@ class DefaultModel:
             KeyError, TypeError, RuntimeError: they are not those of this algorithm.
         """
         tensors = {name: value.to(device) for name, value in tensors.items()}
-        encoders, fusion, trees = (tensors_under(part, tensors) for part in ("encoders", "fusion", "trees"))
+        directions, fusion, trees = (tensors_under(part, tensors) for part in ("encoders", "fusion", "trees"))
         views = Views(tensors_under("views", tensors))
-        ensemble = Ensemble(encoders, learned["trained_on"])
+        ensemble = Ensemble(Encoders(directions), learned["trained_on"])
+        encoders = ensemble.encoders.averaged(len(VIEWS))
         families: list[NormalFamily] = []
         while own := tensors_under(f"normals{len(families)}", tensors):
             neighbourhood = Neighbourhood(
-                config.neighbourhood, views, ensemble, own["rows"], own["families"], own["centre"]
+                config.neighbourhood, views, encoders, own["rows"], own["families"], own["centre"]
             )
             families.append(NormalFamily.fit(neighbourhood, own["distances"]))
         if not families:
             raise KeyError("normals0.rows")
         head = TreeHead(trees) if trees else None
-        return cls(config, families, fusion["weights"], head, History(**learned["history"]))
+        return cls(config, ensemble, families, fusion["weights"], head, History(**learned["history"]))
 
 
 def _at_most_of_each(labels: Names, most: int, seed: int) -> npt.NDArray[np.intp]:
@@ -280,11 +284,6 @@ def _at_most_of_each(labels: Names, most: int, seed: int) -> npt.NDArray[np.intp
     rng = np.random.default_rng(seed)
     chosen = [rng.permutation(np.flatnonzero(labels == name))[:most] for name in np.unique(labels.astype(str))]
     return np.sort(np.concatenate([np.empty(0, dtype=np.intp), *chosen]))
-
-
-def _not_in(labels: Names, trained_on: Sequence[Sequence[str]]) -> Tensor:
-    """Whether each direction never saw the family of each row, bool [D, M]."""
-    return torch.tensor([[name not in names for name in labels] for names in trained_on], dtype=torch.bool)
 
 
 def family_codes(groups: Names | None, n_rows: int) -> npt.NDArray[np.int64]:

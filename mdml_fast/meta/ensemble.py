@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from mdml_kernels import SoftmaxMarginLoss
-from mdml_kernels.native import encoders as native
-from mdml_kernels.native import loader
 from torch import Tensor
 
 from mdml_fast.data.labelled import Names
@@ -17,7 +16,7 @@ from mdml_fast.data.views import VIEWS
 from mdml_fast.episodes import Direction, EpisodeSampler, Families, synthetic_rows
 from mdml_fast.meta.adam import Adam
 from mdml_fast.meta.checkpoint import Checkpoint
-from mdml_fast.meta.encoders import ResidualEncoder
+from mdml_fast.meta.encoders import Encoders, ResidualEncoder
 from mdml_fast.meta.engine import MetaEngine
 from mdml_fast.meta.heads import PrototypeHead
 from mdml_fast.meta.history import History
@@ -26,8 +25,6 @@ from mdml_fast.threads import single_thread
 
 # In each view the directions take complementary halves of the seen families.
 HALVES = 2
-# The parameters of a residual encoder, A, b, B and s, in the order in which the kernels take them.
-PARTS = ("inner.weight", "inner.bias", "outer.weight", "log_scale")
 
 
 @dataclass(frozen=True)
@@ -60,50 +57,20 @@ class EnsembleConfig:
     background_quantile: float = 0.05
 
 
-class Ensemble:
-    """D trained encoders: those of one half of the seen families, view by view, then those of the other.
+class Ensemble(NamedTuple):
+    """Trained directions: those of one half of the seen families, view by view, then those of the other.
 
-    Args:
-        weights: of the encoders, by parameter name, each [D, …].
+    Attributes:
+        encoders: of the directions.
         trained_on: the seen families that each direction was trained on [D].
     """
 
-    def __init__(self, weights: dict[str, Tensor], trained_on: Sequence[Sequence[str]]) -> None:
-        self.weights, self.trained_on = weights, trained_on
+    encoders: Encoders
+    trained_on: Sequence[Sequence[str]]
 
-    def embed(self, rows: Tensor) -> Tensor:
-        """Embeddings [D, N, d] of rows in each view [4, N, d], computed in float64 and rounded once."""
-        # `ResidualEncoder`, written out: a module lends its parameters to one thread at a time only.
-        parts = [self.weights[name] for name in PARTS]
-        if loader.serves(rows, *parts):
-            return native.residual_encoders(rows, *parts)
-        inner, bias, outer, log_scale = (part.double() for part in parts)
-        x = rows.double().repeat(HALVES, 1, 1)
-        hidden = torch.baddbmm(bias.unsqueeze(1), x, inner.mT).relu()
-        z = torch.addcmul(hidden @ outer.mT, x, log_scale.exp().unsqueeze(1))
-        return z.to(rows.dtype)
-
-    def pull_back(self, rows: Tensor, steps: Tensor) -> Tensor:
-        """What the coordinates of a step s in view add to |z(x) - z(x - s)|², z each direction's embedding [D, N, d].
-
-        The squared distance is the product of s with it: between two rows an encoder is linear but for the relu, and
-        that is linear in its own two values (the rescale rule of Shrikumar, Greenside, Kundaje, "Learning important
-        features through propagating activation differences", 2017).
-
-        Args:
-            rows: x in each view [4, N, d].
-            steps: s in it [4, N, d].
-        """
-        inner, bias, outer, log_scale = parts = [self.weights[name] for name in PARTS]
-        if loader.serves(rows, steps, *parts):
-            return native.pull_back(rows, steps, *parts)
-        rows, steps = rows.repeat(HALVES, 1, 1), steps.repeat(HALVES, 1, 1)
-        scale = log_scale.exp().unsqueeze(1)
-        at_row = torch.baddbmm(bias.unsqueeze(1), rows, inner.mT)
-        change = steps @ inner.mT
-        slope = torch.where(change.abs() > native.NO_CHANGE, (at_row.relu() - (at_row - change).relu()) / change, 0.5)
-        difference = torch.addcmul((slope * change) @ outer.mT, steps, scale)
-        return torch.addcmul((slope * (difference @ outer)) @ inner, difference, scale)
+    def never_saw(self, labels: Names) -> Tensor:
+        """Whether each direction was not trained on the family of each row [M], bool [D, M]."""
+        return torch.tensor([[name not in names for name in labels] for names in self.trained_on], dtype=torch.bool)
 
 
 def train_ensemble(
@@ -135,7 +102,7 @@ def train_ensemble(
         checkpoint: where the state of the run is kept.
 
     Returns:
-        The encoders, and the losses of the steps.
+        The directions, and the losses of the steps.
     """
     rng = np.random.default_rng(seed)
     names = np.unique(labels.astype(str)).tolist() if config.labelled else []
@@ -144,7 +111,7 @@ def train_ensemble(
         sampler = _sampler(normals, anomalies, labels, halves, config, rng, seed)
         engine = _engine(anomalies.shape[-1], len(halves), config, seed, dtype, anomalies.device)
         if previous:
-            for name, weight in previous.weights.items():
+            for name, weight in previous.encoders.weights.items():
                 engine.parameters()[f"encoder.{name}"].data.copy_(weight)
         _start_at_the_data(engine, sampler, config)
     rates = dict.fromkeys(engine.parameters(), config.network_rate)
@@ -168,7 +135,7 @@ def train_ensemble(
         for name, param in engine.parameters().items()
         if name.startswith("encoder.")
     }
-    return Ensemble(weights, halves), history
+    return Ensemble(Encoders(weights), halves), history
 
 
 def _halves(names: Sequence[str], rng: np.random.Generator, previous: Ensemble | None) -> list[list[str]]:

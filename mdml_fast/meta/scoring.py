@@ -7,9 +7,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mdml_fast.data.labelled import Names
+from mdml_fast.data.views import VIEWS
+from mdml_fast.meta.ensemble import HALVES, Ensemble
 from mdml_fast.meta.fusion import FusionConfig, fuse
 from mdml_fast.meta.neighbourhood import ANCHORS, SCORES, Neighbourhood
-from mdml_fast.meta.shares import TINY, distance_shares
+from mdml_fast.meta.shares import distance_shares
 from mdml_fast.meta.tails import LEAST_INDEX, Tails
 from mdml_fast.meta.trees import TreeHead, odds
 
@@ -77,19 +80,42 @@ class Scorer(NamedTuple):
         return anomaly, parts
 
     def _amounts(self, family: NormalFamily, rows: Tensor, by_head: Tensor) -> tuple[Tensor, Tensor]:
-        """How anomalous rows are to a family [N], and what each distance and the head add to that [2 + D (+ 1), N].
+        """How anomalous rows are to a family [N], and what each distance and the head add to that [6 or 7, N].
 
-        The fused score f = (Σ w s^p)^(1/p) is the sum of w s^p f^(1-p) over the scores s; what the mean of the
-        directions' distances adds is shared by them as the sum is.
+        The fused score f = (Σ w s^p)^(1/p) is the sum of w s^p f^(1-p) over the scores s.
         """
-        anchors, directions = family.neighbourhood.by_direction(rows)
-        means = directions.mean(0)
-        scores, power = family.tails.score(torch.cat([anchors, means, by_head])), self.fusion.power
+        scores, power = family.scores(rows, by_head), self.fusion.power
         fused = fuse(self.weights, scores, self.fusion)
-        parts = self.weights.unsqueeze(1) * scores.pow(power) * fused.pow(1 - power)
-        of_anchors, of_means, of_head = parts.tensor_split([len(ANCHORS), len(SCORES)])
-        shared = of_means * directions / (len(directions) * means).clamp(min=TINY)
-        return fused, torch.cat([of_anchors, shared.flatten(0, 1), of_head])
+        return fused, self.weights.unsqueeze(1) * scores.pow(power) * fused.pow(1 - power)
+
+
+def scores_by_others(
+    neighbourhood: Neighbourhood,
+    ensemble: Ensemble,
+    normals: Tensor,
+    families: Tensor,
+    anomalies: Tensor,
+    labels: Names,
+) -> Tensor:
+    """Tail scores by `SCORES` [6, M] of labelled anomalies, as if their classes had not been seen.
+
+    In each view the directions score that were not trained on the row's family; where all were, all of them.
+
+    Args:
+        neighbourhood: what to compare with.
+        ensemble: the directions.
+        normals: those that give the tails, float [n, d].
+        families: theirs, int [n].
+        anomalies: float [M, d].
+        labels: their classes [M].
+    """
+    by_direction = neighbourhood.embedded_by(ensemble.encoders)
+    tails = Tails.fit(by_direction.distances(normals, families))
+    anchors, scores = tails.score(by_direction.distances(anomalies)).tensor_split([len(ANCHORS)])
+    scores = scores.view(HALVES, len(VIEWS), len(anomalies))
+    judges = ensemble.never_saw(labels).to(scores.device).view_as(scores)
+    judges = judges | ~judges.any(0)
+    return torch.cat([anchors, (judges * scores).sum(0) / judges.sum(0)])
 
 
 def head_odds(head: TreeHead | None, rows: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ TINY = 1e-12
 
 
 def distance_shares(neighbourhood: Neighbourhood, rows: Tensor, normals: Tensor, centres: Tensor) -> Tensor:
-    """The share of each feature in each distance of `Neighbourhood.by_direction` [2 + D, N, d]: the anchors' first.
+    """The share of each feature in each distance of `Neighbourhood.distances` [6, N, d].
 
     A squared distance between a row and a normal is exactly a sum over the features. Its parts are divided by it, so
     that they sum to 1; those of the Mahalanobis distance, which is from the centre, fall short of 1 by the normal's own
@@ -27,15 +27,13 @@ def distance_shares(neighbourhood: Neighbourhood, rows: Tensor, normals: Tensor,
     """
     views, whitened = neighbourhood.views, VIEWS.index("whitened")
     seen, others = views.transform(rows), views.transform(normals)
-    steps, weights = seen - others, neighbourhood.ensemble.pull_back(seen, seen - others)
+    steps, weights = seen - others, neighbourhood.encoders.pull_back(seen, seen - others)
     from_centre = seen[whitened] - centres
     # |v|² - |u|² is the product of v - u with v + u.
     around_centre = from_centre + others[whitened] - centres
     squared = from_centre.square().sum(-1, keepdim=True).clamp(min=TINY)
     shares = [_normalised((rows - normals).square()), views.by_feature("whitened", steps, around_centre) / squared]
-    shares += [
-        _normalised(views.by_feature(VIEWS[place % len(VIEWS)], steps, weight)) for place, weight in enumerate(weights)
-    ]
+    shares += [_normalised(views.by_feature(view, steps, weight)) for view, weight in zip(VIEWS, weights, strict=True)]
     return torch.stack(shares)
 
 

@@ -19,10 +19,12 @@ from mdml_fast.data.open_sets import open_sets
 from mdml_fast.data.views import VIEWS, Views
 from mdml_fast.evaluation import EvaluationProtocol, evaluate
 from mdml_fast.meta.default import DefaultConfig, DefaultModel
-from mdml_fast.meta.encoders import ResidualEncoder
+from mdml_fast.meta.encoders import Encoders, ResidualEncoder
 from mdml_fast.meta.ensemble import Ensemble, EnsembleConfig
 from mdml_fast.meta.left_out import BOTH, FIRST, NEITHER, SECOND, left_out_by_both, left_out_in_turn
 from mdml_fast.meta.model import TrainingRows
+from mdml_fast.meta.scoring import scores_by_others
+from mdml_fast.meta.tails import Tails
 
 CPU = torch.device("cpu")
 FAST = DefaultConfig(
@@ -55,23 +57,27 @@ def test_training_lowers_the_loss_of_every_direction_together(fitted: MDMLDetect
         assert encoders["encoders.outer.weight"][direction].abs().max() > 0
 
 
-def test_distances_are_averaged_over_the_directions_that_learned_nothing_from_a_row(fitted: MDMLDetector) -> None:
-    neighbourhood = fitted.model_._families[0].neighbourhood
-    rows = torch.as_tensor(data(1)[0][:4], dtype=torch.float32)
-    anchors, directions = neighbourhood.by_direction(rows)
-    counted = torch.zeros(2, len(VIEWS), 4, dtype=torch.bool)
-    counted[0, :, 0] = True
-    counted[1, :, 1] = True
-    counted[0, 0, 2] = counted[1, 1:, 2] = True
-    means = neighbourhood.distances(rows, counted=counted.flatten(0, 1))
-    torch.testing.assert_close(means[:2], anchors)
-    torch.testing.assert_close(means[2:, 0], directions[0, :, 0])
-    torch.testing.assert_close(means[2:, 1], directions[1, :, 1])
-    torch.testing.assert_close(means[2, 2], directions[0, 0, 2])
-    torch.testing.assert_close(means[3:, 2], directions[1, 1:, 2])
-    # Where none does, both do.
-    torch.testing.assert_close(means[2:, 3], directions[:, :, 3].mean(0))
-    torch.testing.assert_close(neighbourhood.distances(rows)[2:], directions.mean(0))
+def test_a_labelled_row_is_scored_by_the_directions_that_learned_nothing_from_its_family(
+    fitted: MDMLDetector,
+) -> None:
+    neighbourhood, encoders = fitted.model_._families[0].neighbourhood, fitted.model_._ensemble.encoders
+    normals, rows = (torch.as_tensor(data(seed)[0][:n], dtype=torch.float32) for seed, n in ((1, 90), (2, 4)))
+    families = -1 - torch.arange(len(normals))
+    trained_on = [["a", "c"], *[["a", "c", "d"]] * 3, ["b", "c", "d"], *[["b", "c"]] * 3]
+    labels = np.array(["a", "b", "c", "d"], dtype=object)
+    scores = scores_by_others(neighbourhood, Ensemble(encoders, trained_on), normals, families, rows, labels)
+
+    apart = neighbourhood.embedded_by(encoders)
+    expected = Tails.fit(apart.distances(normals, families)).score(apart.distances(rows))
+    first, second = expected[2:].view(2, len(VIEWS), 4)
+    assert not torch.equal(first, second)
+    torch.testing.assert_close(scores[:2], expected[:2])
+    torch.testing.assert_close(scores[2:, 0], second[:, 0])
+    torch.testing.assert_close(scores[2:, 1], first[:, 1])
+    # Where none did, both do.
+    torch.testing.assert_close(scores[2:, 2], (first + second)[:, 2] / 2)
+    torch.testing.assert_close(scores[2, 3], first[0, 3])
+    torch.testing.assert_close(scores[3:, 3], second[1:, 3])
 
 
 def test_nothing_is_learned_from_a_normal_to_calibrate_on() -> None:
@@ -204,20 +210,32 @@ def test_a_large_family_is_learned_from_in_part() -> None:
     assert len(_at_most_of_each(labels[:0], 10, seed=0)) == 0
 
 
-def test_embeddings_are_the_encoders_own_in_whatever_thread() -> None:
+def random_encoders(n: int, d: int, hidden: int) -> tuple[list[ResidualEncoder], Encoders]:
+    """Encoders far from the identity, one by one and together."""
     generator = torch.Generator().manual_seed(0)
-    encoders = [ResidualEncoder(5, 7) for _ in range(2 * len(VIEWS))]
+    encoders = [ResidualEncoder(d, hidden) for _ in range(n)]
     for parameter in (value for encoder in encoders for value in encoder.parameters()):
         parameter.data = torch.randn(parameter.shape, generator=generator) / 3
-    weights = {
-        name: torch.stack([encoder.state_dict()[name] for encoder in encoders]) for name in encoders[0].state_dict()
-    }
-    ensemble = Ensemble(weights, [[]] * len(encoders))
-    rows = torch.randn(len(VIEWS), 400, 5, generator=generator)
+    names = encoders[0].state_dict()
+    return encoders, Encoders({name: torch.stack([each.state_dict()[name] for each in encoders]) for name in names})
+
+
+def test_embeddings_are_the_encoders_own_in_whatever_thread() -> None:
+    encoders, together = random_encoders(2 * len(VIEWS), 5, 7)
+    rows = torch.randn(len(VIEWS), 400, 5, generator=torch.Generator().manual_seed(1))
     expected = torch.stack([encoder(own) for encoder, own in zip(encoders, rows.repeat(2, 1, 1), strict=True)])
     with ThreadPoolExecutor(4) as pool:
-        for embedded in pool.map(ensemble.embed, [rows] * 40):
+        for embedded in pool.map(together.embed, [rows] * 40):
             torch.testing.assert_close(embedded, expected.detach(), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("n", [4, 8, 12])
+def test_averaged_encoders_embed_as_the_mean_of_the_views_own(n: int) -> None:
+    encoders, together = random_encoders(n, 5, 7)
+    rows = torch.randn(len(VIEWS), 400, 5, generator=torch.Generator().manual_seed(1))
+    each = torch.stack([encoder(rows[place % 4]).detach() for place, encoder in enumerate(encoders)])
+    means = torch.stack([each[view::4].mean(0) for view in range(4)])
+    torch.testing.assert_close(together.averaged(4).embed(rows), means, rtol=1e-5, atol=1e-6)
 
 
 def test_bfloat16_finds_what_float32_finds() -> None:

@@ -13,7 +13,7 @@ from support import normals_and_two_classes
 from torch.nn.functional import softplus
 
 from mdml_fast.data.views import VIEWS, Views
-from mdml_fast.meta.ensemble import Ensemble
+from mdml_fast.meta.encoders import Encoders
 from mdml_fast.meta.fusion import FusionConfig, choose_weights, fuse, held_out_fused, learn_weights, prior_weights
 from mdml_fast.meta.neighbours import References
 from mdml_fast.meta.scoring import NormalFamily
@@ -280,17 +280,17 @@ def test_compiled_encoders_are_pulled_back_through_as_by_tensor_operations(monke
     generator = torch.Generator().manual_seed(0)
     sizes = {"inner.weight": (8, 20, 30), "inner.bias": (8, 20), "outer.weight": (8, 30, 20), "log_scale": (8, 30)}
     weights = {name: 0.3 * torch.randn(size, generator=generator) for name, size in sizes.items()}
-    ensemble = Ensemble(weights, [[]] * 8)
+    encoders = Encoders(weights)
     rows, steps = (torch.randn(4, 80, 30, generator=generator) for _ in range(2))
     steps[:, ::3] *= 1e-7
     steps[:, 1] = 0.0
-    found = ensemble.pull_back(rows, steps)
+    found = encoders.pull_back(rows, steps)
     monkeypatch.setattr(loader, "native", lambda: loader.Native(None, "the test wants none"))
-    torch.testing.assert_close(ensemble.pull_back(rows, steps), found, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(encoders.pull_back(rows, steps), found, rtol=1e-3, atol=1e-4)
     # The smallest steps' own, which are lost beside the others.
     small = (slice(None), slice(None, None, 3))
-    torch.testing.assert_close(1e7 * ensemble.pull_back(rows, steps)[small], 1e7 * found[small], rtol=1e-2, atol=1e-2)
-    assert not torch.equal(ensemble.pull_back(rows, steps), found)
+    torch.testing.assert_close(1e7 * encoders.pull_back(rows, steps)[small], 1e7 * found[small], rtol=1e-2, atol=1e-2)
+    assert not torch.equal(encoders.pull_back(rows, steps), found)
 
 
 def test_thresholds_in_float32_compare_as_in_float64() -> None:
