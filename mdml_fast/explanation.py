@@ -136,7 +136,7 @@ def explain(
     """Score rows and say why; see `MDMLDetector.explain`."""
     rows: Rows = encoder.transform(table)
     nearest, distances = normals.nearest(rows)
-    scores, by_feature = model.explain(rows, normals.rows[nearest])
+    scores, by_feature = model.explain(rows, normals.rows, nearest)
     contributions = encoder.by_column(by_feature, columns)
     return Explanation(
         table=table,

@@ -68,8 +68,14 @@ class Model(Protocol):
     def score(self, rows: Rows) -> Floats:
         """The score of each row [N, d] -> [N]."""
 
-    def explain(self, rows: Rows, nearest: Rows) -> tuple[Floats, Floats]:
-        """The score of each row [N], and what each feature adds to it compared with a normal for each, both [N, d]."""
+    def explain(self, rows: Rows, normals: Rows, nearest: Positions) -> tuple[Floats, Floats]:
+        """The score of each row [N], and what each feature adds to it compared with its normal, both [N, d].
+
+        Args:
+            rows: [N, d].
+            normals: [n, d].
+            nearest: which of them each row is compared with [N].
+        """
 
     def adapt(self, normals: Rows) -> None:
         """Take normals [n, d] of a new family as normal too; what was learned before stays as it is."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from copy import copy
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,6 +30,14 @@ class NeighbourhoodConfig:
 # What rows are scored by: the anchor first.
 ANCHORS = ("knn", "mahalanobis")
 SCORES = (*ANCHORS, *VIEWS)
+
+
+class Placed(NamedTuple):
+    """Rows [N, d], as they are in each view [4, N, d], and in the embedding of each encoder [E, N, d]."""
+
+    rows: Tensor
+    seen: Tensor
+    embedded: Tensor
 
 
 class Neighbourhood:
@@ -67,33 +76,40 @@ class Neighbourhood:
     def _embed_by(self, encoders: Encoders) -> None:
         self.encoders = encoders
         with torch.inference_mode():
-            seen = self.views.transform(self.normals[: self.config.references])
-            self._embedded = References(encoders.embed(seen))
+            self._embedded = References(self.place(self.normals[: self.config.references]).embedded)
 
     @property
     def embedded(self) -> Tensor:
         """The first so many of the normals in each encoder's embedding [E, n, d]."""
         return self._embedded.embedded
 
-    def distances(self, rows: Tensor, families: Tensor | None = None) -> Tensor:
-        """Distances [2 + E, N] of rows [N, d] from the normals: by `ANCHORS`, then in each encoder's embedding.
+    def order(self, rows: Tensor) -> Tensor:
+        """Positions of rows [N, d] in an order in which they are compared faster: near ones follow each other [N]."""
+        return self._anchors.order(rows)
+
+    def place(self, rows: Tensor) -> Placed:
+        """Rows [N, d] as `distances` takes them, of this or of another neighbourhood with these views and encoders."""
+        seen = self.views.transform(rows)
+        return Placed(rows, seen, self.encoders.embed(seen))
+
+    def distances(self, placed: Placed, families: Tensor | None = None) -> Tensor:
+        """Distances [2 + E, N] of N rows from the normals: by `ANCHORS`, then in each encoder's embedding.
 
         The mean distance to the nearest normals as they are; the Mahalanobis distance of the clipped row from their
         centre; the mean distance to the nearest normals in each embedding.
 
         Args:
-            rows: float [N, d].
+            placed: the rows.
             families: int [N], where the rows are normals of these families themselves.
         """
-        config = self.config
-        seen = self.views.transform(rows)
+        config, rows = self.config, placed.rows
         knn = self._anchors.distances(
             rows.unsqueeze(0), config.anchor_neighbours, families=families, reference_families=self.families
         )
-        from_centre = seen[VIEWS.index("whitened")] - self.centre
+        from_centre = placed.seen[VIEWS.index("whitened")] - self.centre
         mahalanobis = from_centre.norm(dim=-1, dtype=torch.float64).to(rows.dtype).unsqueeze(0)
         in_embeddings = self._embedded.distances(
-            self.encoders.embed(seen),
+            placed.embedded,
             config.neighbours,
             families=families,
             reference_families=self.families[: self.embedded.shape[1]],

@@ -69,6 +69,12 @@ class References:
                 distances[one, block] = _block_distances(rows[one, block], references[one], columns[one], k, own)
         return distances
 
+    def order(self, rows: Tensor) -> Tensor:
+        """Positions of rows [N, d], in the first embedding, in an order in which they are found faster [N]."""
+        if loader.serves(rows, self.embedded):
+            return self._searches[0].order(rows)
+        return torch.arange(len(rows), device=rows.device)
+
     @cached_property
     def _searches(self) -> list[NeighbourSearch]:
         return side_by_side([partial(NeighbourSearch, one) for one in self.embedded])

@@ -12,6 +12,7 @@ import torch
 from mdml_kernels import SoftmaxMarginLoss, softmax_log_odds
 from torch import Tensor, nn
 
+from mdml_fast.calibration import Positions
 from mdml_fast.data.encoding import Floats, Rows
 from mdml_fast.episodes import (
     EpisodeSampler,
@@ -166,18 +167,16 @@ class PaperModel:
                 scores.append(self._log_odds(part).double().cpu().numpy())
         return np.concatenate(scores)
 
-    def explain(self, rows: Rows, nearest: Rows) -> tuple[Floats, Floats]:
-        """The score of each row [N], and what each feature adds to it compared with a normal, both [N, d].
+    def explain(self, rows: Rows, normals: Rows, nearest: Positions) -> tuple[Floats, Floats]:
+        """The score of each row [N], and what each feature adds to it compared with its normal, both [N, d].
 
         By integrated gradients along the line from the normal to the row (Sundararajan, Taly, Yan, "Axiomatic
         attribution for deep networks", 2017).
         """
         contributions = [np.empty((0, rows.shape[1]))]
         for start in range(0, len(rows), EXPLAINED_ROWS):
-            row, normal = (
-                torch.as_tensor(matrix[start : start + EXPLAINED_ROWS], device=self._device)
-                for matrix in (rows, nearest)
-            )
+            own = slice(start, start + EXPLAINED_ROWS)
+            row, normal = (torch.as_tensor(some, device=self._device) for some in (rows[own], normals[nearest[own]]))
             # The middles of equal parts of the line.
             shares = (torch.arange(PATH_POINTS, device=self._device) + 0.5) / PATH_POINTS
             points = torch.lerp(normal, row, shares[:, None, None]).requires_grad_()

@@ -11,7 +11,7 @@ from mdml_fast.data.labelled import Names
 from mdml_fast.data.views import VIEWS
 from mdml_fast.meta.ensemble import HALVES, Ensemble
 from mdml_fast.meta.fusion import FusionConfig, fuse
-from mdml_fast.meta.neighbourhood import ANCHORS, SCORES, Neighbourhood
+from mdml_fast.meta.neighbourhood import ANCHORS, SCORES, Neighbourhood, Placed
 from mdml_fast.meta.shares import distance_shares
 from mdml_fast.meta.tails import LEAST_INDEX, Tails
 from mdml_fast.meta.trees import TreeHead, odds
@@ -40,9 +40,9 @@ class NormalFamily(NamedTuple):
         least = distances.new_tensor([*[LEAST_INDEX] * len(SCORES), *[LEAST_HEAD_INDEX] * n_head])
         return cls(neighbourhood, Tails.fit(distances, least.unsqueeze(1)))
 
-    def scores(self, rows: Tensor, by_head: Tensor) -> Tensor:
-        """How strange rows [N, d] are to the family: tail scores by `SCORES`, and of the head's odds [6 or 7, N]."""
-        return self.tails.score(torch.cat([self.neighbourhood.distances(rows), by_head]))
+    def scores(self, placed: Placed, by_head: Tensor) -> Tensor:
+        """How strange N rows are to the family: tail scores by `SCORES`, and of the head's odds [6 or 7, N]."""
+        return self.tails.score(torch.cat([self.neighbourhood.distances(placed), by_head]))
 
 
 class Scorer(NamedTuple):
@@ -55,36 +55,45 @@ class Scorer(NamedTuple):
 
     def anomaly(self, rows: Tensor) -> Tensor:
         """The anomaly score [N] of rows [N, d]."""
-        by_head = head_odds(self.head, rows)
-        scored = [fuse(self.weights, family.scores(rows, by_head), self.fusion) for family in self.families]
+        placed, by_head = self._place(rows), head_odds(self.head, rows)
+        scored = [fuse(self.weights, family.scores(placed, by_head), self.fusion) for family in self.families]
         return torch.stack(scored).amin(0)
 
-    def explain(self, rows: Tensor, normals: Tensor) -> tuple[Tensor, Tensor]:
-        """The anomaly score [N] of rows, and what each feature adds to it compared with a normal for each, both [N, d].
+    def explain(self, rows: Tensor, normals: Tensor, nearest: Tensor) -> tuple[Tensor, Tensor]:
+        """The anomaly score [N] of rows, and what each feature adds to it compared with a normal, both [N, d].
 
         What each distance adds is shared by the features as the distance is; the head's part by the splits on the
         trees' paths.
+
+        Args:
+            rows: float [N, d].
+            normals: float [n, d].
+            nearest: which of them each row is compared with, int [N].
         """
-        by_head = head_odds(self.head, rows)
-        scored = [self._amounts(family, rows, by_head) for family in self.families]
+        placed, by_head = self._place(rows), head_odds(self.head, rows)
+        scored = [self._amounts(family, placed, by_head) for family in self.families]
         anomaly, closest = torch.stack([own for own, _ in scored]).min(0)
         centres = torch.stack([family.neighbourhood.centre for family in self.families])[closest]
-        shares = distance_shares(self.families[0].neighbourhood, rows, normals, centres)
+        shares = distance_shares(self.families[0].neighbourhood, placed, normals, nearest, centres)
         place = torch.arange(len(rows), device=rows.device)
         chosen = torch.stack([amounts for _, amounts in scored])[closest, :, place]
         parts = torch.einsum("nc,cnd->nd", chosen[:, : len(shares)], shares)
         if self.head:
             of_head = chosen[:, -1]
             heard = of_head > LEAST_PART * anomaly
-            parts[heard] += of_head[heard].unsqueeze(1) * self.head.shares(rows[heard], normals[heard])
+            parts[heard] += of_head[heard].unsqueeze(1) * self.head.shares(rows[heard], normals, nearest[heard])
         return anomaly, parts
 
-    def _amounts(self, family: NormalFamily, rows: Tensor, by_head: Tensor) -> tuple[Tensor, Tensor]:
+    def _place(self, rows: Tensor) -> Placed:
+        """Rows in the views and embeddings, which are those of all families."""
+        return self.families[0].neighbourhood.place(rows)
+
+    def _amounts(self, family: NormalFamily, placed: Placed, by_head: Tensor) -> tuple[Tensor, Tensor]:
         """How anomalous rows are to a family [N], and what each distance and the head add to that [6 or 7, N].
 
         The fused score f = (Σ w s^p)^(1/p) is the sum of w s^p f^(1-p) over the scores s.
         """
-        scores, power = family.scores(rows, by_head), self.fusion.power
+        scores, power = family.scores(placed, by_head), self.fusion.power
         fused = fuse(self.weights, scores, self.fusion)
         return fused, self.weights.unsqueeze(1) * scores.pow(power) * fused.pow(1 - power)
 
@@ -110,8 +119,8 @@ def scores_by_others(
         labels: their classes [M].
     """
     by_direction = neighbourhood.embedded_by(ensemble.encoders)
-    tails = Tails.fit(by_direction.distances(normals, families))
-    anchors, scores = tails.score(by_direction.distances(anomalies)).tensor_split([len(ANCHORS)])
+    tails = Tails.fit(by_direction.distances(by_direction.place(normals), families))
+    anchors, scores = tails.score(by_direction.distances(by_direction.place(anomalies))).tensor_split([len(ANCHORS)])
     scores = scores.view(HALVES, len(VIEWS), len(anomalies))
     judges = ensemble.never_saw(labels).to(scores.device).view_as(scores)
     judges = judges | ~judges.any(0)

@@ -6,13 +6,15 @@ import torch
 from torch import Tensor
 
 from mdml_fast.data.views import VIEWS
-from mdml_fast.meta.neighbourhood import Neighbourhood
+from mdml_fast.meta.neighbourhood import Neighbourhood, Placed
 
 # Squared distances below this are of rows that agree.
 TINY = 1e-12
 
 
-def distance_shares(neighbourhood: Neighbourhood, rows: Tensor, normals: Tensor, centres: Tensor) -> Tensor:
+def distance_shares(
+    neighbourhood: Neighbourhood, placed: Placed, normals: Tensor, nearest: Tensor, centres: Tensor
+) -> Tensor:
     """The share of each feature in each distance of `Neighbourhood.distances` [6, N, d].
 
     A squared distance between a row and a normal is exactly a sum over the features. Its parts are divided by it, so
@@ -21,18 +23,22 @@ def distance_shares(neighbourhood: Neighbourhood, rows: Tensor, normals: Tensor,
 
     Args:
         neighbourhood: whose views and encoders count.
-        rows: float [N, d].
-        normals: what each is compared with, float [N, d].
+        placed: the rows.
+        normals: float [n, d].
+        nearest: which of them each row is compared with, int [N].
         centres: what each Mahalanobis distance is from, in the whitened view [N, d].
     """
     views, whitened = neighbourhood.views, VIEWS.index("whitened")
-    seen, others = views.transform(rows), views.transform(normals)
+    seen, others = placed.seen, views.transform(normals)[:, nearest]
     steps, weights = seen - others, neighbourhood.encoders.pull_back(seen, seen - others)
     from_centre = seen[whitened] - centres
     # |v|² - |u|² is the product of v - u with v + u.
     around_centre = from_centre + others[whitened] - centres
     squared = from_centre.square().sum(-1, keepdim=True).clamp(min=TINY)
-    shares = [_normalised((rows - normals).square()), views.by_feature("whitened", steps, around_centre) / squared]
+    shares = [
+        _normalised((placed.rows - normals[nearest]).square()),
+        views.by_feature("whitened", steps, around_centre) / squared,
+    ]
     shares += [_normalised(views.by_feature(view, steps, weight)) for view, weight in zip(VIEWS, weights, strict=True)]
     return torch.stack(shares)
 

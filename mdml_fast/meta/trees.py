@@ -85,7 +85,7 @@ class TreeHead:
         step = max(1, BLOCK_VALUES // len(self.tensors["roots"]))
         return torch.cat([self._walk(rows[start : start + step]) for start in range(0, len(rows), step)])
 
-    def shares(self, rows: Tensor, normals: Tensor) -> Tensor:
+    def shares(self, rows: Tensor, normals: Tensor, nearest: Tensor) -> Tensor:
         """The share of each feature in the probability of rows, compared with a normal for each [N, d].
 
         On its way to a leaf a row's probability changes with every split, which belongs to the split's feature (Saabas,
@@ -95,14 +95,15 @@ class TreeHead:
 
         Args:
             rows: float32 [N, d].
-            normals: what each is compared with [N, d].
+            normals: float32 [n, d].
+            nearest: which of them each row is compared with, int64 [N].
         """
-        others, which = torch.unique(normals, dim=0, return_inverse=True)
-        changes, changes_of_others = self._changes(torch.cat([rows, others])).tensor_split([len(rows)])
+        changes, changes_of_normals = self._changes(torch.cat([rows, normals])).tensor_split([len(rows)])
         begin = self.tensors["anomaly"][self.tensors["roots"]].mean()
-        above, below = begin + changes.sum(1), (begin + changes_of_others.sum(1))[which]
+        above, below = begin + changes.sum(1), (begin + changes_of_normals.sum(1))[nearest]
         more = above - below > LEAST_RISE
-        raised = (changes - changes_of_others[which]).clamp(min=0) * (rows != normals) * more.unsqueeze(1)
+        differs = (rows != normals[nearest]) * more.unsqueeze(1)
+        raised = (changes - changes_of_normals[nearest]).clamp(min=0) * differs
         share = (1 - below / above) / raised.sum(1).clamp(min=torch.finfo(raised.dtype).tiny)
         return raised * share.where(more, 0.0).unsqueeze(1)
 

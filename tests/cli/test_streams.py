@@ -131,16 +131,16 @@ def test_a_run_that_is_stopped_leaves_no_half_file_and_goes_on(
 def test_quiet_says_nothing_and_plain_lines_say_how_fast(
     model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    pa_parquet.write_table(table(9000), tmp_path / "data.parquet")
+    pa_parquet.write_table(table(20_000), tmp_path / "data.parquet")
     arguments = ["score", str(model), str(tmp_path / "data.parquet"), "--out", str(tmp_path / "out.csv")]
     assert run([*arguments, "--quiet"]) == 0
     quiet = capsys.readouterr()
     assert quiet.err == ""
-    assert "alarms in 9000 rows" in quiet.out
+    assert "alarms in 20000 rows" in quiet.out
     assert run(arguments) == 0
     first, last = capsys.readouterr().err.splitlines()
-    assert first == "scoring: 4,096 of 9,000 rows"
-    assert last.startswith("scoring: 9,000 of 9,000 rows, ")
+    assert first == "scoring: 16,384 of 20,000 rows"
+    assert last.startswith("scoring: 20,000 of 20,000 rows, ")
     assert last.endswith(" rows/s")
 
 

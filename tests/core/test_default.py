@@ -18,6 +18,7 @@ from mdml_fast.data import FeatureEncoder, as_table
 from mdml_fast.data.open_sets import open_sets
 from mdml_fast.data.views import VIEWS, Views
 from mdml_fast.evaluation import EvaluationProtocol, evaluate
+from mdml_fast.meta import default
 from mdml_fast.meta.default import DefaultConfig, DefaultModel
 from mdml_fast.meta.encoders import Encoders, ResidualEncoder
 from mdml_fast.meta.ensemble import Ensemble, EnsembleConfig
@@ -68,7 +69,8 @@ def test_a_labelled_row_is_scored_by_the_directions_that_learned_nothing_from_it
     scores = scores_by_others(neighbourhood, Ensemble(encoders, trained_on), normals, families, rows, labels)
 
     apart = neighbourhood.embedded_by(encoders)
-    expected = Tails.fit(apart.distances(normals, families)).score(apart.distances(rows))
+    tails = Tails.fit(apart.distances(apart.place(normals), families))
+    expected = tails.score(apart.distances(apart.place(rows)))
     first, second = expected[2:].view(2, len(VIEWS), 4)
     assert not torch.equal(first, second)
     torch.testing.assert_close(scores[:2], expected[:2])
@@ -162,7 +164,23 @@ def test_a_saved_model_scores_the_same(fitted: MDMLDetector, tmp_path: Path) -> 
 
 def test_scores_do_not_depend_on_what_else_is_scored(fitted: MDMLDetector) -> None:
     rows, _ = data(seed=1)
-    np.testing.assert_allclose(fitted.score_samples(rows[:7]), fitted.score_samples(rows)[:7], rtol=1e-4, atol=1e-4)
+    scores = fitted.score_samples(rows)
+    np.testing.assert_allclose(fitted.score_samples(rows[:7]), scores[:7], rtol=1e-4, atol=1e-4)
+    order = np.random.default_rng(0).permutation(len(rows))
+    np.testing.assert_allclose(fitted.score_samples(rows[order]), scores[order], rtol=1e-4, atol=1e-4)
+
+
+def test_scores_are_those_of_their_rows_where_these_are_scored_in_parts(
+    fitted: MDMLDetector, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rows, _ = data(seed=1)
+    expected, why = fitted.score_samples(rows), fitted.explain(rows)
+    monkeypatch.setattr(default, "SCORING_ROWS", 30)
+    monkeypatch.setattr(default, "ORDERED_ROWS", 100)
+    np.testing.assert_allclose(fitted.score_samples(rows), expected, rtol=1e-4, atol=1e-4)
+    in_parts = fitted.explain(rows)
+    np.testing.assert_allclose(in_parts.scores, why.scores, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(in_parts.contributions, why.contributions, rtol=1e-3, atol=1e-3)
 
 
 def test_a_resumed_run_ends_with_the_same_bits(tmp_path: Path) -> None:

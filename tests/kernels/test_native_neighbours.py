@@ -116,6 +116,19 @@ def test_a_row_with_a_nan_has_no_neighbours_and_is_none(d):
     assert NeighbourSearch(references).distances(x, 2).isnan().tolist() == [False, True, False]
 
 
+@pytest.mark.parametrize("d", [4, 118])
+def test_near_rows_follow_each_other_and_rows_that_can_not_be_compared_are_somewhere(d):
+    everything = clusters(2500, d)
+    search, x = NeighbourSearch(everything[:2000]), everything[2000:]
+    order = search.order(x)
+    assert sorted(order.tolist()) == list(range(500))
+    steps = [rows.diff(dim=0).norm(dim=1).mean() for rows in (x[order], x)]
+    assert steps[0] < 0.5 * steps[1]
+    x[::7], x[1::7, 0], x[2::7, 1] = torch.nan, torch.inf, -1e38
+    assert sorted(search.order(x).tolist()) == list(range(500))
+    assert search.order(x[:1]).tolist() == [0]
+
+
 def test_large_rows_and_copies_have_neighbours():
     generator = torch.Generator().manual_seed(0)
     references = 1e12 * torch.randn(400, 4, generator=generator) @ torch.randn(4, 70, generator=generator)

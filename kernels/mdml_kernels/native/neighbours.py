@@ -16,7 +16,7 @@ MOST = 64
 # References in a ball.
 _BALL = 16
 # Squared lengths from here on are as good as infinite: sums of them would be.
-_LONG = 1e37
+_LONG, _LONGEST = 1e37, 1e12
 # Numbers of short coordinates to choose from. Fewer would let through what takes longer than products of these; where
 # products are of float32 they take longer.
 _WIDTHS = (32, 64)
@@ -98,6 +98,15 @@ class NeighbourSearch:
         found = places >= 0
         places[found] = self._order[places[found]]
         return places, distances
+
+    def order(self, rows: Tensor) -> Tensor:
+        """Positions of rows [N, d], float32, such that those which follow one another are near each other, int64 [N].
+
+        Searched in this order, rows look at the same references, which are then still in the cache.
+        """
+        coarse = self._shortened(rows.contiguous())[0]
+        # What can't be compared is put anywhere.
+        return _gathered(coarse.nan_to_num(0.0).clamp(-_LONGEST, _LONGEST))
 
     def _search(
         self, rows: Tensor, k: int, families: Tensor | None = None, reference_families: Tensor | None = None
