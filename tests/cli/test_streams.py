@@ -190,7 +190,7 @@ def test_without_tensorboard_one_line_says_what_to_install(
 
 
 def test_a_terminal_shows_a_bar(model: Path, tmp_path: Path) -> None:
-    pa_parquet.write_table(table(9000), tmp_path / "data.parquet")
+    pa_parquet.write_table(table(40_000), tmp_path / "data.parquet")
     controller, terminal = os.openpty()
     command = [COMMAND, "score", model, "data.parquet", "--out", "out.csv"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=terminal, env=os.environ | {"COLUMNS": "120"})
@@ -203,5 +203,5 @@ def test_a_terminal_shows_a_bar(model: Path, tmp_path: Path) -> None:
     os.close(controller)
     assert process.wait(timeout=60) == 0
     assert "━".encode() in shown
-    assert b"9,000 of 9,000 rows" in shown
+    assert b"40,000 of 40,000 rows" in shown
     assert b"rows/s" in shown
