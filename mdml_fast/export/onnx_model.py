@@ -180,7 +180,8 @@ def _family(
     mahalanobis = graph.cast(graph.op("Sqrt", squared), FLOAT)
     scores = _tail_scores(graph, family.tails, graph.op("Concat", knn, mahalanobis, in_embeddings, *odds, axis=0))
     powers = graph.op("Pow", scores, np.float32(scorer.fusion.power))
-    return str(graph.op("Pow", graph.op("MatMul", scorer.weights.numpy(), powers), np.float32(1 / scorer.fusion.power)))
+    fused = graph.op("Pow", graph.op("MatMul", scorer.weights.numpy(), powers), np.float32(1 / scorer.fusion.power))
+    return str(graph.op("Mul", fused, scorer.scale(family).numpy()))
 
 
 def _neighbours(graph: Graph, rows: str, references: np.ndarray, k: int) -> str:

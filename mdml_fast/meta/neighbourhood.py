@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from copy import copy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -25,6 +25,13 @@ class NeighbourhoodConfig:
     # Time and memory stop growing at so many normals: of the anchor, and of each embedding.
     anchor_references: int = 32_768
     references: int = 8_192
+    # Of a family that was adapted to. Some tens of rows are far apart: among further ones there may be anomalies.
+    adapted_anchor_neighbours: int = 2
+    adapted_neighbours: int = 1
+
+    def of_adapted(self) -> NeighbourhoodConfig:
+        """These constants, for a family that is adapted to."""
+        return replace(self, anchor_neighbours=self.adapted_anchor_neighbours, neighbours=self.adapted_neighbours)
 
 
 # What rows are scored by: the anchor first.

@@ -20,6 +20,8 @@ from mdml_fast.meta.trees import TreeHead, odds
 LEAST_HEAD_INDEX = 0.5
 # A smaller part of a score is not worth the walk through the trees that would share it.
 LEAST_PART = 0.01
+# Families are put on one scale by this share of their rows, the strangest: those are what alarms are made of.
+OUTERMOST_SHARE = 0.2
 
 
 class NormalFamily(NamedTuple):
@@ -28,25 +30,32 @@ class NormalFamily(NamedTuple):
     Attributes:
         neighbourhood: the normals.
         tails: how their own distances, and the head's odds of them, are distributed.
+        outermost: the mean fused score of the strangest of them, as new ones would score [].
     """
 
     neighbourhood: Neighbourhood
     tails: Tails
-
-    @classmethod
-    def fit(cls, neighbourhood: Neighbourhood, distances: Tensor) -> NormalFamily:
-        """Tails from distances by `SCORES`, each normal left out of its references, and the head's odds [6 or 7, n]."""
-        n_head = len(distances) - len(SCORES)
-        least = distances.new_tensor([*[LEAST_INDEX] * len(SCORES), *[LEAST_HEAD_INDEX] * n_head])
-        return cls(neighbourhood, Tails.fit(distances, least.unsqueeze(1)))
+    outermost: Tensor
 
     def scores(self, placed: Placed, by_head: Tensor) -> Tensor:
         """How strange N rows are to the family: tail scores by `SCORES`, and of the head's odds [6 or 7, N]."""
         return self.tails.score(torch.cat([self.neighbourhood.distances(placed), by_head]))
 
 
+def family_tails(distances: Tensor) -> Tails:
+    """Tails from distances by `SCORES`, each normal left out of its references, and the head's odds [6 or 7, n]."""
+    n_head = len(distances) - len(SCORES)
+    least = distances.new_tensor([*[LEAST_INDEX] * len(SCORES), *[LEAST_HEAD_INDEX] * n_head])
+    return Tails.fit(distances, least.unsqueeze(1))
+
+
+def outermost(fused: Tensor) -> Tensor:
+    """The mean [] of the largest fifth of fused scores [n]."""
+    return fused.topk(max(1, round(OUTERMOST_SHARE * len(fused)))).values.mean()
+
+
 class Scorer(NamedTuple):
-    """What scores are made of: see `DefaultModel`."""
+    """What scores are made of: see `DefaultModel`. Of several families that counts which a row is least strange to."""
 
     families: list[NormalFamily]
     weights: Tensor
@@ -56,8 +65,9 @@ class Scorer(NamedTuple):
     def anomaly(self, rows: Tensor) -> Tensor:
         """The anomaly score [N] of rows [N, d]."""
         placed, by_head = self._place(rows), head_odds(self.head, rows)
-        scored = [fuse(self.weights, family.scores(placed, by_head), self.fusion) for family in self.families]
-        return torch.stack(scored).amin(0)
+        fused = [fuse(self.weights, family.scores(placed, by_head), self.fusion) for family in self.families]
+        scales = [self.scale(family) for family in self.families]
+        return torch.stack([scale * own for scale, own in zip(scales, fused, strict=True)]).amin(0)
 
     def explain(self, rows: Tensor, normals: Tensor, nearest: Tensor) -> tuple[Tensor, Tensor]:
         """The anomaly score [N] of rows, and what each feature adds to it compared with a normal, both [N, d].
@@ -84,6 +94,10 @@ class Scorer(NamedTuple):
             parts[heard] += of_head[heard].unsqueeze(1) * self.head.shares(rows[heard], normals, nearest[heard])
         return anomaly, parts
 
+    def scale(self, family: NormalFamily) -> Tensor:
+        """What the family's scores are multiplied by, so that its strangest rows are as strange as the first's []."""
+        return self.families[0].outermost / family.outermost
+
     def _place(self, rows: Tensor) -> Placed:
         """Rows in the views and embeddings, which are those of all families."""
         return self.families[0].neighbourhood.place(rows)
@@ -94,8 +108,8 @@ class Scorer(NamedTuple):
         The fused score f = (Σ w s^p)^(1/p) is the sum of w s^p f^(1-p) over the scores s.
         """
         scores, power = family.scores(placed, by_head), self.fusion.power
-        fused = fuse(self.weights, scores, self.fusion)
-        return fused, self.weights.unsqueeze(1) * scores.pow(power) * fused.pow(1 - power)
+        fused, scale = fuse(self.weights, scores, self.fusion), self.scale(family)
+        return scale * fused, scale * self.weights.unsqueeze(1) * scores.pow(power) * fused.pow(1 - power)
 
 
 def scores_by_others(

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 from scipy.stats import binomtest, norm
 
 from mdml_fast import InputError, MDMLDetector
@@ -17,6 +18,7 @@ from mdml_fast.calibration import (
 from mdml_fast.drift import DriftMonitor
 from mdml_fast.meta.default import DefaultConfig
 from mdml_fast.meta.ensemble import EnsembleConfig
+from mdml_fast.meta.fusion import fuse
 from mdml_fast.meta.neighbours import innermost
 from mdml_fast.meta.paper import PaperConfig
 
@@ -240,6 +242,23 @@ def test_the_head_does_not_flag_a_family_that_was_adapted_to() -> None:
     detector.adapt(new[:50])
     assert (detector.predict(new[50:]) == -1).mean() < 0.12
     assert (detector.predict(anomalies) == -1).mean() > 0.9
+
+
+def test_the_strangest_rows_of_an_adapted_family_are_as_strange_as_those_trained_on() -> None:
+    detector = MDMLDetector(FAST, random_state=0).fit(normals(300)).adapt(normals(50, seed=1, centre=6.0))
+    scorer = detector.model_.scorer
+    first, adapted = scorer.families
+    assert scorer.scale(first) == 1
+    held_out = np.sort(-detector.calibration_.scores)
+    strangest = held_out[-round(0.2 * len(held_out)) :]
+    assert float(first.outermost) == pytest.approx(strangest.mean(), rel=1e-4)
+    rows = adapted.neighbourhood.normals
+    distances = adapted.neighbourhood.distances(adapted.neighbourhood.place(rows), torch.arange(50))
+    scores = fuse(scorer.weights, adapted.tails.held_out_scores(distances, torch.arange(50)), scorer.fusion)
+    scaled = (scorer.scale(adapted) * scores).sort().values[-10:]
+    assert float(scaled.mean()) == pytest.approx(strangest.mean(), rel=1e-4)
+    # Sparse rows are compared with nearer ones: copies with themselves alone.
+    assert adapted.neighbourhood.distances(adapted.neighbourhood.place(rows))[2:].max() == 0
 
 
 def test_an_adapted_model_survives_saving(tmp_path) -> None:

@@ -16,7 +16,7 @@ from mdml_fast.data.views import VIEWS, Views
 from mdml_fast.meta.encoders import Encoders
 from mdml_fast.meta.fusion import FusionConfig, choose_weights, fuse, held_out_fused, learn_weights, prior_weights
 from mdml_fast.meta.neighbours import References
-from mdml_fast.meta.scoring import NormalFamily
+from mdml_fast.meta.scoring import family_tails
 from mdml_fast.meta.tails import FOLDS, LEAST_INDEX, Tails
 from mdml_fast.meta.trees import TreeHead, _rounded_down, odds
 
@@ -227,20 +227,18 @@ def test_the_anchor_rules_where_normals_are_few() -> None:
 def test_one_trees_doubt_is_no_alarm_where_the_trees_find_all_normals_normal() -> None:
     distances = torch.rand(6, 200, generator=torch.Generator().manual_seed(0)) + 1
     no_doubt = odds(torch.zeros(1, 200))
-    family = NormalFamily.fit(None, torch.cat([distances, no_doubt]))
-    some, certain = (
-        family.tails.score(torch.cat([distances[:, :1], odds(p)]))[-1] for p in torch.tensor([[[0.01]], [[1.0]]])
-    )
+    tails = family_tails(torch.cat([distances, no_doubt]))
+    some, certain = (tails.score(torch.cat([distances[:, :1], odds(p)]))[-1] for p in torch.tensor([[[0.01]], [[1.0]]]))
     assert 3 < some < 6 < 15 < certain < 25
-    torch.testing.assert_close(family.tails.index[:6], Tails.fit(distances).index)
-    held_out = family.tails.held_out_scores(torch.cat([distances, no_doubt]), torch.arange(200))
+    torch.testing.assert_close(tails.index[:6], Tails.fit(distances).index)
+    held_out = tails.held_out_scores(torch.cat([distances, no_doubt]), torch.arange(200))
     assert held_out[-1].max() < 1
     one_doubt = no_doubt.clone()
     one_doubt[0, 7] = odds(torch.tensor(0.01))
-    held_out = family.tails.held_out_scores(torch.cat([distances, one_doubt]), torch.arange(200))
+    held_out = tails.held_out_scores(torch.cat([distances, one_doubt]), torch.arange(200))
     assert 3 < held_out[-1, 7] < 6
-    equal = NormalFamily.fit(None, torch.ones(6, 200))
-    assert (equal.tails.index == LEAST_INDEX).all()
+    equal = family_tails(torch.ones(6, 200))
+    assert (equal.index == LEAST_INDEX).all()
 
 
 def test_trees_walk_as_scikit_learn_does() -> None:

@@ -162,7 +162,7 @@ def test_what_distances_and_the_head_add_is_the_score_of_each_family() -> None:
     for own in scorer.families:
         anomaly, amounts = scorer._amounts(own, placed, by_head)
         torch.testing.assert_close(amounts.sum(0), anomaly, rtol=1e-5, atol=1e-5)
-        of_head = scorer.weights[-1] * own.scores(placed, by_head)[-1].square() / anomaly
+        of_head = scorer.weights[-1] * (scorer.scale(own) * own.scores(placed, by_head)[-1]).square() / anomaly
         torch.testing.assert_close(amounts[-1], of_head, rtol=1e-4, atol=1e-5)
     assert len(amounts) == 2 + 4 + 1
 
