@@ -29,7 +29,6 @@ class _Log:
 
     quiet: bool = False
     file: TextIO | None = None
-    show_warning: Callable[..., None] | None = None  # what showed them before
     notes: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # of what is logged all along
 
 
@@ -46,8 +45,8 @@ def open_log(quiet: bool, file: Path | None) -> None:
     Raises:
         InputError: the file can't be opened.
     """
-    _log.quiet, _log.show_warning = quiet, warnings.showwarning
-    warnings.showwarning = _shown
+    _log.quiet = quiet
+    _log.notes.enter_context(_warned_notes())
     _log.notes.enter_context(_logged_notes("mdml_kernels"))
     if file is None:
         return
@@ -65,10 +64,8 @@ def close_log(exit_code: int) -> None:
     record("end", exit_code=exit_code)
     if _log.file is not None:
         _log.file.close()
-    if _log.show_warning is not None:
-        warnings.showwarning = _log.show_warning
     _log.notes.close()
-    _log.file, _log.quiet, _log.show_warning = None, False, None
+    _log.file, _log.quiet = None, False
 
 
 def record(event: str, **fields: Any) -> None:
@@ -77,16 +74,6 @@ def record(event: str, **fields: Any) -> None:
         entry = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}
         _log.file.write(json.dumps(entry) + "\n")
         _log.file.flush()
-
-
-def _shown(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
-    """Our own warnings are notes; others are shown as ever."""
-    from mdml_fast.errors import MissingValuesWarning
-
-    if issubclass(category, MissingValuesWarning):
-        note(str(message))
-    elif _log.show_warning is not None:
-        _log.show_warning(message, category, *where, **more)
 
 
 def note(message: str) -> None:
@@ -99,6 +86,27 @@ def note(message: str) -> None:
 def engine_notes() -> contextlib.AbstractContextManager[None]:
     """What mdml_fast logs (which path and chunk size it chose, its speed), as notes."""
     return _logged_notes("mdml_fast")
+
+
+@contextlib.contextmanager
+def _warned_notes() -> Iterator[None]:
+    """Our own warnings, as notes, each once; others are shown as ever."""
+    from mdml_fast.errors import MissingValuesWarning
+
+    show, told = warnings.showwarning, set[str]()
+
+    def shown(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+        if not issubclass(category, MissingValuesWarning):
+            show(message, category, *where, **more)
+        elif str(message) not in told:
+            told.add(str(message))
+            note(str(message))
+
+    warnings.showwarning = shown
+    try:
+        yield
+    finally:
+        warnings.showwarning = show
 
 
 @contextlib.contextmanager

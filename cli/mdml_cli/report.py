@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from mdml_cli import output
+from mdml_cli import log, output
 from mdml_cli.options import JsonOption, ThreadsOption, set_threads
 
 
@@ -31,6 +31,7 @@ def report(
     from mdml_fast.errors import InputError
     from mdml_fast.report import write_report
 
+    log.open_log(quiet=False, file=None)
     set_threads(threads)
     detector = MDMLDetector.load(model, "cpu")
     table = None if data is None else read_table(data)

@@ -18,7 +18,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.dataset as pa_dataset
 import pyarrow.parquet as pa_parquet
 
-from mdml_fast.data.tables import CSV_ROW_BYTES, check_names, check_readable, read_table, suffix_of
+from mdml_fast.data.tables import CSV_ROW_BYTES, check_names, check_readable, csv_values, read_table, suffix_of
 from mdml_fast.errors import InputError, first_line
 from mdml_fast.files import replace_file
 
@@ -198,14 +198,14 @@ def _csv(
     """Parsed block by block: pyarrow's own reader of streams would read from Python in threads that outlive it."""
     blocks = _whole_rows(raw, start)
     first = next(blocks, b"")
-    while not (found := _parsed(first, _as_found())).num_rows and (more := next(blocks, b"")):
+    while not (found := _parsed(first, csv_values())).num_rows and (more := next(blocks, b"")):
         first += more  # names alone tell no types
     schema = found.schema
     check_names(schema.names, source)
     types = {name: schema.field(name).type for name in _chosen(schema.names, wanted)}
     if wanted is not None:
         types = {name: _text_type(kind, wanted[name]) for name, kind in types.items()}
-    options = _as_found(column_types=types, include_columns=list(types))
+    options = csv_values(column_types=types, include_columns=list(types))
 
     def batches() -> Iterator[pa.RecordBatch]:
         yield from _parsed(first, options).to_batches()
@@ -252,10 +252,6 @@ def _end_of_rows(data: bytes) -> int:
         if begin < end:
             end = data.rfind(b"\n", 0, begin) + 1
     return end or (last if len(data) > CSV_ROW_BYTES else 0)
-
-
-def _as_found(**options: Any) -> pa_csv.ConvertOptions:
-    return pa_csv.ConvertOptions(strings_can_be_null=True, **options)
 
 
 def _text_type(found: pa.DataType, wanted: pa.DataType | None) -> pa.DataType:

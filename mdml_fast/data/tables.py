@@ -137,10 +137,14 @@ def _read_parquet(path: Path) -> pa.Table:
     return table.drop_columns([name for name in stored if name in table.column_names])
 
 
+def csv_values(**options: Any) -> pa_csv.ConvertOptions:
+    """How values of a CSV are read: nothing at all is missing, also in a column of text."""
+    return pa_csv.ConvertOptions(strings_can_be_null=True, **options)
+
+
 def _read_csv(path: Path) -> pa.Table:
-    options = pa_csv.ConvertOptions(strings_can_be_null=True)
     within_quotes, large = pa_csv.ParseOptions(newlines_in_values=True), pa_csv.ReadOptions(block_size=CSV_ROW_BYTES)
-    return pa_csv.read_csv(path, large, within_quotes, options)
+    return pa_csv.read_csv(path, large, within_quotes, csv_values())
 
 
 def _read_npz(path: Path) -> pa.Table:

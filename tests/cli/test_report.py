@@ -153,6 +153,10 @@ def test_the_command_writes_it(mdml_fast, in_process, detector: MDMLDetector, tm
     done = mdml_fast("report", "m", "rows.parquet", "--label", "class", "--out", "r.html", "--json")
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["bytes"] == (tmp_path / "r.html").stat().st_size
+    gaps = pa.array([None, *rows["other"].to_pylist()[1:]])
+    pa.parquet.write_table(rows.set_column(2, "other", gaps), tmp_path / "gaps.parquet")
+    noted = mdml_fast("report", "m", "gaps.parquet", "--out", "gaps.html")
+    assert noted.stderr.count("note: values are missing in column 'other'") == 1
     refused = in_process("report", "m", "rows.parquet", "--label", "nothing")
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1
