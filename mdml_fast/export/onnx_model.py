@@ -226,9 +226,8 @@ def _tail_scores(graph: Graph, tails: Tails, distances: str) -> str:
     below = graph.cast(graph.count_below(tails.distances.numpy(), distances, equal=False), FLOAT)
     shares = graph.op("Div", graph.op("Sub", np.float32(n + 0.5), below), np.float32(n + 1))
     body = graph.op("Neg", graph.op("Log", shares))
-    tiny = np.finfo(np.float32).tiny
-    threshold = tails.threshold.numpy()
-    excess = graph.op("Sub", graph.op("Log", graph.op("Max", distances, tiny)), np.log(np.maximum(threshold, tiny)))
+    threshold, least = tails.threshold.numpy(), tails.least.numpy()
+    excess = graph.op("Sub", graph.op("Log", graph.op("Max", distances, least)), np.log(np.maximum(threshold, least)))
     start = np.log(np.float32((tails.n_tail + 0.5) / (n + 1)))
     tail = graph.op("Sub", graph.op("Div", excess, tails.index.numpy()), start)
     return str(graph.op("Where", graph.op("Greater", distances, threshold), tail, body))

@@ -24,7 +24,7 @@ from mdml_fast.meta.fusion import FusionConfig, choose_weights, fuse, held_out_f
 from mdml_fast.meta.history import History
 from mdml_fast.meta.model import HeldOut, TrainingRows, fingerprint, tensors_under
 from mdml_fast.meta.neighbourhood import SCORES, Neighbourhood, NeighbourhoodConfig
-from mdml_fast.meta.scoring import NormalFamily, Scorer, family_tails, head_odds, outermost, scores_by_others
+from mdml_fast.meta.scoring import NormalFamily, Scorer, family_tails, head_odds, outer, scores_by_others
 from mdml_fast.meta.training import Progress
 from mdml_fast.meta.trees import TreeHead
 from mdml_fast.threads import beside, single_thread
@@ -180,7 +180,7 @@ class DefaultModel:
         if previous:
             history = previous.history.followed_by(history)
         to_calibrate_on = HeldOut(order[judged], -anomaly.double().cpu().numpy())
-        known = NormalFamily(neighbourhood, tails, outermost(anomaly))
+        known = NormalFamily(neighbourhood, tails, outer(anomaly))
         return cls(config, ensemble, [known], torch.cat([weights, shares[1:]]), head, history, to_calibrate_on)
 
     def score(self, rows: Rows) -> Floats:
@@ -218,18 +218,19 @@ class DefaultModel:
         """Take normals [n, d] of a new family as normal; nothing else changes.
 
         The family keeps its own tails: its distances, each row left out, and the head's odds of its rows are what its
-        other rows are held against, so that a few rows do as well as many. Its strangest rows are as strange as those
+        other rows are held against, so that a few rows do as well as many. Its stranger rows are as strange as those
         of the normals that were trained on.
         """
         base = self._families[0].neighbourhood
-        rows = torch.as_tensor(normals, device=self._weights.device)
+        order = np.random.default_rng(0).permutation(len(normals))
+        rows = torch.as_tensor(normals[order], device=self._weights.device)
         families = torch.arange(len(rows), device=rows.device)
         centre = base.views.transform(rows)[VIEWS.index("whitened")].mean(0)
         own = Neighbourhood(base.config.of_adapted(), base.views, base.encoders, rows, families, centre)
         distances = torch.cat([own.distances(own.place(rows), families), head_odds(self._head, rows)])
         tails = family_tails(distances)
         fused = fuse(self._weights, tails.held_out_scores(distances, families), self.config.fusion)
-        self._families.append(NormalFamily(own, tails, outermost(fused)))
+        self._families.append(NormalFamily(own, tails, outer(fused)))
 
     @property
     def scorer(self) -> Scorer:
@@ -250,7 +251,7 @@ class DefaultModel:
                 "families": family.neighbourhood.families,
                 "centre": family.neighbourhood.centre,
                 "distances": family.tails.distances,
-                "outermost": family.outermost,
+                "outer": family.outer,
             }
         return {f"{part}.{name}": value.cpu() for part, tensors in parts.items() for name, value in tensors.items()}
 
@@ -282,7 +283,7 @@ class DefaultModel:
         while own := tensors_under(f"normals{len(families)}", tensors):
             how = config.neighbourhood.of_adapted() if families else config.neighbourhood
             neighbourhood = Neighbourhood(how, views, encoders, own["rows"], own["families"], own["centre"])
-            families.append(NormalFamily(neighbourhood, family_tails(own["distances"]), own["outermost"]))
+            families.append(NormalFamily(neighbourhood, family_tails(own["distances"]), own["outer"]))
         if not families:
             raise KeyError("normals0.rows")
         head = TreeHead(trees) if trees else None

@@ -99,4 +99,5 @@ class Encoders:
 
     def _for_each(self, rows: Tensor) -> Tensor:
         """What each encoder takes of rows in each view."""
-        return rows.repeat(len(self.weights["log_scale"]) // len(rows), 1, 1)
+        times = len(self.weights["log_scale"]) // len(rows)
+        return rows.repeat(times, 1, 1) if times > 1 else rows

@@ -25,7 +25,8 @@ class NeighbourhoodConfig:
     # Time and memory stop growing at so many normals: of the anchor, and of each embedding.
     anchor_references: int = 32_768
     references: int = 8_192
-    # Of a family that was adapted to. Some tens of rows are far apart: among further ones there may be anomalies.
+    # Of a family that was adapted to. Mostly some tens of rows, which are far apart: with further ones, anomalies are
+    # as near as rows of its own. A stray row hides what is near to it.
     adapted_anchor_neighbours: int = 2
     adapted_neighbours: int = 1
 
@@ -43,7 +44,7 @@ class Placed(NamedTuple):
     """Rows [N, d], as they are in each view [4, N, d], and in the embedding of each encoder [E, N, d]."""
 
     rows: Tensor
-    seen: Tensor
+    views: Tensor
     embedded: Tensor
 
 
@@ -96,8 +97,8 @@ class Neighbourhood:
 
     def place(self, rows: Tensor) -> Placed:
         """Rows [N, d] as `distances` takes them, of this or of another neighbourhood with these views and encoders."""
-        seen = self.views.transform(rows)
-        return Placed(rows, seen, self.encoders.embed(seen))
+        views = self.views.transform(rows)
+        return Placed(rows, views, self.encoders.embed(views))
 
     def distances(self, placed: Placed, families: Tensor | None = None) -> Tensor:
         """Distances [2 + E, N] of N rows from the normals: by `ANCHORS`, then in each encoder's embedding.
@@ -113,7 +114,7 @@ class Neighbourhood:
         knn = self._anchors.distances(
             rows.unsqueeze(0), config.anchor_neighbours, families=families, reference_families=self.families
         )
-        from_centre = placed.seen[VIEWS.index("whitened")] - self.centre
+        from_centre = placed.views[VIEWS.index("whitened")] - self.centre
         mahalanobis = from_centre.norm(dim=-1, dtype=torch.float64).to(rows.dtype).unsqueeze(0)
         in_embeddings = self._embedded.distances(
             placed.embedded,

@@ -20,8 +20,9 @@ from mdml_fast.meta.trees import TreeHead, odds
 LEAST_HEAD_INDEX = 0.5
 # A smaller part of a score is not worth the walk through the trees that would share it.
 LEAST_PART = 0.01
-# Families are put on one scale by this share of their rows, the strangest: those are what alarms are made of.
-OUTERMOST_SHARE = 0.2
+# Families are put on one scale where they begin to be strange, at this quantile of their rows; by a factor of two at
+# most, as of some tens of rows that are mostly copies a few may seem to be anything.
+OUTER_QUANTILE, MOST_SCALE = 0.9, 2.0
 
 
 class NormalFamily(NamedTuple):
@@ -30,12 +31,12 @@ class NormalFamily(NamedTuple):
     Attributes:
         neighbourhood: the normals.
         tails: how their own distances, and the head's odds of them, are distributed.
-        outermost: the mean fused score of the strangest of them, as new ones would score [].
+        outer: the `OUTER_QUANTILE` of their fused scores, as new ones would score [].
     """
 
     neighbourhood: Neighbourhood
     tails: Tails
-    outermost: Tensor
+    outer: Tensor
 
     def scores(self, placed: Placed, by_head: Tensor) -> Tensor:
         """How strange N rows are to the family: tail scores by `SCORES`, and of the head's odds [6 or 7, N]."""
@@ -49,9 +50,9 @@ def family_tails(distances: Tensor) -> Tails:
     return Tails.fit(distances, least.unsqueeze(1))
 
 
-def outermost(fused: Tensor) -> Tensor:
-    """The mean [] of the largest fifth of fused scores [n]."""
-    return fused.topk(max(1, round(OUTERMOST_SHARE * len(fused)))).values.mean()
+def outer(fused: Tensor) -> Tensor:
+    """The `OUTER_QUANTILE` [] of fused scores [n]."""
+    return fused.quantile(OUTER_QUANTILE)
 
 
 class Scorer(NamedTuple):
@@ -95,8 +96,8 @@ class Scorer(NamedTuple):
         return anomaly, parts
 
     def scale(self, family: NormalFamily) -> Tensor:
-        """What the family's scores are multiplied by, so that its strangest rows are as strange as the first's []."""
-        return self.families[0].outermost / family.outermost
+        """What the family's scores are multiplied by, so that its stranger rows are as strange as the first's []."""
+        return (self.families[0].outer / family.outer).clamp(1 / MOST_SCALE, MOST_SCALE)
 
     def _place(self, rows: Tensor) -> Placed:
         """Rows in the views and embeddings, which are those of all families."""

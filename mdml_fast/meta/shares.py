@@ -29,7 +29,7 @@ def distance_shares(
         centres: what each Mahalanobis distance is from, in the whitened view [N, d].
     """
     views, whitened = neighbourhood.views, VIEWS.index("whitened")
-    seen, others = placed.seen, views.transform(normals)[:, nearest]
+    seen, others = placed.views, views.transform(normals)[:, nearest]
     steps, weights = seen - others, neighbourhood.encoders.pull_back(seen, seen - others)
     from_centre = seen[whitened] - centres
     # |v|² - |u|² is the product of v - u with v + u.

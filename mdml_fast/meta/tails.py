@@ -27,6 +27,8 @@ class Tails:
     Attributes:
         n_tail: how many of them are the outermost.
         threshold: the least of those [C, 1].
+        least: the least distance above zero [C, 1]: where most rows are copies, that between others tells how a tail
+            falls, and not how far it is from zero.
         index: the tail's index, the mean logarithm of what they are times that [C, 1].
     """
 
@@ -36,7 +38,9 @@ class Tails:
         self.n_tail = max(1, min(max(TAIL_ROWS, round(TAIL_SHARE * n)), n // 2))
         outermost = distances[:, n - self.n_tail :]
         self.threshold = outermost[:, :1].clone()
-        self.index = (_log(outermost) - _log(self.threshold)).mean(dim=1, keepdim=True).clamp(min=self._least_index)
+        self.least = distances.where(distances > 0, torch.inf).amin(1, keepdim=True)
+        self.least = self.least.where(self.least < torch.inf, torch.finfo(distances.dtype).tiny)
+        self.index = self._beyond(outermost).mean(dim=1, keepdim=True).clamp(min=self._least_index)
 
     @classmethod
     def fit(cls, distances: Tensor, least_index: Tensor | float = LEAST_INDEX) -> Tails:
@@ -68,10 +72,10 @@ class Tails:
         n = self.distances.shape[1]
         below = torch.searchsorted(self.distances, distances.contiguous())
         body = -((n - below + 0.5) / (n + 1)).log()
-        tail = (_log(distances) - _log(self.threshold)) / self.index - torch.tensor((self.n_tail + 0.5) / (n + 1)).log()
+        tail = self._beyond(distances) / self.index - torch.tensor((self.n_tail + 0.5) / (n + 1)).log()
         # Logarithms differ in the last bit from machine to machine; which rows are the outermost must not.
         return torch.where(distances > self.threshold, tail, body)
 
-
-def _log(distances: Tensor) -> Tensor:
-    return distances.clamp(min=torch.finfo(distances.dtype).tiny).log()
+    def _beyond(self, distances: Tensor) -> Tensor:
+        """The logarithm of what distances [C, N] are times the threshold."""
+        return torch.maximum(distances, self.least).log() - torch.maximum(self.threshold, self.least).log()

@@ -45,7 +45,7 @@ def start(folder: Path, *arguments: object, **options: object) -> subprocess.Pop
 
 
 def test_arrow_and_csv_come_and_go_through_pipes(model: Path, tmp_path: Path) -> None:
-    data, csv, arrow = table(5000), io.BytesIO(), io.BytesIO()
+    data, csv, arrow = table(20_000), io.BytesIO(), io.BytesIO()
     pa_csv.write_csv(data, csv)
     with pa.ipc.new_stream(arrow, data.schema) as writer:
         writer.write_table(data)
@@ -55,11 +55,11 @@ def test_arrow_and_csv_come_and_go_through_pipes(model: Path, tmp_path: Path) ->
         process = start(tmp_path, *arguments, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
         out, err = process.communicate(sent.getvalue(), timeout=120)
         assert process.returncode == 0, err
-        assert b"alarms in 5000 rows" in err
+        assert b"alarms in 20000 rows" in err
         found.append(pa_csv.read_csv(io.BytesIO(out)) if text else pa.ipc.open_stream(out).read_all())
     for written in found:
         assert written.column_names == ["id", "score", "p_value", "is_anomaly"]
-        assert written["id"].to_pylist() == list(range(5000))
+        assert written["id"].to_pylist() == list(range(20_000))
     np.testing.assert_allclose(found[0]["score"], found[1]["score"], rtol=1e-5)
     assert not list(tmp_path.iterdir())
 

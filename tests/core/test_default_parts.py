@@ -142,6 +142,18 @@ def test_tails_that_begin_at_nothing_are_finite() -> None:
     assert (scores.diff() > 0).all()
 
 
+def test_of_normals_that_are_mostly_copies_the_others_tell_how_the_tail_falls() -> None:
+    """Not how far these are from zero, beside which nothing would be far out."""
+    others = torch.linspace(1, 3, 10).unsqueeze(0)
+    tails = Tails.fit(torch.cat([torch.zeros(1, 190), others], dim=1))
+    assert tails.index < others.log().mean() + 1e-6
+    zero, small, far, farther = tails.score(torch.tensor([[0.0, 1e-6, 3.0, 30.0]]))[0]
+    assert zero < 0.1 < small < far < farther - 5
+    copies = Tails.fit(torch.zeros(1, 50)).score(torch.tensor([[0.0, 1e-6, 1.0]]))[0]
+    assert copies.isfinite().all()
+    assert (copies.diff() > 0).all()
+
+
 def test_weights_go_to_the_score_that_finds_the_families_and_stay_near_the_anchor_otherwise() -> None:
     rng = np.random.default_rng(0)
     normals = torch.as_tensor(rng.exponential(size=(6, 500)), dtype=torch.float32)

@@ -127,6 +127,9 @@ def test_near_rows_follow_each_other_and_rows_that_can_not_be_compared_are_somew
     x[::7], x[1::7, 0], x[2::7, 1] = torch.nan, torch.inf, -1e38
     assert sorted(search.order(x).tolist()) == list(range(500))
     assert search.order(x[:1]).tolist() == [0]
+    for wrong in (x.double(), x[:, :3]):
+        with pytest.raises(ValueError, match="rows must be"):
+            search.order(wrong)
 
 
 def test_large_rows_and_copies_have_neighbours():

@@ -44,7 +44,7 @@ void mdml_residual_encoders(int64_t begin, int64_t end, int64_t n_views, int64_t
 }
 
 // out [D, N, d], from row `begin` to `end`: what the coordinates of steps s [V, N, d], which end at rows x [V, N, d],
-// add to |z(x) - z(x - s)|²; see `Ensemble.pull_back`. A hidden unit that changes by no more than no_change has no slope
+// add to |z(x) - z(x - s)|²; see `Encoders.pull_back`. A hidden unit that changes by no more than no_change has no slope
 // of its own. All else as above, in float32.
 void mdml_pull_back(int64_t begin, int64_t end, int64_t n_views, int64_t n_rows, int64_t d, int64_t n_encoders,
                     int64_t h, const float* rows, const float* steps, const float* inner, const float* bias,

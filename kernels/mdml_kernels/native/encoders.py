@@ -34,7 +34,7 @@ def residual_encoders(rows: Tensor, inner: Tensor, bias: Tensor, outer: Tensor, 
 def pull_back(rows: Tensor, steps: Tensor, inner: Tensor, bias: Tensor, outer: Tensor, log_scale: Tensor) -> Tensor:
     """What the coordinates of steps s [V, N, d], to rows x [V, N, d], add to |z(x) - z(x - s)|² [D, N, d].
 
-    Their product with s; see `mdml_fast.meta.ensemble.Ensemble.pull_back`. Encoders are as in `residual_encoders`. All
+    Their product with s; see `mdml_fast.meta.encoders.Encoders.pull_back`. Encoders are as in `residual_encoders`. All
     in float32 on a CPU; no graph.
     """
     if rows.shape != steps.shape or rows.shape[2] != inner.shape[2]:

@@ -16,7 +16,9 @@ MOST = 64
 # References in a ball.
 _BALL = 16
 # Squared lengths from here on are as good as infinite: sums of them would be.
-_LONG, _LONGEST = 1e37, 1e12
+_LONG = 1e37
+# Coordinates beyond this are not told apart where rows are put in order.
+_FAR = 1e12
 # Numbers of short coordinates to choose from. Fewer would let through what takes longer than products of these; where
 # products are of float32 they take longer.
 _WIDTHS = (32, 64)
@@ -103,19 +105,20 @@ class NeighbourSearch:
         """Positions of rows [N, d], float32, such that those which follow one another are near each other, int64 [N].
 
         Searched in this order, rows look at the same references, which are then still in the cache.
+
+        Raises:
+            ValueError: rows are not float32, or not as wide as the references.
         """
+        self._check(rows)
         coarse = self._shortened(rows.contiguous())[0]
         # What can't be compared is put anywhere.
-        return _gathered(coarse.nan_to_num(0.0).clamp(-_LONGEST, _LONGEST))
+        return _gathered(coarse.nan_to_num(0.0).clamp(-_FAR, _FAR))
 
     def _search(
         self, rows: Tensor, k: int, families: Tensor | None = None, reference_families: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """The mean distances [N], and the place of the nearest among the references as they are kept [N]."""
-        if rows.dtype != torch.float32:
-            raise ValueError(f"rows must be float32, got {rows.dtype}")
-        if rows.shape[1:] != (self._n_features,):
-            raise ValueError(f"rows must be as wide as the references, {self._n_features}, got {list(rows.shape)}")
+        self._check(rows)
         n_fine = 0 if self._fine is None else self._fine.shape[1]
         distances, places = rows.new_empty(len(rows)), torch.empty(len(rows), dtype=torch.int64)
         for start in range(0, len(rows), _ROWS):
@@ -129,6 +132,12 @@ class NeighbourSearch:
                 *(None if families is None else families[block], self._left_out, distances[block], places[block]),
             )
         return distances, places
+
+    def _check(self, rows: Tensor) -> None:
+        if rows.dtype != torch.float32:
+            raise ValueError(f"rows must be float32, got {rows.dtype}")
+        if rows.shape[1:] != (self._n_features,):
+            raise ValueError(f"rows must be as wide as the references, {self._n_features}, got {list(rows.shape)}")
 
     def _shortened(self, rows: Tensor) -> tuple[Tensor, Tensor | None]:
         """The coarse coordinates [N, c] of rows [N, d], all of them where fewer don't pay, and the fine ones, if any.
