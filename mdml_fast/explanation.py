@@ -107,11 +107,11 @@ class Explanation:
 
 
 def _described(values: pa.ChunkedArray, digits: int = 6) -> list[str]:
-    return ["missing" if value is None or value != value else _shown(value, digits) for value in values.to_pylist()]
-
-
-def _shown(value: Any, digits: int) -> str:
-    return repr(value) if isinstance(value, str) else f"{float(value):.{digits}g}"
+    pattern = f"%.{digits}g"
+    return [
+        "missing" if value is None or value != value else repr(value) if isinstance(value, str) else pattern % value
+        for value in values.to_pylist()
+    ]
 
 
 def _usual_value(values: pa.ChunkedArray, is_text: bool) -> str:
