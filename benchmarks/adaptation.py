@@ -9,22 +9,20 @@ to tell from normals as soon as it is one of them, however it is learned.
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
+from typing import Any
 
+import by_table
 import numpy as np
 
 from mdml_fast import MDMLDetector
 from mdml_fast.data import LabelledTable
-from mdml_fast.data.open_sets import open_sets
 from mdml_fast.evaluation import class_metrics
 
 RATES = (0.01, 0.05)
 TRAIN_SHARE, SHOTS, ADAPTED_ROWS = 0.6, 10, 50
 
 
-def measure(table: LabelledTable, new: str, seed: int) -> dict[str, float]:
+def left_out(table: LabelledTable, new: str, seed: int) -> dict[str, float]:
     """One normal class left out, on one split of the rows and of the anomaly classes."""
     rng = np.random.default_rng(seed)
     order = rng.permutation(list(table.anomaly_classes())).tolist()
@@ -58,36 +56,25 @@ def measure(table: LabelledTable, new: str, seed: int) -> dict[str, float]:
     return found | {"auroc trained": auroc(fit(train))}
 
 
-def main() -> None:
-    """Print a line for each class, and the means of each table; write JSON where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--splits", type=int, default=2)
-    parser.add_argument("--table", action="append", help="by name; all that are found (MDML_DATA names their folder)")
-    parser.add_argument("--out", type=Path, help="write JSON there")
-    chosen = parser.parse_args()
-    document = {}
-    for name, load in open_sets().items():
-        table = load() if not chosen.table or name in chosen.table else None
-        if table is None or len(table.normal) < 2:
-            continue
-        runs = {
-            new: [measure(table, new, seed) for seed in range(chosen.splits)] for new in map(str, sorted(table.normal))
-        }
-        by_class = {new: _means(found) for new, found in runs.items()}
-        document[name] = {"classes": by_class, "mean": _means(list(by_class.values()))}
-        for new, means in [*by_class.items(), ("mean", document[name]["mean"])]:
-            costs = [means[f"auroc {how}"] - means["auroc before"] for how in ("after", "trained")]
-            alarms = [
-                f"at {rate}: {means[f'alarms before {rate}']:.3f} to {means[f'alarms after {rate}']:.3f}"
-                for rate in RATES
-            ]
-            print(
-                f"{name:8} {new:>5}  unseen AUROC {means['auroc before']:.4f}, adapted {costs[0]:+.4f}, trained "
-                f"{costs[1]:+.4f}  alarms {', '.join(alarms)}",
-                flush=True,
-            )
-    if chosen.out:
-        chosen.out.write_text(json.dumps({"splits": chosen.splits, "tables": document}, indent=1) + "\n")
+def measure(name: str, table: LabelledTable, splits: int) -> dict[str, Any] | None:
+    """Print a line for each class, and the means; None where there is one class only."""
+    if len(table.normal) < 2:
+        return None
+    by_class = {
+        new: _means([left_out(table, new, seed) for seed in range(splits)]) for new in map(str, sorted(table.normal))
+    }
+    mean = _means(list(by_class.values()))
+    for new, means in [*by_class.items(), ("mean", mean)]:
+        costs = [means[f"auroc {how}"] - means["auroc before"] for how in ("after", "trained")]
+        alarms = [
+            f"at {rate}: {means[f'alarms before {rate}']:.3f} to {means[f'alarms after {rate}']:.3f}" for rate in RATES
+        ]
+        print(
+            f"{name:8} {new:>5}  unseen AUROC {means['auroc before']:.4f}, adapted {costs[0]:+.4f}, trained "
+            f"{costs[1]:+.4f}  alarms {', '.join(alarms)}",
+            flush=True,
+        )
+    return {"classes": by_class, "mean": mean}
 
 
 def _means(found: list[dict[str, float]]) -> dict[str, float]:
@@ -95,4 +82,4 @@ def _means(found: list[dict[str, float]]) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    main()
+    by_table.run(__doc__, 2, measure)

@@ -8,17 +8,13 @@ the band is narrower than honest chance allows: a mean inside it is a strong res
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
-
+import by_table
 import numpy as np
 from scipy.stats import binom
 
 from mdml_fast import MDMLDetector
 from mdml_fast.calibration import Promise, split_by_group
 from mdml_fast.data import LabelledTable
-from mdml_fast.data.open_sets import open_sets
 
 RATES = (0.01, 0.05)
 TRAIN_SHARE, SHOTS, MOST_NORMALS = 0.6, 10, 4_000
@@ -72,29 +68,18 @@ def summary(runs: list[dict[str, float]]) -> dict[str, dict[str, float | bool]]:
     return found
 
 
-def main() -> None:
-    """Print a line for each table and rate; write JSON where asked."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--splits", type=int, default=200)
-    parser.add_argument("--table", action="append", help="by name; all that are found (MDML_DATA names their folder)")
-    parser.add_argument("--out", type=Path, help="write JSON there")
-    chosen = parser.parse_args()
-    document = {}
-    for name, load in open_sets().items():
-        if chosen.table and name not in chosen.table:
-            continue
-        table = load()
-        document[name] = summary([realised(table, seed) for seed in range(chosen.splits)])
-        for rate, found in document[name].items():
-            band = f"[{found['band_low']:.4f}, {found['band_high']:.4f}]"
-            print(
-                f"{name:18} promised {rate:>5}  realised {found['realised']:.4f}  99 % band {band}  "
-                f"certificates broken {found['certificates_broken']:.3f}",
-                flush=True,
-            )
-    if chosen.out:
-        chosen.out.write_text(json.dumps({"splits": chosen.splits, "tables": document}, indent=1) + "\n")
+def measure(name: str, table: LabelledTable, splits: int) -> dict[str, dict[str, float | bool]]:
+    """Print a line for each rate."""
+    by_rate = summary([realised(table, seed) for seed in range(splits)])
+    for rate, found in by_rate.items():
+        band = f"[{found['band_low']:.4f}, {found['band_high']:.4f}]"
+        print(
+            f"{name:18} promised {rate:>5}  realised {found['realised']:.4f}  99 % band {band}  "
+            f"certificates broken {found['certificates_broken']:.3f}",
+            flush=True,
+        )
+    return by_rate
 
 
 if __name__ == "__main__":
-    main()
+    by_table.run(__doc__, 200, measure)
