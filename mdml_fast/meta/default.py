@@ -20,7 +20,7 @@ from mdml_fast.data.views import VIEWS, Views
 from mdml_fast.meta.checkpoint import Checkpoint
 from mdml_fast.meta.encoders import Encoders
 from mdml_fast.meta.ensemble import Ensemble, EnsembleConfig, train_ensemble
-from mdml_fast.meta.fusion import FusionConfig, choose_weights, fuse, held_out_fused, prior_weights
+from mdml_fast.meta.fusion import FusionConfig, choose_weights, fuse, head_weight, held_out_fused, prior_weights
 from mdml_fast.meta.history import History
 from mdml_fast.meta.model import HeldOut, TrainingRows, fingerprint, tensors_under
 from mdml_fast.meta.neighbourhood import SCORES, Neighbourhood, NeighbourhoodConfig
@@ -175,7 +175,8 @@ class DefaultModel:
         with single_thread():  # many steps, each too small to be shared
             weights = choose_weights(normal_scores, anomaly_scores, labels, prior, config.fusion)
             fused = held_out_fused(normal_scores, units, anomaly_scores, labels, prior, weights, config.fusion)
-        shares = weights.new_tensor([1.0, *[config.fusion.head] * len(by_head)])
+            of_head = head_weight(weights, normal_scores, anomaly_scores, labels, config.fusion)
+        shares = weights.new_tensor([1.0, *[of_head] * len(by_head)])
         anomaly = fuse(shares, torch.cat([fused[None], by_head]), config.fusion)
         if previous:
             history = previous.history.followed_by(history)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,11 +31,17 @@ class FusionConfig:
     # The weight of the divergence from these shares; it falls with the number of seen families, which are what the
     # weights are learned from (rows of one family tell the same thing).
     pull: float = 0.3
-    # The head's weight beside all others, on any data: the rows that it learned from can't tell what it is worth on
-    # other classes. More finds the seen classes better, and disturbs the order of the unseen ones.
+    # The head's weight beside all others: the rows that it learned from can't tell what it is worth on other classes.
+    # More finds the seen classes better, and disturbs the order of the unseen ones.
     head: float = 0.25
-    # Whether the anchor alone, or the prior, is the answer where it ranks the seen families as high.
+    # But where more than this share of the normals lies above the seen families, distances say little of other classes
+    # either: the weight grows with the square of that share, so that the head counts in proportion to it, up to a most.
+    tolerated: float = 0.08
+    most_head: float = 2.0
+    # Whether the anchor alone, or the prior, is the answer where it ranks the seen families as high; by less than this
+    # AUROC, one normal in two thousand, none ranks them higher.
     fallback: bool = True
+    least_gain: float = 0.0005
     steps: int = 100
     rate: float = 0.05
 
@@ -100,8 +107,8 @@ def learn_weights(normals: Tensor, anomalies: Tensor, labels: Names, prior: Tens
 def choose_weights(normals: Tensor, anomalies: Tensor, labels: Names, prior: Tensor, config: FusionConfig) -> Tensor:
     """The anchor alone, the prior, or learned weights [C]: whichever rank the labelled anomalies highest.
 
-    By the mean over families of the AUROC against the normals; where two are equal, the more anchored ones. Views that
-    are blind to what the anchor sees lose here before they lose on unseen classes.
+    By the mean over families of the AUROC against the normals; where two are as good as equal, the more anchored ones.
+    Views that are blind to what the anchor sees lose here before they lose on unseen classes.
 
     Args:
         normals: as in `learn_weights`.
@@ -116,15 +123,31 @@ def choose_weights(normals: Tensor, anomalies: Tensor, labels: Names, prior: Ten
     prior, learned = prior.to(normals), learn_weights(normals, anomalies, labels, prior, config)
     if not config.fallback:
         return learned
-    share = torch.as_tensor(_even_shares(labels, families), dtype=torch.float64, device=normals.device)
-    best, most = prior, -1.0
+    best, least = prior, math.inf
     for weights in (_anchor_alone(prior), prior, learned):
-        ordered, caught = fuse(weights, normals, config).sort().values, fuse(weights, anomalies, config)
-        below = torch.searchsorted(ordered, caught) + torch.searchsorted(ordered, caught, right=True)
-        ranked = float(below.double() @ share)
-        if ranked > most:
-            best, most = weights, ranked
+        missed = _missed(weights, normals, anomalies, labels, config)
+        if missed < least - config.least_gain:
+            best, least = weights, missed
     return best
+
+
+def head_weight(weights: Tensor, normals: Tensor, anomalies: Tensor, labels: Names, config: FusionConfig) -> float:
+    """The head's weight beside these weights of the distances: more where those miss the seen families.
+
+    What they miss is taken as if of one more family they had missed nothing, as few families tell little.
+
+    Args:
+        weights: that were chosen [C].
+        normals: as in `learn_weights`.
+        anomalies: likewise.
+        labels: likewise.
+        config: likewise.
+    """
+    n_families = len(np.unique(labels.astype(str)))
+    if not n_families:
+        return config.head
+    missed = _missed(weights, normals, anomalies, labels, config) * n_families / (n_families + 1)
+    return min(config.head * max(1.0, (missed / config.tolerated) ** 2), config.most_head)
 
 
 def held_out_fused(
@@ -158,6 +181,14 @@ def held_out_fused(
             chosen = choose_weights(normals[:, ~own], anomalies, labels, prior, config)
             by_others[own] = fuse(chosen, normals[:, own], config)
     return (fused + by_others) / 2
+
+
+def _missed(weights: Tensor, normals: Tensor, anomalies: Tensor, labels: Names, config: FusionConfig) -> float:
+    """The share of the normals that lie above a labelled row, equal ones by half: the mean over families and rows."""
+    share = _even_shares(labels, np.unique(labels.astype(str)))
+    ordered, caught = fuse(weights, normals, config).sort().values, fuse(weights, anomalies, config)
+    below = torch.searchsorted(ordered, caught) + torch.searchsorted(ordered, caught, right=True)
+    return float(1 - below.double().cpu().numpy() @ share / (2 * len(ordered)))
 
 
 def _anchor_alone(prior: Tensor) -> Tensor:

@@ -14,7 +14,15 @@ from torch.nn.functional import softplus
 
 from mdml_fast.data.views import VIEWS, Views
 from mdml_fast.meta.encoders import Encoders
-from mdml_fast.meta.fusion import FusionConfig, choose_weights, fuse, held_out_fused, learn_weights, prior_weights
+from mdml_fast.meta.fusion import (
+    FusionConfig,
+    choose_weights,
+    fuse,
+    head_weight,
+    held_out_fused,
+    learn_weights,
+    prior_weights,
+)
 from mdml_fast.meta.neighbours import References
 from mdml_fast.meta.scoring import family_tails
 from mdml_fast.meta.tails import FOLDS, LEAST_INDEX, Tails
@@ -212,6 +220,30 @@ def test_weights_that_rank_the_families_no_higher_than_the_anchor_give_way_to_it
     learned = learn_weights(normals, anomalies, labels, prior, config)
     assert torch.equal(choose_weights(normals, anomalies, labels, prior, replace(config, fallback=False)), learned)
     assert torch.equal(choose_weights(normals, anomalies[:, :0], labels[:0], prior, config), prior)
+
+
+def test_weights_that_rank_the_families_hardly_higher_than_the_anchor_give_way_to_it() -> None:
+    n, labels, prior = 10_000, np.array(["a", "b"], dtype=object), torch.full((2,), 0.5)
+    normals = torch.rand(2, n, generator=torch.Generator().manual_seed(0))
+    for n_above, leaves in ((2, False), (20, True)):  # of normals above the rows by the anchor; by the other score none
+        anomalies = torch.tensor([float(normals[0].sort(descending=True).values[n_above]), 2.0]).repeat(2, 1).T
+        weights = choose_weights(normals, anomalies, labels, prior, FusionConfig())
+        assert (weights[0] < 1) == leaves
+
+
+def test_the_head_counts_in_proportion_to_what_distances_miss() -> None:
+    config, weights = FusionConfig(), torch.tensor([1.0])
+    normals = torch.arange(100.0)[None]
+
+    def of_head(*missed: float) -> float:
+        anomalies = torch.tensor([[99.5 - 100 * share for share in missed]])
+        labels = np.array([f"family {place}" for place in range(len(missed))], dtype=object)
+        return head_weight(weights, normals, anomalies, labels, config)
+
+    assert of_head() == of_head(0.0) == of_head(0.1) == config.head  # of one family, .05 as of two
+    assert of_head(0.3, 0.3, 0.3) == pytest.approx(config.head * (0.225 / config.tolerated) ** 2)
+    assert of_head(0.0, 0.6, 0.3) == pytest.approx(of_head(0.3, 0.3, 0.3))
+    assert of_head(0.2) < of_head(0.2, 0.2) < of_head(0.3, 0.3) < of_head(*[0.9] * 9) == config.most_head
 
 
 @pytest.mark.parametrize("n", [1, 2, 41])
