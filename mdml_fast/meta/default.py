@@ -20,14 +20,14 @@ from mdml_fast.data.views import VIEWS, Views
 from mdml_fast.meta.checkpoint import Checkpoint
 from mdml_fast.meta.encoders import Encoders
 from mdml_fast.meta.ensemble import Ensemble, EnsembleConfig, train_ensemble
-from mdml_fast.meta.fusion import FusionConfig, choose_weights, fuse, head_weight, held_out_fused, prior_weights
+from mdml_fast.meta.fusion import FusionConfig, choose_and_hold_out, fuse, head_weight, prior_weights
 from mdml_fast.meta.history import History
 from mdml_fast.meta.model import HeldOut, TrainingRows, fingerprint, tensors_under
 from mdml_fast.meta.neighbourhood import SCORES, Neighbourhood, NeighbourhoodConfig
 from mdml_fast.meta.scoring import NormalFamily, Scorer, family_tails, head_odds, outer, scores_by_others
 from mdml_fast.meta.training import Progress
 from mdml_fast.meta.trees import TreeHead
-from mdml_fast.threads import beside, single_thread
+from mdml_fast.threads import beside
 
 # Rows that are scored at once, so that memory does not grow with the table, and among which near ones are sought.
 SCORING_ROWS, ORDERED_ROWS = 4096, 16_384
@@ -158,8 +158,8 @@ class DefaultModel:
         neighbourhood = Neighbourhood(config.neighbourhood, views, encoders, normals, families, centre)
 
         judged = np.flatnonzero(held_out)[: config.judged_normals]
-        distances = neighbourhood.distances(neighbourhood.place(normals[judged]), families[judged])
-        distances = torch.cat([distances, head_odds(head, normals[judged])])
+        placed = neighbourhood.place(normals[judged])
+        distances = torch.cat([neighbourhood.distances(placed, families[judged]), head_odds(head, placed.rows)])
         tails = family_tails(distances)
 
         # Numbers from 0 on: of rows, or of groups.
@@ -169,13 +169,12 @@ class DefaultModel:
         normal_scores, by_head = tails.held_out_scores(distances, units).tensor_split([len(SCORES)])
         anomaly_scores = normal_scores[:, :0]
         if len(anomalies):
-            judges = (neighbourhood, ensemble, normals[judged], families[judged])
+            judges = (neighbourhood, ensemble, placed, distances, families[judged])
             anomaly_scores = scores_by_others(*judges, anomalies, labels)
         prior = prior_weights(len(SCORES), len(normals), config.fusion).to(device)
-        with single_thread():  # many steps, each too small to be shared
-            weights = choose_weights(normal_scores, anomaly_scores, labels, prior, config.fusion)
-            fused = held_out_fused(normal_scores, units, anomaly_scores, labels, prior, weights, config.fusion)
-            of_head = head_weight(weights, normal_scores, anomaly_scores, labels, config.fusion)
+        by_anomalies = (anomaly_scores, labels, prior, config.fusion)
+        weights, fused = choose_and_hold_out(normal_scores, units, *by_anomalies)
+        of_head = head_weight(weights, normal_scores, anomaly_scores, labels, config.fusion)
         shares = weights.new_tensor([1.0, *[of_head] * len(by_head)])
         anomaly = fuse(shares, torch.cat([fused[None], by_head]), config.fusion)
         if previous:
@@ -226,10 +225,11 @@ class DefaultModel:
         order = np.random.default_rng(0).permutation(len(normals))
         rows = torch.as_tensor(normals[order], device=self._weights.device)
         families = torch.arange(len(rows), device=rows.device)
-        centre = base.views.transform(rows)[VIEWS.index("whitened")].mean(0)
+        placed = base.place(rows)
+        centre = placed.views[VIEWS.index("whitened")].mean(0)
         own = Neighbourhood(base.config.of_adapted(), base.views, base.encoders, rows, families, centre)
-        distances = torch.cat([own.distances(own.place(rows), families), head_odds(self._head, rows)])
-        tails = family_tails(distances)
+        distances = torch.cat([own.distances(placed, families), head_odds(self._head, rows)])
+        tails = family_tails(distances, self._families[0].tails)
         fused = fuse(self._weights, tails.held_out_scores(distances, families), self.config.fusion)
         self._families.append(NormalFamily(own, tails, outer(fused)))
 
@@ -284,7 +284,8 @@ class DefaultModel:
         while own := tensors_under(f"normals{len(families)}", tensors):
             how = config.neighbourhood.of_adapted() if families else config.neighbourhood
             neighbourhood = Neighbourhood(how, views, encoders, own["rows"], own["families"], own["centre"])
-            families.append(NormalFamily(neighbourhood, family_tails(own["distances"]), own["outer"]))
+            tails = family_tails(own["distances"], families[0].tails if families else None)
+            families.append(NormalFamily(neighbourhood, tails, own["outer"]))
         if not families:
             raise KeyError("normals0.rows")
         head = TreeHead(trees) if trees else None

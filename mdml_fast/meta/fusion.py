@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -13,6 +14,7 @@ from torch import Tensor
 from mdml_fast.data.encoding import Floats
 from mdml_fast.data.labelled import Names
 from mdml_fast.meta.adam import Adam
+from mdml_fast.threads import side_by_side
 
 
 @dataclass(frozen=True)
@@ -150,16 +152,10 @@ def head_weight(weights: Tensor, normals: Tensor, anomalies: Tensor, labels: Nam
     return min(config.head * max(1.0, (missed / config.tolerated) ** 2), config.most_head)
 
 
-def held_out_fused(
-    normals: Tensor,
-    families: Tensor,
-    anomalies: Tensor,
-    labels: Names,
-    prior: Tensor,
-    weights: Tensor,
-    config: FusionConfig,
-) -> Tensor:
-    """The fused scores [n] that new rows at the places of these normals would have.
+def choose_and_hold_out(
+    normals: Tensor, families: Tensor, anomalies: Tensor, labels: Names, prior: Tensor, config: FusionConfig
+) -> tuple[Tensor, Tensor]:
+    """The weights of `choose_weights` [C], and the fused scores [n] that new rows at these normals' places would have.
 
     The weights make the normals that they are chosen by look less strange than new rows. Weights that were chosen
     without a normal's family, by half as many, make it look stranger. So: the mean of both, as for tails.
@@ -170,17 +166,17 @@ def held_out_fused(
         anomalies: see `choose_weights`.
         labels: likewise.
         prior: likewise.
-        weights: those that all the normals chose.
         config: likewise.
     """
-    fused, halves = fuse(weights, normals, config), families % 2
+    own = [half for half in (families % 2 == 0, families % 2 == 1) if half.any() and not half.all()]
+    judges = [normals, *(normals[:, ~half] for half in own)]
+    jobs = [partial(choose_weights, part, anomalies, labels, prior, config) for part in judges]
+    weights, *chosen_by_others = side_by_side(jobs)
+    fused = fuse(weights, normals, config)
     by_others = fused.clone()
-    for half in torch.unique(halves):
-        own = halves == half
-        if not own.all():
-            chosen = choose_weights(normals[:, ~own], anomalies, labels, prior, config)
-            by_others[own] = fuse(chosen, normals[:, own], config)
-    return (fused + by_others) / 2
+    for half, chosen in zip(own, chosen_by_others, strict=True):
+        by_others[half] = fuse(chosen, normals[:, half], config)
+    return weights, (fused + by_others) / 2
 
 
 def _missed(weights: Tensor, normals: Tensor, anomalies: Tensor, labels: Names, config: FusionConfig) -> float:

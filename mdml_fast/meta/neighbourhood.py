@@ -110,16 +110,17 @@ class Neighbourhood:
             placed: the rows.
             families: int [N], where the rows are normals of these families themselves.
         """
-        config, rows = self.config, placed.rows
-        knn = self._anchors.distances(
-            rows.unsqueeze(0), config.anchor_neighbours, families=families, reference_families=self.families
-        )
+        return torch.cat([self._from_anchors(placed, families), self.in_embeddings(placed.embedded, families)])
+
+    def in_embeddings(self, embedded: Tensor, families: Tensor | None = None) -> Tensor:
+        """The last of `distances` alone [E, N], of rows in each encoder's embedding [E, N, d]."""
+        own = self.families[: self.embedded.shape[1]]
+        return self._embedded.distances(embedded, self.config.neighbours, families=families, reference_families=own)
+
+    def _from_anchors(self, placed: Placed, families: Tensor | None) -> Tensor:
+        """The first of `distances` [2, N]."""
+        rows, k = placed.rows.unsqueeze(0), self.config.anchor_neighbours
+        knn = self._anchors.distances(rows, k, families=families, reference_families=self.families)
         from_centre = placed.views[VIEWS.index("whitened")] - self.centre
-        mahalanobis = from_centre.norm(dim=-1, dtype=torch.float64).to(rows.dtype).unsqueeze(0)
-        in_embeddings = self._embedded.distances(
-            placed.embedded,
-            config.neighbours,
-            families=families,
-            reference_families=self.families[: self.embedded.shape[1]],
-        )
-        return torch.cat([knn, mahalanobis, in_embeddings])
+        mahalanobis = from_centre.norm(dim=-1, dtype=torch.float64).to(rows.dtype)
+        return torch.cat([knn, mahalanobis.unsqueeze(0)])

@@ -43,11 +43,14 @@ class NormalFamily(NamedTuple):
         return self.tails.score(torch.cat([self.neighbourhood.distances(placed), by_head]))
 
 
-def family_tails(distances: Tensor) -> Tails:
-    """Tails from distances by `SCORES`, each normal left out of its references, and the head's odds [6 or 7, n]."""
+def family_tails(distances: Tensor, shape: Tails | None = None) -> Tails:
+    """Tails from distances by `SCORES`, each normal left out of its references, and the head's odds [6 or 7, n].
+
+    Those of a family that is adapted to, mostly of few rows, take their shape from the tails of the first.
+    """
     n_head = len(distances) - len(SCORES)
     least = distances.new_tensor([*[LEAST_INDEX] * len(SCORES), *[LEAST_HEAD_INDEX] * n_head])
-    return Tails.fit(distances, least.unsqueeze(1))
+    return Tails.fit(distances, least.unsqueeze(1), shape)
 
 
 def outer(fused: Tensor) -> Tensor:
@@ -116,7 +119,8 @@ class Scorer(NamedTuple):
 def scores_by_others(
     neighbourhood: Neighbourhood,
     ensemble: Ensemble,
-    normals: Tensor,
+    normals: Placed,
+    distances: Tensor,
     families: Tensor,
     anomalies: Tensor,
     labels: Names,
@@ -128,13 +132,15 @@ def scores_by_others(
     Args:
         neighbourhood: what to compare with.
         ensemble: the directions.
-        normals: those that give the tails, float [n, d].
+        normals: n of them, which give the tails.
+        distances: theirs as `neighbourhood` gives them; the first two are used, float [6 or 7, n].
         families: theirs, int [n].
         anomalies: float [M, d].
         labels: their classes [M].
     """
     by_direction = neighbourhood.embedded_by(ensemble.encoders)
-    tails = Tails.fit(by_direction.distances(by_direction.place(normals), families))
+    in_embeddings = by_direction.in_embeddings(ensemble.encoders.embed(normals.views), families)
+    tails = Tails.fit(torch.cat([distances[: len(ANCHORS)], in_embeddings]))
     anchors, scores = tails.score(by_direction.distances(by_direction.place(anomalies))).tensor_split([len(ANCHORS)])
     scores = scores.view(HALVES, len(VIEWS), len(anomalies))
     judges = ensemble.never_saw(labels).to(scores.device).view_as(scores)

@@ -7,8 +7,12 @@ from torch import Tensor
 
 # The outermost 5 % of the normals (at least 20, at most half) give the tail its slope.
 TAIL_SHARE, TAIL_ROWS = 0.05, 20
+# Where the shape of the tail is known from other normals, at least so many.
+SHAPED_TAIL_ROWS = 10
 # Equal distances have no slope. Normal rows in 2 000 independent dimensions would have 0.006.
 LEAST_INDEX = 0.01
+# A tail is at most twice as steep as the shape of another makes it.
+LEAST_PART = 0.5
 # Parts of the normals, where each is scored by the tails of the others.
 FOLDS = 20
 
@@ -23,6 +27,8 @@ class Tails:
         distances: of normals, each left out of its own references, sorted, float [C, n]; or what else is larger for
             stranger rows.
         least_index: what each tail's index is at least: the same for all, or of each [C, 1].
+        shape: of many more normals. Of few rows 20 are most of the tail and of the middle, in which distances fall
+            slower; with the shape the tail begins farther out, as many times as steep as it is for those normals.
 
     Attributes:
         n_tail: how many of them are the outermost.
@@ -32,20 +38,25 @@ class Tails:
         index: the tail's index, the mean logarithm of what they are times that [C, 1].
     """
 
-    def __init__(self, distances: Tensor, least_index: Tensor | float = LEAST_INDEX) -> None:
-        self.distances, self._least_index = distances, torch.as_tensor(least_index).to(distances)
+    def __init__(
+        self, distances: Tensor, least_index: Tensor | float = LEAST_INDEX, shape: Tails | None = None
+    ) -> None:
+        self.distances, self._least_index, self._shape = distances, torch.as_tensor(least_index).to(distances), shape
         n = distances.shape[1]
-        self.n_tail = max(1, min(max(TAIL_ROWS, round(TAIL_SHARE * n)), n // 2))
-        outermost = distances[:, n - self.n_tail :]
-        self.threshold = outermost[:, :1].clone()
+        n_sloping = _n_outermost(TAIL_ROWS, n)
+        self.n_tail = _n_outermost(SHAPED_TAIL_ROWS, n) if shape else n_sloping
+        self.threshold = distances[:, n - self.n_tail : n - self.n_tail + 1].clone()
         self.least = distances.where(distances > 0, torch.inf).amin(1, keepdim=True)
         self.least = self.least.where(self.least < torch.inf, torch.finfo(distances.dtype).tiny)
-        self.index = self._beyond(outermost).mean(dim=1, keepdim=True).clamp(min=self._least_index)
+        self.index = self._spread(n_sloping)
+        if shape:
+            self.index *= shape.steeper(self.n_tail / n, n_sloping / n)
+        self.index = self.index.clamp(min=self._least_index)
 
     @classmethod
-    def fit(cls, distances: Tensor, least_index: Tensor | float = LEAST_INDEX) -> Tails:
+    def fit(cls, distances: Tensor, least_index: Tensor | float = LEAST_INDEX, shape: Tails | None = None) -> Tails:
         """From unsorted distances [C, n]."""
-        return cls(distances.sort(dim=1).values, least_index)
+        return cls(distances.sort(dim=1).values, least_index, shape)
 
     def held_out_scores(self, distances: Tensor, families: Tensor) -> Tensor:
         """What new rows at the places of these tails' own rows would score, float [C, n] of [C, n].
@@ -64,7 +75,8 @@ class Tails:
         for fold in torch.unique(folds):
             own = folds == fold
             if 2 * int(own.sum()) <= n:
-                scores[:, own] = Tails.fit(distances[:, ~own], self._least_index).score(distances[:, own])
+                others = Tails.fit(distances[:, ~own], self._least_index, self._shape)
+                scores[:, own] = others.score(distances[:, own])
         return scores if len(torch.unique(families)) < n else (own_scores + scores) / 2
 
     def score(self, distances: Tensor) -> Tensor:
@@ -76,6 +88,27 @@ class Tails:
         # Logarithms differ in the last bit from machine to machine; which rows are the outermost must not.
         return torch.where(distances > self.threshold, tail, body)
 
+    def steeper(self, share: float, of: float) -> Tensor:
+        """The index that the outermost share would give, as a part of that which a larger share would [C, 1].
+
+        At least half and at most all: what lies beyond that comes from rows that are equal.
+        """
+        n = self.distances.shape[1]
+        part = self._spread(max(1, round(share * n))) / self._spread(max(1, round(of * n)))
+        return part.nan_to_num(1.0).clamp(LEAST_PART, 1.0)
+
+    def _spread(self, n_rows: int) -> Tensor:
+        """The mean logarithm of what so many of the outermost distances are times the least of them [C, 1]."""
+        outermost = self._logarithm(self.distances[:, self.distances.shape[1] - n_rows :])
+        return (outermost - outermost[:, :1]).mean(dim=1, keepdim=True)
+
     def _beyond(self, distances: Tensor) -> Tensor:
         """The logarithm of what distances [C, N] are times the threshold."""
-        return torch.maximum(distances, self.least).log() - torch.maximum(self.threshold, self.least).log()
+        return self._logarithm(distances) - self._logarithm(self.threshold)
+
+    def _logarithm(self, distances: Tensor) -> Tensor:
+        return torch.maximum(distances, self.least).log()
+
+
+def _n_outermost(at_least: int, n: int) -> int:
+    return max(1, min(max(at_least, round(TAIL_SHARE * n)), n // 2))

@@ -66,7 +66,9 @@ def test_a_labelled_row_is_scored_by_the_directions_that_learned_nothing_from_it
     families = -1 - torch.arange(len(normals))
     trained_on = [["a", "c"], *[["a", "c", "d"]] * 3, ["b", "c", "d"], *[["b", "c"]] * 3]
     labels = np.array(["a", "b", "c", "d"], dtype=object)
-    scores = scores_by_others(neighbourhood, Ensemble(encoders, trained_on), normals, families, rows, labels)
+    placed = neighbourhood.place(normals)
+    judges = (neighbourhood, Ensemble(encoders, trained_on), placed, neighbourhood.distances(placed, families))
+    scores = scores_by_others(*judges, families, rows, labels)
 
     apart = neighbourhood.embedded_by(encoders)
     tails = Tails.fit(apart.distances(apart.place(normals), families))

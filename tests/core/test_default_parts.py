@@ -16,10 +16,10 @@ from mdml_fast.data.views import VIEWS, Views
 from mdml_fast.meta.encoders import Encoders
 from mdml_fast.meta.fusion import (
     FusionConfig,
+    choose_and_hold_out,
     choose_weights,
     fuse,
     head_weight,
-    held_out_fused,
     learn_weights,
     prior_weights,
 )
@@ -162,6 +162,20 @@ def test_of_normals_that_are_mostly_copies_the_others_tell_how_the_tail_falls() 
     assert (copies.diff() > 0).all()
 
 
+def test_the_tail_of_few_rows_takes_its_shape_from_that_of_many() -> None:
+    """Distances of which the outermost 40 % spread wider than a Pareto law's would, for what they do farther out."""
+    generator = torch.Generator().manual_seed(0)
+    many, few = (torch.randn(n, rows, generator=generator).mul(0.2).exp() for n, rows in ((1, 20_000), (40, 50)))
+    known, rare = Tails.fit(many), many.quantile(0.999).expand(40, 1)
+    shape = Tails.fit(many.expand(40, -1))
+    alone, shaped = (Tails.fit(few, shape=given).score(rare).mean() for given in (None, shape))
+    assert alone < 5.5 < shaped < 8  # it is log 1000 = 6.9
+    assert 0.5 <= float(known.steeper(0.1, 0.4)) < 0.8
+    assert Tails.fit(torch.ones(1, 200)).steeper(0.1, 0.4) == 1
+    enough = torch.rand(1, 400, generator=generator)
+    assert torch.equal(Tails.fit(enough, shape=known).index, Tails.fit(enough).index)
+
+
 def test_weights_go_to_the_score_that_finds_the_families_and_stay_near_the_anchor_otherwise() -> None:
     rng = np.random.default_rng(0)
     normals = torch.as_tensor(rng.exponential(size=(6, 500)), dtype=torch.float32)
@@ -257,7 +271,8 @@ def test_half_of_a_normals_fused_score_is_by_weights_that_were_chosen_without_it
         choose_weights(normals[:, rows], anomalies, labels, prior, config) for rows in (slice(None), others)
     )
     expected = (fuse(weights, normals[:, ::2], config) + fuse(by_others, normals[:, ::2], config)) / 2
-    fused = held_out_fused(normals, torch.arange(n), anomalies, labels, prior, weights, config)
+    chosen, fused = choose_and_hold_out(normals, torch.arange(n), anomalies, labels, prior, config)
+    assert torch.equal(chosen, weights)
     torch.testing.assert_close(fused[::2], expected)
 
 
