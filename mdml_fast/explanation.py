@@ -12,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from mdml_fast.calibration import Positions
 from mdml_fast.data.encoding import CategoricalColumn, FeatureEncoder, Floats, Rows
 from mdml_fast.data.labelled import Names
 from mdml_fast.known import KnownRows
@@ -68,26 +69,39 @@ class Explanation:
         'http' (62 %)``: the row's value, that of the nearest normal, and of its family the median with 5 % and 95 %
         quantiles, or the most frequent value. None where fewer columns make the row anomalous.
         """
-        order = np.argsort(self.contributions, axis=1, kind="stable")
-        order = np.pad(order, ((0, 0), (0, max(0, k - order.shape[1]))), mode="edge")[:, :k]
-        blames = np.take_along_axis(self.contributions, order, axis=1) < 0
-        blames[:, len(self.columns) :] = False
-        words: list[list[str | None]] = [[None] * len(order) for _ in range(k)]
-        for column in np.unique(order[blames]):
-            name = self.columns[column]
-            rows, places = np.nonzero(blames & (order == column))
-            own = _described(self.table[name].take(pa.array(rows)))
-            # Decoded from float32, whose last digits are not the data's.
-            nearest = _described(self._normal_values[name].take(pa.array(self.nearest[rows])), digits=4)
-            for row, place, value, normal in zip(rows.tolist(), places.tolist(), own, nearest, strict=True):
-                usual = self._usual[self.nearest_family[row], name]
-                words[place][row] = f"{name} = {value}, nearest {normal}, usual {usual}"
-        return words
+        return [words.to_pylist() for words in self._reasons(k)]
 
     def why(self, k: int) -> dict[str, pa.Array]:
         """The columns of `why_names`, each [N]: the k strongest reasons, the nearest normal family, the kind."""
-        columns = [*self.reasons(k), self.nearest_family, self.kind] if k else []
-        return {name: pa.array(values, pa.string()) for name, values in zip(why_names(k), columns, strict=True)}
+        classes = [pa.array(names, pa.string()) for names in (self.nearest_family, self.kind)]
+        return dict(zip(why_names(k), [*self._reasons(k), *classes], strict=True)) if k else {}
+
+    def _reasons(self, k: int) -> list[pa.Array]:
+        """`reasons` as arrays: put together column by column, as what Python does for each row keeps others waiting."""
+        order = np.argsort(self.contributions, axis=1, kind="stable")
+        order = np.pad(order, ((0, 0), (0, max(0, k - order.shape[1]))), mode="edge")[:, :k].T
+        blames = np.take_along_axis(self.contributions, order.T, axis=1).T < 0
+        blames[len(self.columns) :] = False
+        of_columns, words, found = order.ravel(), [], np.full(order.size, -1)
+        by_column = np.flatnonzero(blames.ravel())
+        by_column = by_column[np.argsort(of_columns[by_column], kind="stable")]
+        columns, starts = np.unique(of_columns[by_column], return_index=True)
+        found[by_column] = np.arange(len(by_column))
+        for column, places in zip(columns, np.split(by_column, starts[1:]), strict=True):
+            words.append(self._words(self.columns[column], places % order.shape[1]))
+        everything = pa.concat_arrays(words) if words else pa.nulls(0, pa.string())
+        chosen = everything.take(pa.array(found, mask=found < 0))
+        return [chosen[place * order.shape[1] : (place + 1) * order.shape[1]] for place in range(k)]
+
+    def _words(self, name: str, rows: Positions) -> pa.Array:
+        """How these rows differ in a column from what is usual, in words [rows]."""
+        own = _described(self.table[name].take(pa.array(rows)))
+        # Decoded from float32, whose last digits are not the data's.
+        normals, of_rows = np.unique(self.nearest[rows], return_inverse=True)
+        nearest = _described(self._normal_values[name].take(pa.array(normals)), digits=4).take(pa.array(of_rows))
+        families, which = np.unique(self.normals.names[normals], return_inverse=True)
+        usual = pa.array([self._usual[family, name] for family in families.tolist()]).take(pa.array(which[of_rows]))
+        return pc.binary_join_element_wise(f"{name} = ", own, ", nearest ", nearest, ", usual ", usual, "")
 
     @cached_property
     def _normal_values(self) -> pa.Table:
@@ -106,12 +120,15 @@ class Explanation:
         }
 
 
-def _described(values: pa.ChunkedArray, digits: int = 6) -> list[str]:
+def _described(values: pa.ChunkedArray, digits: int = 6) -> pa.Array:
+    """Values in words, equal ones once [N]."""
+    distinct = values.combine_chunks().dictionary_encode(null_encoding="encode")
     pattern = f"%.{digits}g"
-    return [
+    words = [
         "missing" if value is None or value != value else repr(value) if isinstance(value, str) else pattern % value
-        for value in values.to_pylist()
+        for value in distinct.dictionary.to_pylist()
     ]
+    return pa.array(words, pa.string()).take(distinct.indices).fill_null("missing")
 
 
 def _usual_value(values: pa.ChunkedArray, is_text: bool) -> str:
