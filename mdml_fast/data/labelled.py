@@ -120,3 +120,19 @@ def check_normals(labels: Names, normal: Sequence[str]) -> None:
 def _listed(names: Sequence[str] | npt.NDArray[np.str_], most: int = 30) -> str:
     shown = ", ".join(map(str, names[:most]))
     return shown if len(names) <= most else f"{shown}, … ({len(names)} in all)"
+
+
+def at_most_of_each(labels: Names, most: int, seed: int) -> npt.NDArray[np.intp]:
+    """Positions, increasing, of up to so many random rows of each class [N]."""
+    rng = np.random.default_rng(seed)
+    chosen = [rng.permutation(np.flatnonzero(labels == name))[:most] for name in np.unique(labels.astype(str))]
+    return np.sort(np.concatenate([np.empty(0, dtype=np.intp), *chosen]))
+
+
+def family_codes(groups: Names | None, n_rows: int) -> npt.NDArray[np.int64]:
+    """A number [N] for each row: the same for rows of one group; without groups, or with one only, all differ."""
+    if groups is not None:
+        names, codes = np.unique(groups.astype(str), return_inverse=True)
+        if len(names) > 1:
+            return codes
+    return np.arange(n_rows)

@@ -9,24 +9,30 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from mdml_fast.calibration import CALIBRATION_ROWS, Positions
 from mdml_fast.data.encoding import Floats, Rows
-from mdml_fast.data.labelled import Names
+from mdml_fast.data.labelled import at_most_of_each, family_codes
 from mdml_fast.data.views import VIEWS, Views
 from mdml_fast.meta.checkpoint import Checkpoint
 from mdml_fast.meta.encoders import Encoders
 from mdml_fast.meta.ensemble import Ensemble, EnsembleConfig, train_ensemble
-from mdml_fast.meta.fusion import FusionConfig, choose_and_hold_out, fuse, head_weight, prior_weights
+from mdml_fast.meta.fusion import (
+    FusionConfig,
+    choose_and_hold_out,
+    fuse,
+    head_weight,
+    missed,
+    prior_weights,
+)
 from mdml_fast.meta.history import History
 from mdml_fast.meta.model import HeldOut, TrainingRows, fingerprint, tensors_under
 from mdml_fast.meta.neighbourhood import SCORES, Neighbourhood, NeighbourhoodConfig
 from mdml_fast.meta.scoring import NormalFamily, Scorer, family_tails, head_odds, outer, scores_by_others
 from mdml_fast.meta.training import Progress
-from mdml_fast.meta.trees import TreeHead
+from mdml_fast.meta.trees import TreeHead, finds_others
 from mdml_fast.threads import beside
 
 # Rows that are scored at once, so that memory does not grow with the table, and among which near ones are sought.
@@ -76,7 +82,7 @@ class DefaultModel:
         config: the constants.
         ensemble: the directions; rows are scored by the mean of their embeddings in each view.
         families: the training normals, then those that it was adapted to; a row is as normal as the nearest finds it.
-        weights: of `SCORES`, not negative, with sum 1, and after them the head's, if there is one [6 or 7].
+        weights: of `SCORES`, and after them the head's, if there is one: not negative, with sum 1 [6 or 7].
         head: the trees; None where there were no labelled anomalies.
         history: of the training.
         held_out: the normals to calibrate on; None in a model that was loaded.
@@ -128,7 +134,7 @@ class DefaultModel:
         order = np.random.default_rng([seed, 3]).permutation(len(rows.normals))
         normals, held_out = torch.as_tensor(rows.normals[order], device=device), rows.held_out[order]
         families = torch.as_tensor(family_codes(rows.groups, len(order))[order], device=device)
-        labelled = _at_most_of_each(rows.anomaly_labels, config.family_anomalies, seed)
+        labelled = at_most_of_each(rows.anomaly_labels, config.family_anomalies, seed)
         anomalies = torch.as_tensor(rows.anomalies[labelled], device=device)
         labels = rows.anomaly_labels[labelled]
 
@@ -136,8 +142,8 @@ class DefaultModel:
         views = previous._families[0].neighbourhood.views if previous else Views.fit(rows.normals[order[learned]])
         views = views.to(device)
         grow: Callable[[], TreeHead | None] = lambda: None  # noqa: E731 - one of two
+        sample = rows.normals[order[learned[: config.tree_normals]]]
         if len(anomalies) and config.n_trees:
-            sample = rows.normals[order[learned[: config.tree_normals]]]
             grow = partial(TreeHead.fit, sample, rows.anomalies[labelled], config.n_trees, seed, device)
         kept = Checkpoint(checkpoint, fingerprint(rows, config, seed, dtype), resume) if checkpoint else None
         with beside(grow) as grown:  # training leaves a core idle now and then
@@ -174,14 +180,20 @@ class DefaultModel:
         prior = prior_weights(len(SCORES), len(normals), config.fusion).to(device)
         by_anomalies = (anomaly_scores, labels, prior, config.fusion)
         weights, fused = choose_and_hold_out(normal_scores, units, *by_anomalies)
-        of_head = head_weight(weights, normal_scores, anomaly_scores, labels, config.fusion)
-        shares = weights.new_tensor([1.0, *[of_head] * len(by_head)])
+        shares = weights.new_ones(1)
+        if head:
+            finds = partial(finds_others, sample, rows.anomalies[labelled], labels, placed.rows, config.n_trees, seed)
+            by_distances = missed(weights, normal_scores, anomaly_scores, labels, config.fusion)
+            of_head = head_weight(by_distances, labels, finds, config.fusion)
+            shares = weights.new_tensor([1.0, of_head]) / (1 + of_head)
         anomaly = fuse(shares, torch.cat([fused[None], by_head]), config.fusion)
         if previous:
             history = previous.history.followed_by(history)
         to_calibrate_on = HeldOut(order[judged], -anomaly.double().cpu().numpy())
         known = NormalFamily(neighbourhood, tails, outer(anomaly))
-        return cls(config, ensemble, [known], torch.cat([weights, shares[1:]]), head, history, to_calibrate_on)
+        return cls(
+            config, ensemble, [known], torch.cat([weights * shares[0], shares[1:]]), head, history, to_calibrate_on
+        )
 
     def score(self, rows: Rows) -> Floats:
         """Minus the anomaly score of each row [N, d] -> [N]: higher is more normal."""
@@ -290,19 +302,3 @@ class DefaultModel:
             raise KeyError("normals0.rows")
         head = TreeHead(trees) if trees else None
         return cls(config, ensemble, families, fusion["weights"], head, History(**learned["history"]))
-
-
-def _at_most_of_each(labels: Names, most: int, seed: int) -> npt.NDArray[np.intp]:
-    """Positions, increasing, of up to so many random rows of each class [N]."""
-    rng = np.random.default_rng(seed)
-    chosen = [rng.permutation(np.flatnonzero(labels == name))[:most] for name in np.unique(labels.astype(str))]
-    return np.sort(np.concatenate([np.empty(0, dtype=np.intp), *chosen]))
-
-
-def family_codes(groups: Names | None, n_rows: int) -> npt.NDArray[np.int64]:
-    """A number [N] for each row: the same for rows of one group; without groups, or with one only, all differ."""
-    if groups is not None:
-        names, codes = np.unique(groups.astype(str), return_inverse=True)
-        if len(names) > 1:
-            return codes
-    return np.arange(n_rows)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -36,8 +36,9 @@ class FusionConfig:
     # The head's weight beside all others: the rows that it learned from can't tell what it is worth on other classes.
     # More finds the seen classes better, and disturbs the order of the unseen ones.
     head: float = 0.25
-    # But where more than this share of the normals lies above the seen families, distances say little of other classes
-    # either: the weight grows with the square of that share, so that the head counts in proportion to it, up to a most.
+    # But where the seen families are missed, where more than this share of the normals lies above them, distances say
+    # little of other classes either: the weight grows with the square of that share, so that the head counts in
+    # proportion to it, up to a most.
     tolerated: float = 0.08
     most_head: float = 2.0
     # Whether the anchor alone, or the prior, is the answer where it ranks the seen families as high; by less than this
@@ -77,7 +78,7 @@ def learn_weights(normals: Tensor, anomalies: Tensor, labels: Names, prior: Tens
     families = np.unique(labels.astype(str))
     if not len(families):
         return prior
-    share = torch.as_tensor(_even_shares(labels, families), dtype=normals.dtype, device=normals.device)
+    share = torch.as_tensor(even_shares(labels), dtype=normals.dtype, device=normals.device)
     share, pull, power = share / len(config.quantiles), config.pull / len(families), config.power
     prior = prior.to(normals)
     powers, caught_powers = normals.pow(power), anomalies.pow(power)
@@ -119,37 +120,44 @@ def choose_weights(normals: Tensor, anomalies: Tensor, labels: Names, prior: Ten
         prior: likewise; the anchor is first.
         config: likewise.
     """
-    families = np.unique(labels.astype(str))
-    if not len(families):
+    if not len(labels):
         return prior
     prior, learned = prior.to(normals), learn_weights(normals, anomalies, labels, prior, config)
     if not config.fallback:
         return learned
     best, least = prior, math.inf
     for weights in (_anchor_alone(prior), prior, learned):
-        missed = _missed(weights, normals, anomalies, labels, config)
-        if missed < least - config.least_gain:
-            best, least = weights, missed
+        by_these = missed(weights, normals, anomalies, labels, config)
+        if by_these < least - config.least_gain:
+            best, least = weights, by_these
     return best
 
 
-def head_weight(weights: Tensor, normals: Tensor, anomalies: Tensor, labels: Names, config: FusionConfig) -> float:
-    """The head's weight beside these weights of the distances: more where those miss the seen families.
+def missed(weights: Tensor, normals: Tensor, anomalies: Tensor, labels: Names, config: FusionConfig) -> float:
+    """The mean of `missed_shares` by these weights over families, of at least one, and their rows; see above."""
+    scores = [fuse(weights, rows, config) for rows in (normals, anomalies)]
+    return float(missed_shares(*scores) @ even_shares(labels))
 
-    What they miss is taken as if of one more family they had missed nothing, as few families tell little.
+
+def head_weight(
+    missed_by_distances: float, labels: Names, finds_others: Callable[[], bool], config: FusionConfig
+) -> float:
+    """The head's weight beside those of the distances, which have sum 1: more where these miss the seen families.
+
+    What they miss is taken as if of one more family they had missed nothing, as few families tell little. And the
+    trees have to show that they find more than the rows that they learned from.
 
     Args:
-        weights: that were chosen [C].
-        normals: as in `learn_weights`.
-        anomalies: likewise.
-        labels: likewise.
-        config: likewise.
+        missed_by_distances: what is `missed` by the weights that were chosen.
+        labels: as in `learn_weights`.
+        finds_others: tells it, where more weight is wanted.
+        config: as in `learn_weights`.
     """
     n_families = len(np.unique(labels.astype(str)))
-    if not n_families:
-        return config.head
-    missed = _missed(weights, normals, anomalies, labels, config) * n_families / (n_families + 1)
-    return min(config.head * max(1.0, (missed / config.tolerated) ** 2), config.most_head)
+    of_all = missed_by_distances * n_families / (n_families + 1)
+    if of_all > config.tolerated and finds_others():
+        return min(config.head * (of_all / config.tolerated) ** 2, config.most_head)
+    return config.head
 
 
 def choose_and_hold_out(
@@ -179,12 +187,12 @@ def choose_and_hold_out(
     return weights, (fused + by_others) / 2
 
 
-def _missed(weights: Tensor, normals: Tensor, anomalies: Tensor, labels: Names, config: FusionConfig) -> float:
-    """The share of the normals that lie above a labelled row, equal ones by half: the mean over families and rows."""
-    share = _even_shares(labels, np.unique(labels.astype(str)))
-    ordered, caught = fuse(weights, normals, config).sort().values, fuse(weights, anomalies, config)
-    below = torch.searchsorted(ordered, caught) + torch.searchsorted(ordered, caught, right=True)
-    return float(1 - below.double().cpu().numpy() @ share / (2 * len(ordered)))
+def missed_shares(normals: Tensor, anomalies: Tensor) -> Floats:
+    """The share of normals' scores [n] that lie above each labelled row's [M], equal ones by half: float64 [M]."""
+    ordered = normals.sort().values
+    below = torch.searchsorted(ordered, anomalies) + torch.searchsorted(ordered, anomalies, right=True)
+    shares: Floats = 1 - below.double().cpu().numpy() / (2 * len(ordered))
+    return shares
 
 
 def _anchor_alone(prior: Tensor) -> Tensor:
@@ -193,7 +201,8 @@ def _anchor_alone(prior: Tensor) -> Tensor:
     return alone
 
 
-def _even_shares(labels: Names, families: npt.NDArray[np.str_]) -> Floats:
-    """The share of each row [M] in a mean over families."""
+def even_shares(labels: Names) -> Floats:
+    """The share of each row in a mean over families, of at least one [M]."""
+    families = np.unique(labels.astype(str))
     shares: Floats = sum((labels == name) / np.sum(labels == name) for name in families) / len(families)
     return shares

@@ -7,11 +7,11 @@ from torch import Tensor
 
 # The outermost 5 % of the normals (at least 20, at most half) give the tail its slope.
 TAIL_SHARE, TAIL_ROWS = 0.05, 20
-# Where the shape of the tail is known from other normals, at least so many.
+# Where the shape of the tail is known from many other normals, at least so many of either.
 SHAPED_TAIL_ROWS = 10
 # Equal distances have no slope. Normal rows in 2 000 independent dimensions would have 0.006.
 LEAST_INDEX = 0.01
-# A tail is at most twice as steep as the shape of another makes it.
+# The shape makes a tail twice as steep as its own rows say, at most.
 LEAST_PART = 0.5
 # Parts of the normals, where each is scored by the tails of the others.
 FOLDS = 20
@@ -27,15 +27,16 @@ class Tails:
         distances: of normals, each left out of its own references, sorted, float [C, n]; or what else is larger for
             stranger rows.
         least_index: what each tail's index is at least: the same for all, or of each [C, 1].
-        shape: of many more normals. Of few rows 20 are most of the tail and of the middle, in which distances fall
-            slower; with the shape the tail begins farther out, as many times as steep as it is for those normals.
+        shape: the tails of many other normals. The 20 outermost of few rows reach into the middle, where distances
+            spread wider than in the tail. So the tail begins at the 10 outermost, and what the 20 say of its index is
+            multiplied by what the same shares of those other normals say that it falls by from there to here.
 
     Attributes:
         n_tail: how many of them are the outermost.
         threshold: the least of those [C, 1].
         least: the least distance above zero [C, 1]: where most rows are copies, that between others tells how a tail
             falls, and not how far it is from zero.
-        index: the tail's index, the mean logarithm of what they are times that [C, 1].
+        index: the tail's index [C, 1]: the mean logarithm of what they are times that, or as `shape` says.
     """
 
     def __init__(
@@ -43,14 +44,15 @@ class Tails:
     ) -> None:
         self.distances, self._least_index, self._shape = distances, torch.as_tensor(least_index).to(distances), shape
         n = distances.shape[1]
-        n_sloping = _n_outermost(TAIL_ROWS, n)
-        self.n_tail = _n_outermost(SHAPED_TAIL_ROWS, n) if shape else n_sloping
+        n_sloping = self.n_tail = _n_outermost(TAIL_ROWS, n)
+        if shape and shape.reaches(n_shaped := _n_outermost(SHAPED_TAIL_ROWS, n), n):
+            self.n_tail = n_shaped
         self.threshold = distances[:, n - self.n_tail : n - self.n_tail + 1].clone()
         self.least = distances.where(distances > 0, torch.inf).amin(1, keepdim=True)
         self.least = self.least.where(self.least < torch.inf, torch.finfo(distances.dtype).tiny)
         self.index = self._spread(n_sloping)
-        if shape:
-            self.index *= shape.steeper(self.n_tail / n, n_sloping / n)
+        if shape and self.n_tail < n_sloping:
+            self.index *= shape.part_of_index(self.n_tail / n, n_sloping / n)
         self.index = self.index.clamp(min=self._least_index)
 
     @classmethod
@@ -88,13 +90,17 @@ class Tails:
         # Logarithms differ in the last bit from machine to machine; which rows are the outermost must not.
         return torch.where(distances > self.threshold, tail, body)
 
-    def steeper(self, share: float, of: float) -> Tensor:
-        """The index that the outermost share would give, as a part of that which a larger share would [C, 1].
+    def reaches(self, n_rows: int, of: int) -> bool:
+        """Whether as large a share of these rows is enough of them to tell how the tail falls."""
+        return n_rows * self.distances.shape[1] >= SHAPED_TAIL_ROWS * of
 
-        At least half and at most all: what lies beyond that comes from rows that are equal.
+    def part_of_index(self, share: float, of: float) -> Tensor:
+        """The index that the outermost share gives, as a part of what a larger share gives: ½ to 1 [C, 1].
+
+        It is 1 for a Pareto law, less for lighter tails. Without the least row, whose logarithm is 0 for any law.
         """
-        n = self.distances.shape[1]
-        part = self._spread(max(1, round(share * n))) / self._spread(max(1, round(of * n)))
+        inner, outer = (max(2, round(part * self.distances.shape[1])) for part in (of, share))
+        part = self._spread(outer) / self._spread(inner) * (outer / (outer - 1)) * ((inner - 1) / inner)
         return part.nan_to_num(1.0).clamp(LEAST_PART, 1.0)
 
     def _spread(self, n_rows: int) -> Tensor:

@@ -22,6 +22,7 @@ from mdml_fast.meta.fusion import fuse
 from mdml_fast.meta.neighbours import innermost
 from mdml_fast.meta.paper import PaperConfig
 from mdml_fast.meta.scoring import OUTER_QUANTILE
+from mdml_fast.meta.tails import SHAPED_TAIL_ROWS, Tails
 
 FAST = DefaultConfig(
     ensemble=EnsembleConfig(hidden=8, n_prototypes=32, n_queries=32, n_anomalies=24, n_synthetic=64, steps=5),
@@ -255,6 +256,8 @@ def test_the_stranger_rows_of_an_adapted_family_are_as_strange_as_those_trained_
     rows, own = adapted.neighbourhood.normals, torch.arange(50)
     distances = adapted.neighbourhood.distances(adapted.neighbourhood.place(rows), own)
     scores = scorer.scale(adapted) * fuse(scorer.weights, adapted.tails.held_out_scores(distances, own), scorer.fusion)
+    assert adapted.tails.n_tail == SHAPED_TAIL_ROWS
+    assert (adapted.tails.index <= Tails.fit(distances).index).all()
     assert 0.5 < scorer.scale(adapted) < 2
     assert float(scores.quantile(OUTER_QUANTILE)) == pytest.approx(strange, rel=1e-4)
     # Sparse rows are compared with nearer ones: copies with themselves alone.

@@ -15,6 +15,7 @@ from support import normals_and_two_classes as data
 from mdml_fast import MDMLDetector
 from mdml_fast.baselines import mdml
 from mdml_fast.data import FeatureEncoder, as_table
+from mdml_fast.data.labelled import at_most_of_each
 from mdml_fast.data.open_sets import open_sets
 from mdml_fast.data.views import VIEWS, Views
 from mdml_fast.evaluation import EvaluationProtocol, evaluate
@@ -82,6 +83,25 @@ def test_a_labelled_row_is_scored_by_the_directions_that_learned_nothing_from_it
     torch.testing.assert_close(scores[2:, 2], (first + second)[:, 2] / 2)
     torch.testing.assert_close(scores[2, 3], first[0, 3])
     torch.testing.assert_close(scores[3:, 3], second[1:, 3])
+
+
+def test_the_head_counts_for_more_where_it_finds_what_distances_miss() -> None:
+    """Anomalies lie in a gap of one feature of sixteen, near normals of both sides; then no trees can tell them."""
+    rng = np.random.default_rng(0)
+    normals, anomalies, alike = (rng.normal(size=(n, 16)) for n in (500, 60, 60))
+    for rows in (normals, alike):
+        rows[:, 0] += np.copysign(1.5, rows[:, 0])
+    anomalies[:, 0] *= 0.5
+    labels = ["ok"] * 500 + ["a", "b", "c"] * 20
+
+    def of_head(labelled: np.ndarray) -> float:
+        detector = MDMLDetector(FAST, random_state=0).fit(np.concatenate([normals, labelled]), labels, normal=["ok"])
+        weights = detector.model_.scorer.weights
+        assert weights.sum() == pytest.approx(1)
+        return float(weights[-1] / weights[:-1].sum())
+
+    assert of_head(anomalies) > 2 * FAST.fusion.head
+    assert of_head(alike) == pytest.approx(FAST.fusion.head)
 
 
 def test_nothing_is_learned_from_a_normal_to_calibrate_on() -> None:
@@ -221,13 +241,11 @@ def test_of_many_normals_a_sample_is_learned_from(monkeypatch: pytest.MonkeyPatc
 
 
 def test_a_large_family_is_learned_from_in_part() -> None:
-    from mdml_fast.meta.default import _at_most_of_each
-
     labels = np.array(["a"] * 50 + ["b"] * 3, dtype=object)
-    kept = _at_most_of_each(labels, 10, seed=0)
+    kept = at_most_of_each(labels, 10, seed=0)
     assert (labels[kept] == "a").sum() == 10
     assert (labels[kept] == "b").sum() == 3
-    assert len(_at_most_of_each(labels[:0], 10, seed=0)) == 0
+    assert len(at_most_of_each(labels[:0], 10, seed=0)) == 0
 
 
 def random_encoders(n: int, d: int, hidden: int) -> tuple[list[ResidualEncoder], Encoders]:
@@ -285,5 +303,6 @@ def test_held_out_normals_are_judged_by_the_head_too() -> None:
         .model_.held_out.scores
         for weight in (0.25, 0.0)
     )
-    assert (with_head <= without).all()
+    # All weights have sum 1.
+    assert (1.25**0.5 * with_head <= without + 1e-6).all()
     assert (with_head < without - 0.05).mean() > 0.02

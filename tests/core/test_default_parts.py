@@ -21,12 +21,14 @@ from mdml_fast.meta.fusion import (
     fuse,
     head_weight,
     learn_weights,
+    missed,
+    missed_shares,
     prior_weights,
 )
 from mdml_fast.meta.neighbours import References
 from mdml_fast.meta.scoring import family_tails
 from mdml_fast.meta.tails import FOLDS, LEAST_INDEX, Tails
-from mdml_fast.meta.trees import TreeHead, _rounded_down, odds
+from mdml_fast.meta.trees import TreeHead, _rounded_down, finds_others, odds
 
 CPU = torch.device("cpu")
 
@@ -166,14 +168,24 @@ def test_the_tail_of_few_rows_takes_its_shape_from_that_of_many() -> None:
     """Distances of which the outermost 40 % spread wider than a Pareto law's would, for what they do farther out."""
     generator = torch.Generator().manual_seed(0)
     many, few = (torch.randn(n, rows, generator=generator).mul(0.2).exp() for n, rows in ((1, 20_000), (40, 50)))
-    known, rare = Tails.fit(many), many.quantile(0.999).expand(40, 1)
+    rare = many.quantile(0.999).expand(40, 1)
     shape = Tails.fit(many.expand(40, -1))
-    alone, shaped = (Tails.fit(few, shape=given).score(rare).mean() for given in (None, shape))
-    assert alone < 5.5 < shaped < 8  # it is log 1000 = 6.9
-    assert 0.5 <= float(known.steeper(0.1, 0.4)) < 0.8
-    assert Tails.fit(torch.ones(1, 200)).steeper(0.1, 0.4) == 1
-    enough = torch.rand(1, 400, generator=generator)
-    assert torch.equal(Tails.fit(enough, shape=known).index, Tails.fit(enough).index)
+    alone, shaped = (Tails.fit(few, shape=given) for given in (None, shape))
+    assert (alone.n_tail, shaped.n_tail) == (20, 10)
+    assert alone.score(rare).mean() < 5.5 < shaped.score(rare).mean() < 8  # it is log 1000 = 6.9
+
+
+def test_a_tails_shape_is_taken_only_from_enough_rows_and_changes_no_pareto_law() -> None:
+    generator = torch.Generator().manual_seed(0)
+    pareto = torch.rand(200, 200, generator=generator).pow(-0.3)
+    assert Tails.fit(pareto).part_of_index(0.2, 0.4).mean() > 0.93  # at most 1 of each
+    assert Tails.fit(torch.rand(1, 2000, generator=generator)).part_of_index(0.1, 0.4) == 0.5
+    assert Tails.fit(torch.ones(1, 200)).part_of_index(0.1, 0.4) == 1
+    few, enough = (torch.rand(1, n, generator=generator) for n in (50, 400))
+    for distances, shape in ((few, few[:, :40]), (enough, pareto[:1])):
+        alone, shaped = Tails.fit(distances), Tails.fit(distances, shape=Tails.fit(shape))
+        assert torch.equal(alone.index, shaped.index)
+        assert torch.equal(alone.threshold, shaped.threshold)
 
 
 def test_weights_go_to_the_score_that_finds_the_families_and_stay_near_the_anchor_otherwise() -> None:
@@ -246,18 +258,39 @@ def test_weights_that_rank_the_families_hardly_higher_than_the_anchor_give_way_t
 
 
 def test_the_head_counts_in_proportion_to_what_distances_miss() -> None:
-    config, weights = FusionConfig(), torch.tensor([1.0])
-    normals = torch.arange(100.0)[None]
+    config = FusionConfig()
 
-    def of_head(*missed: float) -> float:
-        anomalies = torch.tensor([[99.5 - 100 * share for share in missed]])
-        labels = np.array([f"family {place}" for place in range(len(missed))], dtype=object)
-        return head_weight(weights, normals, anomalies, labels, config)
+    def of_head(missed: float, n_families: int, finds_others: bool = True) -> float:
+        labels = np.array([f"family {place}" for place in range(n_families)] * 2, dtype=object)
+        return head_weight(missed, labels, lambda: finds_others, config)
 
-    assert of_head() == of_head(0.0) == of_head(0.1) == config.head  # of one family, .05 as of two
-    assert of_head(0.3, 0.3, 0.3) == pytest.approx(config.head * (0.225 / config.tolerated) ** 2)
-    assert of_head(0.0, 0.6, 0.3) == pytest.approx(of_head(0.3, 0.3, 0.3))
-    assert of_head(0.2) < of_head(0.2, 0.2) < of_head(0.3, 0.3) < of_head(*[0.9] * 9) == config.most_head
+    assert of_head(0.0, 1) == of_head(0.1, 1) == config.head  # of one family, .05 as of two
+    assert of_head(0.3, 3) == pytest.approx(config.head * (0.225 / config.tolerated) ** 2)
+    assert of_head(0.2, 1) < of_head(0.2, 2) < of_head(0.3, 2) < of_head(0.9, 9) == config.most_head
+    assert of_head(0.9, 9, finds_others=False) == config.head
+
+
+def test_what_is_missed_is_the_share_of_normals_above_equal_ones_by_half() -> None:
+    shares = missed_shares(torch.tensor([3.0, 1.0, 2.0, 2.0]), torch.tensor([0.0, 2.0, 2.5, 4.0]))
+    assert shares.tolist() == [1.0, 0.5, 0.25, 0.0]
+    weights, labels = torch.eye(2)[0], np.array(["a", "b", "b"], dtype=object)
+    normals, anomalies = torch.tensor([[1.0, 2.0], [9.0, 9.0]]), torch.tensor([[0.0, 3.0, 1.5], [9.0, 9.0, 9.0]])
+    assert missed(weights, normals, anomalies, labels, FusionConfig()) == pytest.approx((1 + 0.25) / 2)
+
+
+def test_trees_have_to_find_rows_that_they_did_not_learn_from() -> None:
+    rng = np.random.default_rng(0)
+    normals, judged, found, alike = (rng.normal(size=(n, 4)).astype(np.float32) for n in (200, 200, 12, 12))
+    found[:, 0] += 4
+    labels = np.array(["a"] * 11 + ["b"], dtype=object)
+
+    def finds(rows: np.ndarray) -> bool:
+        return finds_others(normals, rows, labels[: len(rows)], torch.as_tensor(judged), 20, 0)
+
+    assert finds(found)
+    assert finds(found[:2])
+    assert not finds(found[:1])
+    assert not finds(alike)
 
 
 @pytest.mark.parametrize("n", [1, 2, 41])
