@@ -29,12 +29,12 @@ from mdml_fast.drift import DriftMonitor
 from mdml_fast.errors import InputError
 from mdml_fast.explanation import KIND, why_names
 from mdml_fast.inputs import resolve_device
+from mdml_fast.meta.default import ORDERED_ROWS
 from mdml_fast.resources import release_memory
 from mdml_fast.threads import Item, in_order, workers
 
-# Rows that one thread scores at once, and rows that a run that is cut off may lose. Batches of 4096 take longer: rows
-# have fewer near ones in them.
-BATCH_ROWS, PART_ROWS = 16_384, 65_536
+# Rows that one thread scores at once, and rows that a run that is cut off may lose.
+BATCH_ROWS, PART_ROWS = ORDERED_ROWS, 65_536
 
 # The columns that scoring adds.
 WRITTEN = ("score", "p_value", "is_anomaly", "drift_evidence")
