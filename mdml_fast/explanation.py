@@ -122,7 +122,7 @@ class Explanation:
 
 def _described(values: pa.ChunkedArray, digits: int = 6) -> pa.Array:
     """Values in words, equal ones once [N]."""
-    distinct = values.combine_chunks().dictionary_encode(null_encoding="encode")
+    distinct = values.combine_chunks().dictionary_encode()
     pattern = f"%.{digits}g"
     words = [
         "missing" if value is None or value != value else repr(value) if isinstance(value, str) else pattern % value
