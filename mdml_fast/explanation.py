@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
-from typing import Any
+from functools import cached_property, lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -60,7 +60,7 @@ class Explanation:
 
     def nearest_normals(self) -> pa.Table:
         """The nearest normal of each row, N rows of the columns that are used."""
-        return self._normal_values.take(pa.array(self.nearest))
+        return self._in_words.values.take(pa.array(self.nearest))
 
     def reasons(self, k: int) -> list[list[str | None]]:
         """The k columns that make each row most anomalous, strongest first, in words: k lists of N.
@@ -98,26 +98,40 @@ class Explanation:
         own = _described(self.table[name].take(pa.array(rows)))
         # Decoded from float32, whose last digits are not the data's.
         normals, of_rows = np.unique(self.nearest[rows], return_inverse=True)
-        nearest = _described(self._normal_values[name].take(pa.array(normals)), digits=4).take(pa.array(of_rows))
+        nearest = _described(self._in_words.values[name].take(pa.array(normals)), digits=4).take(pa.array(of_rows))
         families, which = np.unique(self.normals.names[normals], return_inverse=True)
-        usual = pa.array([self._usual[family, name] for family in families.tolist()]).take(pa.array(which[of_rows]))
+        usual = pa.array([self._in_words.usual[family, name] for family in families.tolist()]).take(
+            pa.array(which[of_rows])
+        )
         return pc.binary_join_element_wise(f"{name} = ", own, ", nearest ", nearest, ", usual ", usual, "")
 
     @cached_property
-    def _normal_values(self) -> pa.Table:
-        return self.encoder.decode(self.normals.rows)
+    def _in_words(self) -> NormalsInWords:
+        return normals_in_words(self.encoder, self.normals)
 
-    @cached_property
-    def _usual(self) -> dict[tuple[str, str], str]:
-        """What is usual, by normal family and column."""
-        return {
-            (str(family), column.name): _usual_value(
-                self._normal_values[column.name].filter(pa.array(self.normals.names == family)),
-                isinstance(column, CategoricalColumn),
-            )
-            for family in np.unique(self.normals.names)
-            for column in self.encoder.columns
-        }
+
+class NormalsInWords(NamedTuple):
+    """Attributes:
+    values: the normals as a table.
+    usual: what is usual, by normal family and column.
+    """
+
+    values: pa.Table
+    usual: dict[tuple[str, str], str]
+
+
+@lru_cache(maxsize=2)  # of a stream, batch after batch is explained by the same normals
+def normals_in_words(encoder: FeatureEncoder, normals: KnownRows) -> NormalsInWords:
+    """What explanations say of the normals that rows are compared with."""
+    values = encoder.decode(normals.rows)
+    usual = {
+        (str(family), column.name): _usual_value(
+            values[column.name].filter(pa.array(normals.names == family)), isinstance(column, CategoricalColumn)
+        )
+        for family in np.unique(normals.names)
+        for column in encoder.columns
+    }
+    return NormalsInWords(values, usual)
 
 
 def _described(values: pa.ChunkedArray, digits: int = 6) -> pa.Array:
