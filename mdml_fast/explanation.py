@@ -100,9 +100,8 @@ class Explanation:
         normals, of_rows = np.unique(self.nearest[rows], return_inverse=True)
         nearest = _described(self._in_words.values[name].take(pa.array(normals)), digits=4).take(pa.array(of_rows))
         families, which = np.unique(self.normals.names[normals], return_inverse=True)
-        usual = pa.array([self._in_words.usual[family, name] for family in families.tolist()]).take(
-            pa.array(which[of_rows])
-        )
+        of_families = pa.array([self._in_words.usual[family, name] for family in families.tolist()])
+        usual = of_families.take(pa.array(which[of_rows]))
         return pc.binary_join_element_wise(f"{name} = ", own, ", nearest ", nearest, ", usual ", usual, "")
 
     @cached_property

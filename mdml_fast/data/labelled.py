@@ -117,11 +117,6 @@ def check_normals(labels: Names, normal: Sequence[str]) -> None:
         raise InputError(f"only {total} normal rows; at least {MIN_NORMALS} are needed")
 
 
-def _listed(names: Sequence[str] | npt.NDArray[np.str_], most: int = 30) -> str:
-    shown = ", ".join(map(str, names[:most]))
-    return shown if len(names) <= most else f"{shown}, … ({len(names)} in all)"
-
-
 def at_most_of_each(labels: Names, most: int, seed: int) -> npt.NDArray[np.intp]:
     """Positions, increasing, of up to so many random rows of each class [N]."""
     rng = np.random.default_rng(seed)
@@ -136,3 +131,8 @@ def family_codes(groups: Names | None, n_rows: int) -> npt.NDArray[np.int64]:
         if len(names) > 1:
             return codes
     return np.arange(n_rows)
+
+
+def _listed(names: Sequence[str] | npt.NDArray[np.str_], most: int = 30) -> str:
+    shown = ", ".join(map(str, names[:most]))
+    return shown if len(names) <= most else f"{shown}, … ({len(names)} in all)"
