@@ -79,19 +79,18 @@ class Explanation:
     def _reasons(self, k: int) -> list[pa.Array]:
         """`reasons` as arrays: put together column by column, as what Python does for each row keeps others waiting."""
         order = np.argsort(self.contributions, axis=1, kind="stable")
-        order = np.pad(order, ((0, 0), (0, max(0, k - order.shape[1]))), mode="edge")[:, :k].T
-        blames = np.take_along_axis(self.contributions, order.T, axis=1).T < 0
-        blames[len(self.columns) :] = False
-        of_columns, words, found = order.ravel(), [], np.full(order.size, -1)
-        by_column = np.flatnonzero(blames.ravel())
-        by_column = by_column[np.argsort(of_columns[by_column], kind="stable")]
-        columns, starts = np.unique(of_columns[by_column], return_index=True)
-        found[by_column] = np.arange(len(by_column))
-        for column, places in zip(columns, np.split(by_column, starts[1:]), strict=True):
-            words.append(self._words(self.columns[column], places % order.shape[1]))
-        everything = pa.concat_arrays(words) if words else pa.nulls(0, pa.string())
-        chosen = everything.take(pa.array(found, mask=found < 0))
-        return [chosen[place * order.shape[1] : (place + 1) * order.shape[1]] for place in range(k)]
+        order = np.pad(order, ((0, 0), (0, max(0, k - order.shape[1]))), mode="edge")[:, :k]
+        blames = np.take_along_axis(self.contributions, order, axis=1) < 0
+        blames[:, len(self.columns) :] = False
+        places = np.flatnonzero(blames)
+        places = places[np.argsort(order.flat[places], kind="stable")]
+        columns, starts = np.unique(order.flat[places], return_index=True)
+        of_columns = zip(columns, np.split(places, starts)[1:], strict=True)
+        words = [self._words(self.columns[column], own // k) for column, own in of_columns]
+        found = np.full(order.shape, -1)
+        found.flat[places] = np.arange(len(places))
+        everything = pa.concat_arrays([pa.nulls(0, pa.string()), *words])
+        return [everything.take(pa.array(own, mask=own < 0)) for own in found.T]
 
     def _words(self, name: str, rows: Positions) -> pa.Array:
         """How these rows differ in a column from what is usual, in words [rows]."""

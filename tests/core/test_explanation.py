@@ -105,6 +105,15 @@ def test_reasons_name_column_and_value_and_what_is_usual() -> None:
     assert [set(words) for words in why.reasons(7)[5:]] == [{None}, {None}]
 
 
+def test_rows_that_equal_a_known_normal_have_no_reasons(fitted: MDMLDetector) -> None:
+    rows, labels = table()
+    why = fitted.explain(rows.filter(pa.array(labels == "ok")).slice(0, 4))
+    assert why.reasons(2) == [[None] * 4] * 2
+    assert [words.null_count for words in why.why(2).values()] == [4, 4, 0, 0]
+    assert why.reasons(0) == []
+    assert why.why(0) == {}
+
+
 def test_a_saved_model_explains_the_same_and_an_adapted_family_is_named(fitted: MDMLDetector, tmp_path: Path) -> None:
     rows, _ = table(seed=1)
     fitted.save(tmp_path / "model")
