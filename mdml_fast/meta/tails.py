@@ -99,7 +99,7 @@ class Tails:
 
         It is 1 for a Pareto law, less for lighter tails. Without the least row, whose logarithm is 0 for any law.
         """
-        inner, outer = (max(2, round(part * self.distances.shape[1])) for part in (of, share))
+        inner, outer = (round(part * self.distances.shape[1]) for part in (of, share))
         part = self._spread(outer) / self._spread(inner) * (outer / (outer - 1)) * ((inner - 1) / inner)
         return part.nan_to_num(1.0).clamp(LEAST_PART, 1.0)
 
