@@ -11,11 +11,16 @@ from __future__ import annotations
 
 import argparse
 import json
+import multiprocessing
+import os
 import platform
 import statistics
 import subprocess
 import sys
+import time
+import traceback
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +30,11 @@ import torch.nn.functional as F
 from mdml_kernels import parity, reference
 from torch import Tensor, nn
 
+from mdml_fast.files import replace_file
+
 RESULTS = Path(__file__).parent / "results"
 GOALS = {"of_copy": 0.85, "over_compile": 1.5, "over_vmap": 5.0}
+AUROC_TOLERANCE = 0.005
 LARGE = (64, 1024, 512)
 EPISODES, SUPPORT, SIZES, CLASSES, STEPS, LR = 64, 64, (64, 128, 64), 16, 5, 0.1  # the engine's reference workload
 
@@ -34,13 +42,14 @@ Timer = Callable[[Callable[[], Any]], float]
 
 
 def median_ms(call: Callable[[], Any], repeats: int = 50) -> float:
-    """Median milliseconds of a call on the GPU, on a cold L2 cache."""
+    """Median milliseconds of a call on the GPU, on a cold L2 cache, launches ahead of it where they can be."""
     flush = torch.empty(512 * 2**20, dtype=torch.uint8, device="cuda")
     for _ in range(5):
         call()
     times = []
     for _ in range(repeats):
-        flush.zero_()
+        for _ in range(5):  # half a millisecond, in which the call is launched
+            flush.zero_()
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()
@@ -50,11 +59,21 @@ def median_ms(call: Callable[[], Any], repeats: int = 50) -> float:
     return statistics.median(times)
 
 
-def correctness(problems: int = 200, largest: int = 600) -> dict[str, Any]:
-    """Every form, confidence and order of derivative, by `mdml_kernels.parity`, for each dtype; nothing may miss."""
-    worst = []
-    for dtype in (torch.float32, torch.bfloat16, torch.float16):
-        worst += parity.compare(parity.problems(problems, 0, dtype, largest), ["triton"])
+def correctness(problems: int = 200, largest: int = 600, processes: int = 1) -> dict[str, Any]:
+    """Every form, confidence and order of derivative, by `mdml_kernels.parity`, for each dtype; nothing may miss.
+
+    Every problem has shapes of its own and kernels to be compiled, which is what takes the time: in many processes.
+    """
+    drawn = [
+        list(parity.problems(problems, 0, dtype, largest)) for dtype in (torch.float32, torch.bfloat16, torch.float16)
+    ]
+    parts = [some[first::processes] for some in drawn for first in range(processes)]
+    if processes == 1:
+        compared = [_compared(part) for part in parts]
+    else:
+        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
+            compared = list(pool.map(_compared, parts))
+    worst = parity.worst_of(found for part in compared for found in part)
     rows = [
         {
             "form": found.form,
@@ -70,6 +89,10 @@ def correctness(problems: int = 200, largest: int = 600) -> dict[str, Any]:
         "kinds": rows,
         "wrong": [row for row in rows if row["missed"]] or ([] if rows else ["nothing was compared"]),
     }
+
+
+def _compared(problems: list[parity.Problem]) -> list[parity.Worst]:
+    return parity.compare(problems, ["triton"])
 
 
 def large_logits(device: str, shape: tuple[int, int, int] = LARGE) -> dict[str, Tensor]:
@@ -286,14 +309,35 @@ def engine(device: str, parts: tuple[str, ...] = (), rounds: int | None = None) 
     """The cases of `mdml-fast bench engine`: every contender right against float64, then timed in turns."""
     from mdml_fast.bench.engine import run_all
 
-    try:
-        rows = run_all(torch.device(device), parts, rounds)
-    except Exception as error:  # whatever it is, the other findings are to be kept
-        return {"wrong": [f"engine: {type(error).__name__}: {error}"]}
     return {
         row.case: {"chosen": row.chosen, "per_second": row.per_second, "ratios": row.ratios, "errors": row.errors}
-        for row in rows
+        for row in run_all(torch.device(device), parts, rounds)
     }
+
+
+def detector(device: str, splits: int = 2) -> dict[str, Any]:
+    """AUROC of the default detector on the open tables, trained and scored there, against float32 on the CPU."""
+    from mdml_fast.baselines import mdml
+    from mdml_fast.data.open_sets import open_sets
+    from mdml_fast.evaluation import EvaluationProtocol, evaluate
+
+    methods = {"cpu": mdml("default", "cpu", "float32")}
+    methods |= {dtype: mdml("default", device, dtype) for dtype in ("float32", "bfloat16")}
+    found: dict[str, Any] = {"wrong": []}
+    for name, table in open_sets().items():
+        results = evaluate(table(), methods, EvaluationProtocol(splits=splits, seeds=1))["results"]
+        means: dict[str, dict[str, float]] = {
+            key: {method: statistics.mean(split[key] for split in results[method]["splits"]) for method in methods}
+            for key in ("auroc_unseen", "auroc_seen")
+        }
+        means["fit_seconds"] = {method: results[method]["fit_seconds"] for method in methods}
+        found[name] = means
+        for key in ("auroc_unseen", "auroc_seen"):
+            for dtype in ("float32", "bfloat16"):
+                off = means[key][dtype] - means[key]["cpu"]
+                if not abs(off) <= AUROC_TOLERANCE:
+                    found["wrong"].append(f"{name}, {key} in {dtype}: {off:+.4f} from the CPU's")
+    return found
 
 
 def environment() -> dict[str, Any]:
@@ -313,29 +357,47 @@ def wrong_in(findings: Any) -> list[Any]:
     return [*findings.get("wrong", []), *(found for value in findings.values() for found in wrong_in(value))]
 
 
+PARTS: dict[str, Callable[[], dict[str, Any]]] = {
+    "correctness": lambda: correctness(processes=os.cpu_count() or 1),
+    "determinism": lambda: determinism("cuda"),
+    "cuda_graph": cuda_graph,
+    "peak_memory": peak_memory,
+    "bandwidth": lambda: bandwidth("cuda", median_ms),
+    "speed": lambda: speed("cuda", median_ms),
+    "inner_loop": lambda: inner_loop("cuda", median_ms),
+    "engine": lambda: engine("cuda"),
+    "detector": lambda: detector("cuda"),
+}
+
+
+def kept(part: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """What a part finds; whatever goes wrong in it is a finding, so that the other parts still run."""
+    try:
+        return part()
+    except Exception as error:
+        traceback.print_exc()
+        return {"wrong": [f"{type(error).__name__}: {error}"[:1000]]}
+
+
 def main(arguments: list[str] | None = None) -> int:
-    argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    ).parse_args(arguments)  # fmt: skip
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", action="append", choices=PARTS, help="this one, beside what the file already holds")
+    parser.add_argument("--out", type=Path, help="the file (results/<gpu>.json)")
+    chosen = parser.parse_args(arguments)
     if not torch.cuda.is_available():
         print("gpu_acceptance: PyTorch finds no GPU here, so there is nothing to accept")
         return 3
-    findings: dict[str, Any] = {"environment": environment(), "goals": GOALS}
-    for name, part in (
-        ("correctness", correctness),
-        ("determinism", lambda: determinism("cuda")),
-        ("cuda_graph", cuda_graph),
-        ("peak_memory", peak_memory),
-        ("bandwidth", lambda: bandwidth("cuda", median_ms)),
-        ("speed", lambda: speed("cuda", median_ms)),
-        ("inner_loop", lambda: inner_loop("cuda", median_ms)),
-        ("engine", lambda: engine("cuda")),
-    ):
-        findings[name] = part()
-        print(name, json.dumps(findings[name], indent=2), flush=True)
-    RESULTS.mkdir(exist_ok=True)
-    slug = "".join(c if c.isalnum() else "-" for c in findings["environment"]["gpu"].lower())
-    (RESULTS / f"{slug}.json").write_text(json.dumps(findings, indent=2) + "\n")
+    environs = environment()
+    slug = "".join(c if c.isalnum() else "-" for c in environs["gpu"].lower())
+    out = chosen.out or RESULTS / f"{slug}.json"
+    findings = json.loads(out.read_text()) if chosen.part and out.exists() else {}
+    findings |= {"environment": environs, "goals": GOALS}
+    for name in chosen.part or PARTS:
+        start = time.perf_counter()
+        findings[name] = kept(PARTS[name])
+        print(f"{name}, {time.perf_counter() - start:.0f} s", json.dumps(findings[name], indent=2), flush=True)
+        with replace_file(out) as temporary:
+            temporary.write_text(json.dumps(findings, indent=2) + "\n")
     wrong = wrong_in(findings)
     print(f"{len(wrong)} findings are wrong" + "".join(f"\n  {found}" for found in wrong))
     return 1 if wrong else 0

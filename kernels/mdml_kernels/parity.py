@@ -126,7 +126,7 @@ def problems(count: int, seed: int, dtype: torch.dtype = torch.float32, largest:
 
 def compare(problems: Iterable[Problem], backends: Iterable[str]) -> list[Worst]:
     """The worst errors of every backend in every kind of problem that occurs and that it can serve."""
-    found: dict[tuple[str, str, str, torch.dtype], Worst] = {}
+    found: list[Worst] = []
     for problem in problems:
         exact = _derivatives(problem, torch.float64, "reference")
         eager = _errors(_derivatives(problem, problem.dtype, "reference"), exact)
@@ -134,10 +134,18 @@ def compare(problems: Iterable[Problem], backends: Iterable[str]) -> list[Worst]
             if not _serves(backend, problem):
                 continue
             kind = (backend, problem.form, problem.confidence, problem.dtype)
-            ours = _errors(_derivatives(problem, problem.dtype, backend), exact)
-            before = found.get(kind, Worst(*kind, (0.0,) * len(ORDERS), (0.0,) * len(ORDERS)))
-            found[kind] = Worst(*kind, _worse(before.ours, ours), _worse(before.eager, eager))
-    return sorted(found.values())
+            found.append(Worst(*kind, _errors(_derivatives(problem, problem.dtype, backend), exact), eager))
+    return worst_of(found)
+
+
+def worst_of(found: Iterable[Worst]) -> list[Worst]:
+    """Of each kind the worst, order by order."""
+    worst: dict[tuple[str, str, str, str], Worst] = {}
+    for one in found:
+        kind = (one.backend, one.form, one.confidence, str(one.dtype))
+        before = worst.get(kind, one)
+        worst[kind] = one._replace(ours=_worse(before.ours, one.ours), eager=_worse(before.eager, one.eager))
+    return [worst[kind] for kind in sorted(worst)]
 
 
 def _worse(before: tuple[float, ...], after: tuple[float, ...]) -> tuple[float, ...]:
