@@ -4,8 +4,8 @@
     python benchmarks/static_report.py --check    compile a part, compare it with the stored report, fail on a change
 
 A row is kernel x shape x dtype x chip: registers and stack a thread (a stack is where spills go), shared memory a
-program, global loads and stores by width in bits, dots, and tensor-core instructions. No GPU is needed.
-No TRITON_INTERPRET.
+program, global loads and stores by width in bits, dots, tensor-core instructions, and instructions in all.
+No GPU is needed, and no TRITON_INTERPRET.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from mdml_kernels import (
     triton_linear_kernels,
     triton_mlp_kernels,
     triton_row_kernels,
+    triton_rows,
 )
 from mdml_kernels.aot import Case
 from mdml_kernels.launch import LaunchConfig, Precision
@@ -38,6 +39,9 @@ REPORT = Path(__file__).parent / "results" / "static_report.json"
 PRECISIONS: tuple[Precision, ...] = ("float32", "tf32", "bfloat16")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SHARED_LIMIT = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+# A logit, of all that a row kernel runs: in the time that an H200 reads one of bfloat16 at 4.8 TB/s its 132 x 128 lanes
+# issue 14 at 1.98 GHz, twice as many in float32 or where it is written too. More, and memory waits for arithmetic.
+INSTRUCTIONS = {"forward": 16, "backward": 24, "double_backward": 64}
 FLOAT = "*fp32"
 
 
@@ -57,7 +61,9 @@ def cases(arch: str) -> Iterator[tuple[Case, dict[str, Any]]]:
 
 
 def _rows(arch: str, n_cols: int, dtype: str, mass: bool = False) -> Iterator[tuple[Case, dict[str, Any]]]:
-    config = launch.rows_config(n_cols, DTYPES[dtype], arch)
+    configs = {
+        name: launch.rows_config(n_cols, DTYPES[dtype], arch, held) for name, held in triton_rows.PER_THREAD.items()
+    }
     logits, background = f"*{dtype}", FLOAT if mass else None
     constants = {
         "K": n_cols,
@@ -65,8 +71,6 @@ def _rows(arch: str, n_cols: int, dtype: str, mass: bool = False) -> Iterator[tu
         "STRIDE_K": 1,
         "FLAT": True,
         "MASS": mass,
-        "BLOCK_N": config.block_rows,
-        "BLOCK_K": config.block_cols,
     }
     inputs = {"logits": logits, "inv_temperature": FLOAT, "background": background}
     saved = {"reference": FLOAT, "argmax": "*i32"}
@@ -74,15 +78,16 @@ def _rows(arch: str, n_cols: int, dtype: str, mass: bool = False) -> Iterator[tu
     shape = f"K={n_cols} {dtype}{' mass' if mass else ''}"
     # 128 registers let two programs of the largest size, 512 threads, share a multiprocessor of 64 Ki registers.
     widest = {"width": 8 * math.gcd(16, n_cols * DTYPES[dtype].itemsize), "registers": 128}
+    few = {name: _few_instructions(name, config) if n_cols in (512, 1000) else {} for name, config in configs.items()}
     yield (
         Case(
             f"rows_forward {shape}",
             triton_row_kernels.rows_forward_kernel,
             {**inputs, "odds": FLOAT, **saved, **sizes},
-            constants,
-            config,
+            {**constants, **_row_tile(configs["forward"])},
+            configs["forward"],
         ),
-        widest,
+        {**widest, **few["forward"]},
     )
     outputs = {"grad_logits": logits, "grad_inv_temperature": FLOAT, "grad_background": background}
     yield (
@@ -90,10 +95,10 @@ def _rows(arch: str, n_cols: int, dtype: str, mass: bool = False) -> Iterator[tu
             f"rows_backward {shape}",
             triton_row_kernels.rows_backward_kernel,
             {**inputs, **saved, "grad": FLOAT, **outputs, **sizes},
-            constants,
-            config,
+            {**constants, **_row_tile(configs["backward"])},
+            configs["backward"],
         ),
-        {**widest, "stores": widest["width"]},
+        {**widest, **few["backward"], "stores": widest["width"]},
     )
     tangents = {"v_logits": logits, "v_inv_temperature": FLOAT, "v_background": background}
     outputs = {"out_logits": logits, "out_inv_temperature": FLOAT, "out_background": background, "along": FLOAT}
@@ -102,11 +107,26 @@ def _rows(arch: str, n_cols: int, dtype: str, mass: bool = False) -> Iterator[tu
             f"rows_double_backward {shape}",
             triton_row_kernels.rows_double_backward_kernel,
             {**inputs, **saved, "grad": FLOAT, **tangents, **outputs, **sizes, "v_stride_e": "i32"},
-            {**constants, "V_STRIDE_N": n_cols, "V_STRIDE_K": 1, "V_FLAT": True},
-            launch.rows_config(n_cols, DTYPES[dtype], arch, per_thread=8),
+            {
+                **constants,
+                **_row_tile(configs["double_backward"]),
+                "V_STRIDE_N": n_cols,
+                "V_STRIDE_K": 1,
+                "V_FLAT": True,
+            },
+            configs["double_backward"],
         ),
-        {**widest, "stores": widest["width"]},
+        {**widest, **few["double_backward"], "stores": widest["width"]},
     )
+
+
+def _few_instructions(kernel: str, config: LaunchConfig) -> dict[str, int]:
+    logits_a_thread = config.block_rows * config.block_cols * config.tiles // (32 * config.num_warps)
+    return {"instructions": INSTRUCTIONS[kernel] * logits_a_thread}
+
+
+def _row_tile(config: LaunchConfig) -> dict[str, int]:
+    return {"BLOCK_N": config.block_rows, "BLOCK_K": config.block_cols, "TILES": config.tiles}
 
 
 def _hinge(arch: str) -> Iterator[tuple[Case, dict[str, Any]]]:
@@ -249,6 +269,8 @@ def broken_limits(row: dict[str, Any]) -> list[str]:
         broken.append(f"{row['stack_bytes']} bytes of stack a thread, at most {demand.get('stack', 0)}")
     if row["registers"] > registers:
         broken.append(f"{row['registers']} registers a thread, at most {registers}")
+    if row.get("instructions", 0) > demand.get("instructions", math.inf):
+        broken.append(f"{row['instructions']} instructions, at most {demand['instructions']}")
     if row["shared_bytes"] > SHARED_LIMIT[arch]:
         broken.append(f"{row['shared_bytes']} bytes of shared memory, at most {SHARED_LIMIT[arch]}")
     if row["barriers"] != demand.get("barriers", 0):

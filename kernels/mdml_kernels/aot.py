@@ -26,6 +26,7 @@ ARCHS = ("sm_80", "sm_90", "sm_100", "gfx942")
 
 _TENSOR_CORE_SASS = re.compile(r"\b(HMMA|HGMMA|UTC\w*MMA|DMMA)\b")
 _TENSOR_CORE_GCN = re.compile(r"\b(v_mfma_\w+)")
+_INSTRUCTION_SASS = re.compile(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?!\s|NOP)", re.MULTILINE)
 _LOAD_SASS = re.compile(r"\bLDG(?:STS)?\.E((?:\.\w+)*)")
 _LOAD_GCN = re.compile(r"\b(?:global|buffer|flat)_load_(ubyte|sbyte|ushort|sshort|short_d16|dword(?:x[234])?)")
 _STORE_SASS = re.compile(r"\bSTG\.E((?:\.\w+)*)")
@@ -72,8 +73,8 @@ def compile_report(case: Case, arch: str) -> dict[str, Any]:
 
     Returns:
         registers and stack_bytes a thread (a stack is where spills go), shared_bytes a program, global loads and
-        stores by width in bits, dots and how many of them are on tensor cores, tensor-core instructions by name, and
-        the barriers that the kernel's text asks for.
+        stores by width in bits, dots and how many of them are on tensor cores, tensor-core instructions by name, the
+        barriers that the kernel's text asks for, and on NVIDIA's chips the number of instructions.
 
     Raises:
         RuntimeError: in a process where TRITON_INTERPRET is set.
@@ -143,6 +144,7 @@ def _read_cubin(cubin: bytes) -> dict[str, Any]:
         "loads": _counted(_sass_bits(suffix) for suffix in _LOAD_SASS.findall(sass)),
         "stores": _counted(_sass_bits(suffix) for suffix in _STORE_SASS.findall(sass)),
         "tensor_core": _counted(_TENSOR_CORE_SASS.findall(sass)),
+        "instructions": len(_INSTRUCTION_SASS.findall(sass)),
     }
 
 

@@ -23,7 +23,8 @@ MAX_ROWS = 2**31 - 2**12  # row numbers are int32 inside the kernels; offsets in
 class LaunchConfig:
     """The tile of one program and the warps that work on it.
 
-    block_inner is the depth of a product's tiles; block_out, in a backward kernel, the features of its result.
+    tiles is how many of them, side by side, a row kernel holds at once; block_inner the depth of a product's tiles;
+    block_out, in a backward kernel, the features of its result.
     """
 
     block_rows: int
@@ -32,6 +33,7 @@ class LaunchConfig:
     num_stages: int = 1
     block_inner: int = 0
     block_out: int = 0
+    tiles: int = 1
 
     @property
     def options(self) -> dict[str, int | bool]:
@@ -44,20 +46,24 @@ def next_power_of_2(value: int) -> int:
     return 1 << max(value - 1, 0).bit_length()
 
 
-def rows_config(n_cols: int, dtype: torch.dtype, arch: str, per_thread: int = 16) -> LaunchConfig:
-    """Tiles of the row kernels: whole rows while they fit, then a loop over tiles of one row.
+def rows_config(n_cols: int, dtype: torch.dtype, arch: str, per_thread: int) -> LaunchConfig:
+    """Tiles of the row kernels: a few threads a row, with up to per_thread of its logits each, in loads of 128 bits.
 
-    16 elements a thread are four 128-bit loads in flight in float32, two in half precision (unmeasured).
+    The fewer threads share a row, the less often a row's reductions and what follows from them are worked out. A row
+    of more than 32 threads meets in shared memory; one of more than a program's, part by part.
     """
-    widest = 8192 if dtype.itemsize == 2 else 4096
-    block_cols = min(next_power_of_2(n_cols), widest)
-    elements = max(2048, block_cols)
-    threads = elements // per_thread
-    return LaunchConfig(
-        block_rows=elements // block_cols,
-        block_cols=block_cols,
-        num_warps=max(1, threads // _warp_size(arch)),
-    )
+    threads, vector = 4 * _warp_size(arch), 16 // dtype.itemsize
+    if arch == INTERPRETER:  # it takes as long for a wide tile as for a narrow one
+        vector, per_thread = 4 * vector, 4 * per_thread
+    if dtype.itemsize == 8:
+        per_thread //= 4
+    if is_amd(arch):  # where twice the threads share a row's work, half as much each keeps registers below 128
+        per_thread = max(vector, per_thread // 2)
+    of_row = min(max(next_power_of_2(-(-n_cols // per_thread)), min(next_power_of_2(n_cols) // 16, 8), 1), threads)
+    block_cols = min(of_row * vector, next_power_of_2(n_cols))
+    tiles = min(-(-n_cols // block_cols), per_thread // vector)
+    rows = max(threads // of_row, 16 * threads // next_power_of_2(tiles * block_cols))
+    return LaunchConfig(block_rows=rows, block_cols=block_cols, tiles=tiles, num_warps=4)
 
 
 def hinge_config(n_rows: int, arch: str) -> LaunchConfig:

@@ -14,20 +14,31 @@ import triton.language as tl
 
 from mdml_kernels.triton_matmul import load_tile, matmul
 from mdml_kernels.triton_mlp_kernels import weights_of
-from mdml_kernels.triton_row_math import exp_below, log_odds, log_odds_gradient, merge_statistics, tile_statistics
+from mdml_kernels.triton_row_math import (
+    LOG2_E,
+    MINUS_INF,
+    exp_below,
+    finite_below,
+    log_odds,
+    merge_statistics,
+    pulled_back,
+    tile_statistics,
+)
 
 
 @triton.jit
 def one_class_slope(x, cols, live, n_rows, log_background, K: tl.constexpr, MASS: tl.constexpr, HAS_B: tl.constexpr):
     """d mean(-log S) / dx of scaled logits x [R, C] whose padding is -inf: -(1 - S) / n times dL/dx."""
-    top, first, second, mass = tile_statistics(x, cols, K)
+    unit = tl.full([x.shape[0]], LOG2_E, tl.float32)
+    top, first, second, mass = tile_statistics((x,), cols, unit, K, 1, x.shape[1])
     if HAS_B and not MASS:
-        never = tl.full(top.shape, float("-inf"), tl.float32)
+        never = tl.full(top.shape, MINUS_INF, tl.float32)
         b = tl.zeros_like(top) + log_background
         top, first, second, mass = merge_statistics(never, first, b, exp_below(b, b), top, first, second, mass)
     odds, reference = log_odds(top, second, mass, log_background, MASS)
     slope = tl.where(live, -tl.sigmoid(-odds) / n_rows, 0.0)
-    return slope[:, None] * log_odds_gradient(exp_below(x, reference[:, None]), cols, first[:, None], MASS)
+    share = tl.exp2((x - finite_below(reference)[:, None]) * LOG2_E)
+    return pulled_back(slope[:, None] * share, cols, first[:, None], slope[:, None], MASS)
 
 
 @triton.jit
@@ -117,7 +128,7 @@ def inner_loop_kernel(
 
         head = load_tile(head_weight + which * (K * Z), z_rows, k_cols, 1, Z, Z, K)
         logits = matmul(z, head, tl.zeros([BLOCK_N, BLOCK_K], tl.float32) + logit_bias[None, :], PRECISION)
-        scaled = tl.where(k_cols < K, logits * scale, float("-inf"))
+        scaled = tl.where(k_cols < K, logits * scale, MINUS_INF)
         slope = one_class_slope(scaled, k_cols, live, N, log_background, K, MASS, background is not None)
         dz = matmul(slope * scale, tl.trans(head), tl.zeros([BLOCK_N, BLOCK_Z], tl.float32), PRECISION)
         tl.debug_barrier()  # every thread has read the old biases of z

@@ -11,7 +11,16 @@ import triton
 import triton.language as tl
 
 from mdml_kernels.triton_matmul import load_tile, matmul
-from mdml_kernels.triton_row_math import exp_below, log_odds, log_odds_gradient, merge_statistics, tile_statistics
+from mdml_kernels.triton_row_math import (
+    LOG2_E,
+    MINUS_INF,
+    exp_below,
+    finite_below,
+    log_odds,
+    merge_statistics,
+    pulled_back,
+    tile_statistics,
+)
 
 
 @triton.jit
@@ -66,8 +75,8 @@ def linear_forward_kernel(
     rows = tl.program_id(0) % tiles_n * BLOCK_N + tl.arange(0, BLOCK_N)
     live = rows < N
     scale = tl.load(tau + group * N + rows, mask=live, other=1.0)
-    top = tl.full([BLOCK_N], float("-inf"), tl.float32)
-    second = tl.full([BLOCK_N], float("-inf"), tl.float32)
+    top = tl.full([BLOCK_N], MINUS_INF, tl.float32)
+    second = tl.full([BLOCK_N], MINUS_INF, tl.float32)
     mass = tl.zeros([BLOCK_N], tl.float32)
     first = tl.zeros([BLOCK_N], tl.int32)
     log_background = top
@@ -86,8 +95,10 @@ def linear_forward_kernel(
             z + group * (N * H), weight + group * (K * H), bias_of, rows, cols,
             N, H, K, BLOCK_N, BLOCK_K, BLOCK_H, PRECISION,
         )  # fmt: skip
-        x = tl.where(cols[None, :] < K, logits * scale[:, None], float("-inf"))
-        tile_top, tile_first, tile_second, tile_mass = tile_statistics(x, cols[None, :], K)
+        x = tl.where(cols[None, :] < K, logits * scale[:, None], MINUS_INF)
+        tile_top, tile_first, tile_second, tile_mass = tile_statistics(
+            (x,), cols[None, :], tl.full([BLOCK_N], LOG2_E, tl.float32), K, 1, BLOCK_K
+        )
         top, first, second, mass = merge_statistics(
             top, first, second, mass, tile_top, tile_first, tile_second, tile_mass
         )
@@ -102,8 +113,9 @@ def linear_forward_kernel(
 @triton.jit
 def tile_slope(logits, cols, scale, first, log_sum, g, K: tl.constexpr, MASS: tl.constexpr):
     """The odds' gradient g [R] pulled back to scaled logits [R, C]; 0 beyond K."""
-    x = tl.where(cols[None, :] < K, logits * scale[:, None], float("-inf"))
-    return g[:, None] * log_odds_gradient(exp_below(x, log_sum[:, None]), cols[None, :], first[:, None], MASS)
+    x = tl.where(cols[None, :] < K, logits * scale[:, None], MINUS_INF)
+    share = tl.exp2((x - finite_below(log_sum)[:, None]) * LOG2_E)
+    return pulled_back(g[:, None] * share, cols[None, :], first[:, None], g[:, None], MASS)
 
 
 @triton.jit

@@ -1,7 +1,8 @@
 """The row kernels: log-odds of rows of logits, their gradient and second derivative. No atomics, offsets in int64.
 
-Rows are numbered through all episodes; a program takes BLOCK_N of them, whole where K fits in BLOCK_K, else tile by
-tile. K and the row stride are compile-time constants, so that the compiler can prove the alignment of every load.
+Rows are numbered through all episodes; a program takes BLOCK_N of them, TILES tiles of BLOCK_K logits at a time, which
+its threads hold in registers: a few threads a row, side by side, and most of the row in each. K and the row stride are
+compile-time constants, so that the compiler can prove the alignment of every load.
 """
 
 # mypy: ignore-errors
@@ -11,11 +12,13 @@ import triton
 import triton.language as tl
 
 from mdml_kernels.triton_row_math import (
+    LOG2_E,
+    MINUS_INF,
     exp_below,
+    finite_below,
     log_odds,
-    log_odds_gradient,
     merge_statistics,
-    share_below,
+    pulled_back,
     tile_statistics,
 )
 
@@ -29,10 +32,34 @@ def row_offsets(rows, episodes, rows_per_episode, stride_e, STRIDE_N: tl.constex
 
 
 @triton.jit
+def load_tiles(
+    row_start, live, cols, other, K: tl.constexpr, STRIDE_K: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr
+):
+    """A tuple of TILES tiles [R, BLOCK_K]: logits of rows [R] from columns [1, BLOCK_K] on, `other` beyond K."""
+    tiles = ()
+    for tile in tl.static_range(TILES):
+        at = cols + tile * BLOCK_K
+        place = row_start[:, None] + at.to(tl.int64) * STRIDE_K
+        tiles = tiles + (tl.load(place, mask=live[:, None] & (at < K), other=other),)  # noqa: RUF005 - Triton's tuples
+    return tiles
+
+
+@triton.jit
 def load_reference(reference, rows, live):
-    """A row's largest summed logit, and one over the sum of exp relative to it."""
+    """A row's largest summed logit, 0 for -inf, and one over the sum of exp relative to it, 0 where nothing is summed.
+
+    NaN where the row is.
+    """
     at = reference + 2 * rows.to(tl.int64)
-    return tl.load(at, mask=live, other=0.0), 1.0 / tl.load(at + 1, mask=live, other=1.0)
+    largest = tl.load(at, mask=live, other=0.0)
+    total = tl.load(at + 1, mask=live, other=1.0)
+    return finite_below(largest), tl.where(total == 0.0, 0.0, 1.0 / total)
+
+
+@triton.jit
+def weights(x, scale, largest, factor):
+    """The factor [R] times exp(x / T - largest) [R, C]: it is a softmax where the factor is one over their sum."""
+    return tl.exp2((x * scale[:, None] - largest[:, None]) * LOG2_E) * factor[:, None]
 
 
 @triton.jit
@@ -53,6 +80,7 @@ def rows_forward_kernel(
     MASS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     """Log-odds, reference and first argmax of each row; the logits read once."""
     acc = odds.dtype.element_ty
@@ -60,10 +88,11 @@ def rows_forward_kernel(
     live = rows < n_rows
     episodes = rows // rows_per_episode
     scale = tl.load(inv_temperature + episodes, mask=live, other=1.0).to(acc)
+    scale = tl.where(scale >= 0.0, scale, float("nan"))  # T is positive: logits keep their order when divided by it
     row_start = logits + row_offsets(rows, episodes, rows_per_episode, stride_e, STRIDE_N, FLAT)
 
-    top = tl.full([BLOCK_N], float("-inf"), acc)
-    second = tl.full([BLOCK_N], float("-inf"), acc)
+    top = tl.full([BLOCK_N], MINUS_INF, acc)
+    second = tl.full([BLOCK_N], MINUS_INF, acc)
     mass = tl.zeros([BLOCK_N], acc)
     first = tl.zeros([BLOCK_N], tl.int32)
     log_background = top
@@ -73,13 +102,12 @@ def rows_forward_kernel(
             second = log_background
             mass = exp_below(log_background, log_background)
 
-    for start in range(0, K, BLOCK_K):
+    for start in range(0, K, TILES * BLOCK_K):
         cols = (start + tl.arange(0, BLOCK_K))[None, :]
-        keep = live[:, None] & (cols < K)
-        x = tl.load(row_start[:, None] + cols.to(tl.int64) * STRIDE_K, mask=keep, other=float("-inf")).to(acc)
-        tile_top, tile_first, tile_second, tile_mass = tile_statistics(x * scale[:, None], cols, K)
+        tiles = load_tiles(row_start, live, cols, MINUS_INF, K, STRIDE_K, TILES, BLOCK_K)
+        tile_top, tile_first, tile_second, tile_mass = tile_statistics(tiles, cols, scale * LOG2_E, K, TILES, BLOCK_K)
         top, first, second, mass = merge_statistics(
-            top, first, second, mass, tile_top, tile_first, tile_second, tile_mass
+            top, first, second, mass, tile_top * scale, tile_first, tile_second * scale, tile_mass
         )
 
     row_odds, log_sum = log_odds(top, second, mass, log_background, MASS)
@@ -115,6 +143,7 @@ def rows_backward_kernel(
     MASS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     """Gradients of the logits and, row by row, of 1/T and b; the logits read once, their gradient written once."""
     acc = reference.dtype.element_ty
@@ -131,23 +160,39 @@ def rows_backward_kernel(
     g = tl.load(grad + rows, mask=live, other=0.0).to(acc)
     g = tl.where(largest == largest, g, largest)  # the one constant slope, that of the maximum, must turn NaN as well
 
-    scale_terms = tl.zeros([BLOCK_N, BLOCK_K], acc)
-    for start in range(0, K, BLOCK_K):
+    summed = tl.zeros([BLOCK_N, BLOCK_K], acc)
+    for start in range(0, K, TILES * BLOCK_K):
         cols = (start + tl.arange(0, BLOCK_K))[None, :]
-        keep = live[:, None] & (cols < K)
-        x = tl.load(row_start[:, None] + cols.to(tl.int64) * STRIDE_K, mask=keep, other=float("-inf")).to(acc)
-        share = share_below(x * scale[:, None], largest[:, None], inverse_sum[:, None])
-        slope = g[:, None] * log_odds_gradient(share, cols, first[:, None], MASS)
-        tl.store(grad_start[:, None] + cols, (slope * scale[:, None]).to(grad_logits.dtype.element_ty), mask=keep)
-        scale_terms += tl.where(x == float("-inf"), 0.0, x * slope)
+        tiles = load_tiles(row_start, live, cols, MINUS_INF, K, STRIDE_K, TILES, BLOCK_K)
+        for tile in tl.static_range(TILES):
+            at, x = cols + tile * BLOCK_K, tiles[tile].to(acc)
+            slope = weights(x, scale, largest, g * inverse_sum)
+            if not MASS:
+                slope = tl.where(at == first[:, None], 0.0, -slope)
+            summed += tl.where(x == MINUS_INF, 0.0, x * slope)
+            if not MASS:
+                slope = tl.where(at == first[:, None], g[:, None], slope)
+            out = (slope * scale[:, None]).to(grad_logits.dtype.element_ty)
+            tl.store(grad_start[:, None] + at, out, mask=live[:, None] & (at < K))
 
-    tl.store(grad_inv_temperature + rows, tl.sum(scale_terms, 1), mask=live)
+    moved = tl.sum(summed, 1)
+    if (
+        not MASS
+    ):  # the maximum's term is as large as all others and of the other sign: among them it would round them off
+        moved += g * tl.load(row_start + first.to(tl.int64) * STRIDE_K, mask=live, other=0.0).to(acc)
+    tl.store(grad_inv_temperature + rows, moved, mask=live)
     if background is not None:
         slope_background = -g
         if not MASS:
             log_background = tl.load(background + episodes, mask=live, other=0.0).to(acc)
-            slope_background = -g * share_below(log_background, largest, inverse_sum)
+            slope_background = -g * exp_below(log_background, largest) * inverse_sum
         tl.store(grad_background + rows, slope_background, mask=live)
+
+
+@triton.jit
+def tangent(x, vx, scale, v_scale):
+    """Of the scaled logits, given those of the logits and the scale; 0 at logits of -inf where only the scale moves."""
+    return vx * scale[:, None] + tl.where(x == MINUS_INF, 0.0, x * v_scale[:, None])
 
 
 @triton.jit
@@ -179,6 +224,7 @@ def rows_double_backward_kernel(
     MASS: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    TILES: tl.constexpr,
 ):
     """J v, and the gradients of g J v, in closed form.
 
@@ -203,19 +249,20 @@ def rows_double_backward_kernel(
 
     share_terms = tl.zeros([BLOCK_N, BLOCK_K], acc)
     first_terms = tl.zeros([BLOCK_N, BLOCK_K], acc)
-    for start in range(0, K, BLOCK_K):
+    for start in range(0, K, TILES * BLOCK_K):
         cols = (start + tl.arange(0, BLOCK_K))[None, :]
-        keep = live[:, None] & (cols < K)
-        x = tl.load(row_start[:, None] + cols.to(tl.int64) * STRIDE_K, mask=keep, other=float("-inf")).to(acc)
-        vx = tl.load(v_start[:, None] + cols.to(tl.int64) * V_STRIDE_K, mask=keep, other=0.0).to(acc)
-        t = vx * scale[:, None] + tl.where(x == float("-inf"), 0.0, x * v_scale[:, None])
-        share = share_below(x * scale[:, None], largest[:, None], inverse_sum[:, None])
-        if MASS:
-            share_terms += share * t
-        else:
-            is_first = cols == first[:, None]
-            share_terms += tl.where(is_first, 0.0, share * t)
-            first_terms += tl.where(is_first, t, 0.0)
+        tiles = load_tiles(row_start, live, cols, MINUS_INF, K, STRIDE_K, TILES, BLOCK_K)
+        v_tiles = load_tiles(v_start, live, cols, 0.0, K, V_STRIDE_K, TILES, BLOCK_K)
+        for tile in tl.static_range(TILES):
+            x, vx = tiles[tile].to(acc), v_tiles[tile].to(acc)
+            t = tangent(x, vx, scale, v_scale)
+            share = weights(x, scale, largest, inverse_sum)
+            if MASS:
+                share_terms += share * t
+            else:
+                is_first = cols + tile * BLOCK_K == first[:, None]
+                share_terms += tl.where(is_first, 0.0, share * t)
+                first_terms += tl.where(is_first, t, 0.0)
 
     mean_tangent = tl.sum(share_terms, 1)
     if background is not None:
@@ -226,7 +273,7 @@ def rows_double_backward_kernel(
     else:
         if background is not None:
             log_background = tl.load(background + episodes, mask=live, other=0.0).to(acc)
-            share_background = share_below(log_background, largest, inverse_sum)
+            share_background = exp_below(log_background, largest) * inverse_sum
             mean_tangent += share_background * v_log_background
             slope_background = -g * share_background * (v_log_background - mean_tangent)
             tl.store(out_background + rows, slope_background, mask=live)
@@ -234,19 +281,17 @@ def rows_double_backward_kernel(
     tl.store(along + rows, moved, mask=live)
 
     scale_terms = tl.zeros([BLOCK_N, BLOCK_K], acc)
-    for start in range(0, K, BLOCK_K):
+    for start in range(0, K, TILES * BLOCK_K):
         cols = (start + tl.arange(0, BLOCK_K))[None, :]
-        keep = live[:, None] & (cols < K)
-        x = tl.load(row_start[:, None] + cols.to(tl.int64) * STRIDE_K, mask=keep, other=float("-inf")).to(acc)
-        vx = tl.load(v_start[:, None] + cols.to(tl.int64) * V_STRIDE_K, mask=keep, other=0.0).to(acc)
-        masked_out = x == float("-inf")
-        t = vx * scale[:, None] + tl.where(masked_out, 0.0, x * v_scale[:, None])
-        share = share_below(x * scale[:, None], largest[:, None], inverse_sum[:, None])
-        slope = g[:, None] * log_odds_gradient(share, cols, first[:, None], MASS)
-        bend = slope * (t - mean_tangent[:, None])
-        if not MASS:
-            bend = tl.where((cols == first[:, None]) & (slope == slope), 0.0, bend)
-        out = bend * scale[:, None] + v_scale[:, None] * slope
-        tl.store(out_start[:, None] + cols, out.to(out_logits.dtype.element_ty), mask=keep)
-        scale_terms += tl.where(masked_out, 0.0, x * bend + vx * slope)
+        tiles = load_tiles(row_start, live, cols, MINUS_INF, K, STRIDE_K, TILES, BLOCK_K)
+        v_tiles = load_tiles(v_start, live, cols, 0.0, K, V_STRIDE_K, TILES, BLOCK_K)
+        for tile in tl.static_range(TILES):
+            at, x, vx = cols + tile * BLOCK_K, tiles[tile].to(acc), v_tiles[tile].to(acc)
+            slope = pulled_back(weights(x, scale, largest, g * inverse_sum), at, first[:, None], g[:, None], MASS)
+            bend = slope * (tangent(x, vx, scale, v_scale) - mean_tangent[:, None])
+            if not MASS:
+                bend = tl.where((at == first[:, None]) & (slope == slope), 0.0, bend)
+            out = (bend * scale[:, None] + v_scale[:, None] * slope).to(out_logits.dtype.element_ty)
+            tl.store(out_start[:, None] + at, out, mask=live[:, None] & (at < K))
+            scale_terms += tl.where(x == MINUS_INF, 0.0, x * bend + vx * slope)
     tl.store(out_inv_temperature + rows, tl.sum(scale_terms, 1), mask=live)

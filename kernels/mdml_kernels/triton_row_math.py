@@ -18,17 +18,26 @@ takes it as a largest logit and a sum of exp relative to that one, which are not
 import triton
 import triton.language as tl
 
+MINUS_INF = tl.constexpr(float("-inf"))
+LOG2_E = tl.constexpr(1.4426950408889634)  # the chips' own exponential is that of base 2
+
 
 @triton.jit
 def exp_below(x, reference):
     """exp(x - reference), and 0 at x = -inf even where the reference is -inf too; NaN stays NaN."""
-    return tl.where(x == float("-inf"), 0.0, tl.exp(x - reference))
+    return tl.where(x == MINUS_INF, 0.0, tl.exp(x - reference))
 
 
 @triton.jit
-def share_below(x, largest, inverse_sum):
-    """exp(x - log-sum-exp), given as its largest and one over the sum relative to it; 0 at x = -inf as `exp_below`."""
-    return tl.where(x == float("-inf"), 0.0, tl.exp(x - largest) * inverse_sum)
+def finite_below(reference):
+    """The reference, but 0 where it is -inf: exp(x - it) is then 0 at x = -inf, and needs no look at each x."""
+    return tl.where(reference == MINUS_INF, 0.0, reference)
+
+
+@triton.jit
+def exp2_up_to_1(x):
+    """min(2^x, 1); NaN stays NaN."""
+    return tl.exp2(tl.minimum(x, 0.0, propagate_nan=tl.PropagateNan.ALL))
 
 
 @triton.jit
@@ -43,13 +52,32 @@ def log1p_unit(e):
 
 
 @triton.jit
-def tile_statistics(x, cols, n_cols):
-    """(top, first, second, mass) [R] of a tile x [R, C] whose padding is -inf; cols [1, C] are its column numbers."""
-    top = tl.max(x, 1)
-    first = tl.min(tl.where(x == top[:, None], cols, n_cols - 1), 1)
-    rest = tl.where(cols == first[:, None], float("-inf"), x)
-    second = tl.max(rest, 1)
-    mass = tl.sum(exp_below(rest, second[:, None]), 1)
+def tile_statistics(tiles, cols, unit, K: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr):
+    """(top, first, second, mass) [R] of rows whose logits are a tuple of TILES tiles [R, BLOCK_K], -inf beyond K.
+
+    cols [1, BLOCK_K] are the first tile's column numbers. 2^(unit (x - second)), unit [R] positive, is what is summed.
+    What is done for every logit is done tile by tile, in the registers of its thread; threads meet once a row.
+    """
+    top = tiles[0].to(unit.dtype)
+    first = tl.zeros(top.shape, tl.int32)
+    second = tl.full(top.shape, MINUS_INF, unit.dtype)
+    for tile in tl.static_range(1, TILES):
+        x = tiles[tile].to(unit.dtype)
+        first = tl.where(x > top, tile, first)
+        second = tl.maximum(second, tl.minimum(top, x))
+        top = tl.maximum(top, x)
+    of_thread, at = top, first * BLOCK_K + cols
+    top = tl.max(of_thread, 1)
+    first = tl.min(tl.where(of_thread == top[:, None], at, K - 1), 1)
+    second = tl.max(tl.where(at == first[:, None], second, of_thread), 1)
+
+    # All but the largest are at most `second`: cut off there, the largest counts what is then known and taken off.
+    reference = finite_below(second)
+    sums = tl.zeros(tiles[0].shape, unit.dtype)
+    for tile in tl.static_range(TILES):
+        sums += exp2_up_to_1((tiles[tile].to(unit.dtype) - reference[:, None]) * unit[:, None])
+    mass = tl.sum(sums, 1) - exp2_up_to_1((top - reference) * unit)
+    mass = tl.where(second == MINUS_INF, 0.0 * mass, mass)  # NaN stays NaN
     return top, first, second, mass
 
 
@@ -80,8 +108,8 @@ def log_odds(top, second, mass, log_background, MASS: tl.constexpr):
 
 
 @triton.jit
-def log_odds_gradient(share, cols, first, MASS: tl.constexpr):
-    """dL/dx [R, C] for the softmax q [R, C] and first [R, 1]; 0 at logits of -inf, the usual way to forbid a class."""
+def pulled_back(weights, cols, first, g, MASS: tl.constexpr):
+    """g dL/dx [R, C] for g [R, 1], given g q [R, C] for the softmax q; first [R, 1]."""
     if MASS:
-        return share
-    return tl.where(cols == first, 1.0, -share)
+        return weights
+    return tl.where(cols == first, g, -weights)

@@ -16,6 +16,9 @@ from mdml_kernels.launch import INTERPRETER, MAX_ROWS, LaunchConfig, arch_of, on
 from mdml_kernels.reference import Confidence
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Logits of a row that a thread holds: in the backward pass its registers hold where gradients go as well, in the second
+# one tangents.
+PER_THREAD = {"forward": 64, "backward": 32, "double_backward": 16}
 
 
 def odds_forward(
@@ -38,7 +41,7 @@ def odds_forward(
         ValueError: a shape does not fit, or there are too many rows for 32-bit row numbers.
         TypeError: the logits' dtype has no kernel.
     """
-    rows, config = _prepare(logits, inv_temperature, background, confidence)
+    rows, config = _prepare(logits, inv_temperature, background, confidence, PER_THREAD["forward"])
     shape = logits.shape[:2]
     odds, reference = (logits.new_empty(size, dtype=accumulator(logits.dtype)) for size in (shape, (*shape, 2)))
     argmax = logits.new_empty((shape[0], 0) if confidence == "mass" else shape, dtype=torch.int32)
@@ -79,7 +82,7 @@ def odds_backward(
     Raises:
         ValueError, TypeError: as `odds_forward`.
     """
-    rows, config = _prepare(logits, inv_temperature, background, confidence)
+    rows, config = _prepare(logits, inv_temperature, background, confidence, PER_THREAD["backward"])
     grad_logits = torch.empty(logits.shape, dtype=logits.dtype, device=logits.device)
     grad_inv_temperature = reference.new_empty(logits.shape[:2])
     grad_background = None if background is None else reference.new_empty(logits.shape[:2])
@@ -131,7 +134,7 @@ def odds_double_backward(
     Raises:
         ValueError, TypeError: as `odds_forward`.
     """
-    rows, config = _prepare(logits, inv_temperature, background, confidence, per_thread=8)
+    rows, config = _prepare(logits, inv_temperature, background, confidence, PER_THREAD["double_backward"])
     shape, zero = logits.shape, torch.zeros((), dtype=reference.dtype, device=logits.device)
     # A missing tangent is one zero seen through strides of 0: no memory, and the reads stay in cache.
     v_logits = zero.expand(shape) if v_logits is None else v_logits
@@ -206,7 +209,7 @@ def _prepare(
     inv_temperature: Tensor,
     background: Tensor | None,
     confidence: Confidence,
-    per_thread: int = 16,
+    per_thread: int,
 ) -> tuple[_Rows, dict[str, Any]]:
     if logits.ndim != 3:
         raise ValueError(f"logits must be [E, N, K], got {list(logits.shape)}")
@@ -221,7 +224,7 @@ def _prepare(
             raise ValueError(f"{name} must be contiguous [E] = {[logits.shape[0]]}, got {list(value.shape)}")
     check_device("logits", logits)
     config = rows_config(logits.shape[2], logits.dtype, arch_of(logits.device), per_thread)
-    tile = {"BLOCK_N": config.block_rows, "BLOCK_K": config.block_cols, **config.options}
+    tile = {"BLOCK_N": config.block_rows, "BLOCK_K": config.block_cols, "TILES": config.tiles, **config.options}
     return _Rows(logits, config), tile
 
 

@@ -13,13 +13,15 @@ def power_of_2(value):
 
 @pytest.mark.parametrize("arch", ARCHS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-@pytest.mark.parametrize("per_thread", [8, 16])
+@pytest.mark.parametrize("per_thread", [16, 32, 64])
 def test_row_tiles_are_legal_for_every_k(arch, dtype, per_thread):
     for n_cols in (*range(1, 70), 1000, 4096, 4097, 8192, 8193, 65536):
         config = launch.rows_config(n_cols, dtype, arch, per_thread)
         assert all(map(power_of_2, (config.block_rows, config.block_cols, config.num_warps)))
-        assert config.num_warps * (64 if arch.startswith("gfx") else 32) <= 1024
-        assert config.block_cols >= n_cols or config.block_rows == 1
+        threads = config.num_warps * (64 if arch.startswith("gfx") else 32)
+        held = config.block_rows * config.tiles * config.block_cols / threads
+        assert held <= max(per_thread, 16) * (16 if arch == launch.INTERPRETER else 1)
+        assert (config.tiles - 1) * config.block_cols < n_cols
         assert config == launch.rows_config(n_cols, dtype, arch, per_thread)
 
 

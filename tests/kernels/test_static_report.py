@@ -47,6 +47,7 @@ def test_limits_hold_on_every_chip(static_report, stored):
     [
         ("rows_forward K=512 fp32", {"stack_bytes": 8}, "bytes of stack"),
         ("rows_forward K=512 fp32", {"registers": 200}, "registers"),
+        ("rows_forward K=512 fp32", {"instructions": 1100}, "1100 instructions, at most 1024"),
         ("rows_forward K=512 fp32", {"loads": {"32": 20}}, "no load of 128 bits"),
         ("rows_forward K=512 fp32", {"loads": {"64": 8, "128": 1}}, "narrower than 128"),
         ("episode_sums n=16384", {"loads": {"32": 16, "128": 1}}, "more than 0 loads narrower"),

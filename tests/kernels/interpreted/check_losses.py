@@ -79,7 +79,8 @@ class OfTensors(TorchDispatchMode):
 def test_traffic_of_a_whole_loss(confidence, dtype, traffic, monkeypatch):
     """At most 1.05 times the least, over all kernels and all operations between: 2 episodes of 64 rows, K = 512.
 
-    The least is logits and labels once forward; logits once and their gradient once backward.
+    The least is logits and labels once forward; logits once and their gradient once backward. With `max` the backward
+    pass also looks at each row's largest again, which is then at hand.
     """
     run = GridExecutor.__call__
 
@@ -97,7 +98,8 @@ def test_traffic_of_a_whole_loss(confidence, dtype, traffic, monkeypatch):
         loss.backward()
     backward = traffic.loaded() + traffic.stored() + tensors.moved - forward
     assert logits.grad.abs().sum(2).min() > 0
-    assert traffic.loaded(logits) == 2 * logits.nbytes
+    of_the_largest = 128 * logits.element_size() if confidence == "max" else 0
+    assert traffic.loaded(logits) == 2 * logits.nbytes + of_the_largest
     assert traffic.stored(logits.grad) == logits.nbytes
     least_forward, least_backward = logits.nbytes + is_ood.nbytes, 2 * logits.nbytes
     assert forward <= 1.05 * least_forward

@@ -185,6 +185,29 @@ def test_nan_stays_in_its_row_and_fills_it(confidence, n_cols, bad, all_of_it):
         assert not value[0, [0, 2]].isnan().any()
 
 
+@pytest.mark.parametrize("row", [[torch.nan, 5.0], [5.0, torch.nan], [torch.nan, -torch.inf], [-torch.inf] * 2])
+def test_nan_beside_one_logit_or_none(row):
+    odds, *_ = triton_rows.odds_forward(torch.tensor([[row]]), torch.ones(1), None, "max")
+    assert odds.isnan().all()
+
+
+def test_the_only_logit_there_is_certain():
+    logits, ones = torch.tensor([[[1.0, -torch.inf, -torch.inf]]]), torch.ones(1)
+    odds, *saved = triton_rows.odds_forward(logits, ones, None, "max")
+    assert odds.item() == torch.inf
+    grad, moved, _ = triton_rows.odds_backward(logits, ones, None, "max", *saved, ones[None])
+    assert grad.tolist() == [[[1.0, 0.0, 0.0]]]
+    assert moved.item() == 1.0
+
+
+def test_a_negative_temperature_is_no_number():
+    """It would turn the order of the logits round, by which the kernels find the largest before they divide."""
+    odds, *saved = triton_rows.odds_forward(torch.randn(1, 2, 3), -torch.ones(1), None, "max")
+    assert odds.isnan().all()
+    grads = triton_rows.odds_backward(torch.randn(1, 2, 3), -torch.ones(1), None, "max", *saved, torch.ones(1, 2))
+    assert all(grad.isnan().all() for grad in grads[:2])
+
+
 def test_a_masked_out_logit_costs_nothing(fenced):
     """-inf, the usual way to forbid a class: a logit without weight, not a NaN."""
     case = make((1, 4, 5), torch.float32, False)
@@ -200,7 +223,10 @@ def test_a_masked_out_logit_costs_nothing(fenced):
 @pytest.mark.parametrize("confidence", ["max", "mass"])
 @pytest.mark.parametrize("n_cols", [512, 20000])
 def test_traffic(n_cols, confidence, dtype, traffic):
-    """At most 1.05 times the least: logits once forward; logits once and their gradient once backward."""
+    """At most 1.05 times the least: logits once forward; logits once and their gradient once backward.
+
+    And backward the largest of each row, which was just read and is at hand.
+    """
     logits = torch.randn(1, 4, n_cols).to(dtype)
     ones, background = torch.ones(1), torch.zeros(1)
     _, *saved = triton_rows.odds_forward(logits, ones, background, confidence)
@@ -210,7 +236,7 @@ def test_traffic(n_cols, confidence, dtype, traffic):
     traffic.loads.clear()
     traffic.stores.clear()
     grad_logits, _, _ = triton_rows.odds_backward(logits, ones, background, confidence, *saved, torch.ones(1, 4))
-    assert traffic.loaded(logits) == one_way
+    assert traffic.loaded(logits) == one_way + (4 * logits.element_size() if confidence == "max" else 0)
     assert traffic.stored(grad_logits) == one_way
     assert traffic.loaded() + traffic.stored() <= 1.05 * 2 * one_way
 
