@@ -19,14 +19,7 @@ from mdml_fast.data.views import VIEWS, Views
 from mdml_fast.meta.checkpoint import Checkpoint
 from mdml_fast.meta.encoders import Encoders
 from mdml_fast.meta.ensemble import Ensemble, EnsembleConfig, train_ensemble
-from mdml_fast.meta.fusion import (
-    FusionConfig,
-    choose_and_hold_out,
-    fuse,
-    head_weight,
-    missed,
-    prior_weights,
-)
+from mdml_fast.meta.fusion import FusionConfig, fuse, weigh
 from mdml_fast.meta.history import History
 from mdml_fast.meta.model import HeldOut, TrainingRows, fingerprint, tensors_under
 from mdml_fast.meta.neighbourhood import SCORES, Neighbourhood, NeighbourhoodConfig
@@ -177,23 +170,14 @@ class DefaultModel:
         if len(anomalies):
             judges = (neighbourhood, ensemble, placed, distances, families[judged])
             anomaly_scores = scores_by_others(*judges, anomalies, labels)
-        prior = prior_weights(len(SCORES), len(normals), config.fusion).to(device)
-        by_anomalies = (anomaly_scores, labels, prior, config.fusion)
-        weights, fused = choose_and_hold_out(normal_scores, units, *by_anomalies)
-        shares = weights.new_ones(1)
-        if head:
-            finds = partial(finds_others, sample, rows.anomalies[labelled], labels, placed.rows, config.n_trees, seed)
-            by_distances = missed(weights, normal_scores, anomaly_scores, labels, config.fusion)
-            of_head = head_weight(by_distances, labels, finds, config.fusion)
-            shares = weights.new_tensor([1.0, of_head]) / (1 + of_head)
-        anomaly = fuse(shares, torch.cat([fused[None], by_head]), config.fusion)
+        finds = partial(finds_others, sample, rows.anomalies[labelled], labels, placed.rows, config.n_trees, seed)
+        by_normals = (normal_scores, by_head, units, len(normals))
+        weights, anomaly = weigh(*by_normals, anomaly_scores, labels, finds, config.fusion)
         if previous:
             history = previous.history.followed_by(history)
         to_calibrate_on = HeldOut(order[judged], -anomaly.double().cpu().numpy())
         known = NormalFamily(neighbourhood, tails, outer(anomaly))
-        return cls(
-            config, ensemble, [known], torch.cat([weights * shares[0], shares[1:]]), head, history, to_calibrate_on
-        )
+        return cls(config, ensemble, [known], weights, head, history, to_calibrate_on)
 
     def score(self, rows: Rows) -> Floats:
         """Minus the anomaly score of each row [N, d] -> [N]: higher is more normal."""

@@ -187,6 +187,40 @@ def choose_and_hold_out(
     return weights, (fused + by_others) / 2
 
 
+def weigh(
+    normals: Tensor,
+    by_head: Tensor,
+    families: Tensor,
+    n_normals: int,
+    anomalies: Tensor,
+    labels: Names,
+    finds_others: Callable[[], bool],
+    config: FusionConfig,
+) -> tuple[Tensor, Tensor]:
+    """The weights of distances' scores and the head's, and the fused scores that new rows at the normals' places have.
+
+    Args:
+        normals: scores of normals that were held out, by distances [C, n], the anchor first.
+        by_head: the same normals' scores by the head [1, n]; [0, n] where there is none.
+        families: a number from 0 on for each of them [n].
+        n_normals: how many there are in all.
+        anomalies: see `learn_weights`.
+        labels: likewise.
+        finds_others: see `head_weight`.
+        config: likewise.
+
+    Returns:
+        Weights [C], or [C + 1] with the head's last, of sum 1; scores [n].
+    """
+    prior = prior_weights(len(normals), n_normals, config).to(normals.device)
+    weights, fused = choose_and_hold_out(normals, families, anomalies, labels, prior, config)
+    if not len(by_head):
+        return weights, fused
+    of_head = head_weight(missed(weights, normals, anomalies, labels, config), labels, finds_others, config)
+    shares = weights.new_tensor([1.0, of_head]) / (1 + of_head)
+    return torch.cat([weights * shares[0], shares[1:]]), fuse(shares, torch.cat([fused[None], by_head]), config)
+
+
 def missed_shares(normals: Tensor, anomalies: Tensor) -> Floats:
     """The share of normals' scores [n] that lie above each labelled row's [M], equal ones by half: float64 [M]."""
     ordered = normals.sort().values
