@@ -87,13 +87,14 @@ class _Forward(Function):
         ctx.op, *tensors = inputs
         ctx.shape = output[0].shape
         ctx.mark_non_differentiable(*output[1:])
+        ctx.set_materialize_grads(False)  # zeros for what was saved would be made only to be dropped
         ctx.save_for_backward(*tensors, *output[1:])
         ctx.save_for_forward(*tensors, *output[1:])
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor, *_: Any) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
         needs = tuple(ctx.needs_input_grad[1:])
-        if not any(needs):
+        if grad is None or not any(needs):
             return None, *(None for _ in needs)
         backward = _Backward.forward if _is_last() else _Backward.apply
         return None, *spread(backward(ctx.op, needs, grad, *ctx.saved_tensors), needs)

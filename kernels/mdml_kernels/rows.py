@@ -70,7 +70,7 @@ class TritonLogOdds(CpuLogOdds):
 
         logits, tau, background = inputs[0], *dense(inputs[1:])
         first, *rest = triton_rows.odds_backward(logits, tau, background, self.confidence, *dense((*saved, grad)))
-        return needed([first, *per_episode(rest)], needs)
+        return needed([first, *per_episode(rest, needs[1:])], needs)
 
     def double_backward(
         self, inputs: Inputs, saved: Inputs, grad: Tensor, tangents: Inputs, needs: Needs
@@ -83,7 +83,7 @@ class TritonLogOdds(CpuLogOdds):
         first, *rest, along = triton_rows.odds_double_backward(
             logits, tau, background, self.confidence, *dense((*saved, grad)), *moves
         )
-        return [*needed([first, *per_episode(rest)], needs), along]
+        return [*needed([first, *per_episode(rest, needs[1:])], needs), along]
 
 
 def needed(grads: Iterable[Tensor | None], needs: Needs) -> list[Tensor]:
@@ -96,6 +96,6 @@ def dense(tensors: Inputs) -> Inputs:
     return tuple(None if value is None else value.contiguous() for value in tensors)
 
 
-def per_episode(rows: Iterable[Tensor | None]) -> list[Tensor | None]:
-    """Gradients row by row [E, N] as those of the episodes [E]."""
-    return [None if value is None else value.sum(1) for value in rows]
+def per_episode(rows: Iterable[Tensor | None], needs: Needs) -> list[Tensor | None]:
+    """Gradients row by row [E, N] as those of the episodes [E], where they are needed."""
+    return [value.sum(1) if need and value is not None else None for value, need in zip(rows, needs, strict=True)]

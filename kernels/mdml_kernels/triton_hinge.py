@@ -45,7 +45,7 @@ class TritonHingeLoss:
         weights, odds, row_sum, first, grad = dense((*saved, grad))
         slope = hinge_slope(odds, is_ood, weights, grad)
         grad_logits, *rest = triton_rows.odds_backward(logits, tau, background, self.confidence, row_sum, first, slope)
-        return needed((grad_logits, *per_episode(rest), None), needs)
+        return needed((grad_logits, *per_episode(rest, needs[1:3]), None), needs)
 
     def double_backward(
         self, inputs: Inputs, saved: Inputs, grad: Tensor, tangents: Inputs, needs: Needs
@@ -60,8 +60,9 @@ class TritonHingeLoss:
         grad_logits, *rest, along = triton_rows.odds_double_backward(*arguments, weighted, *moves)
         curved = weighted * (1 - 2 * odds.sigmoid()) * along
         more_logits, *more = triton_rows.odds_backward(*arguments, curved)
-        pairs = zip((grad_logits, *per_episode(rest)), (more_logits, *per_episode(more)), strict=True)
-        sums = [None if a is None or b is None else a + b for a, b in pairs]
+        first_part = (grad_logits, *per_episode(rest, needs[1:3]))
+        second_part = (more_logits, *per_episode(more, needs[1:3]))
+        sums = [None if a is None or b is None else a + b for a, b in zip(first_part, second_part, strict=True)]
         return [*needed(sums, needs[:3]), (by_odds * along).sum(1)]
 
 

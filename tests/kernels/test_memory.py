@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 from mdml_kernels import softmax_margin_loss
+from torch.utils._python_dispatch import TorchDispatchMode
 
 PEAK = r"""
 import re, sys
@@ -98,3 +99,25 @@ def test_whatever_the_losses_are_multiplied_by(reduction, background):
     for ours, exact in zip(gradients(torch.float32, "cpu"), gradients(torch.float64, "reference"), strict=True):
         assert exact.abs().max() > 0
         torch.testing.assert_close(ours.double(), exact, rtol=1e-4, atol=1e-7)
+
+
+class Made(TorchDispatchMode):
+    """Names of the operations."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("form", ["hinge", "pairwise", "bce"])
+def test_no_gradients_are_made_of_what_has_none(form):
+    logits = torch.randn(2, 300, 40).requires_grad_()
+    loss = softmax_margin_loss(logits, torch.arange(600).view(2, 300) % 3 == 0, form=form)
+    with Made() as made:
+        loss.backward()
+    assert made.names
+    assert "zeros" not in made.names
