@@ -59,7 +59,7 @@ def median_ms(call: Callable[[], Any], repeats: int = 50) -> float:
     return statistics.median(times)
 
 
-def correctness(problems: int = 200, largest: int = 600, processes: int = 1) -> dict[str, Any]:
+def correctness(problems: int = 100, largest: int = 600, processes: int = 1) -> dict[str, Any]:
     """Every form, confidence and order of derivative, by `mdml_kernels.parity`, for each dtype; nothing may miss.
 
     Every problem has shapes of its own and kernels to be compiled, which is what takes the time: in many processes.

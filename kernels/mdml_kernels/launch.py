@@ -46,13 +46,13 @@ def next_power_of_2(value: int) -> int:
     return 1 << max(value - 1, 0).bit_length()
 
 
-def rows_config(n_cols: int, dtype: torch.dtype, arch: str, per_thread: int) -> LaunchConfig:
+def rows_config(n_cols: int, dtype: torch.dtype, arch: str, per_thread: int, num_warps: int = 4) -> LaunchConfig:
     """Tiles of the row kernels: a few threads a row, with up to per_thread of its logits each, in loads of 128 bits.
 
     The fewer threads share a row, the less often a row's reductions and what follows from them are worked out. A row
     of more than 32 threads meets in shared memory; one of more than a program's, part by part.
     """
-    threads, vector = 4 * _warp_size(arch), 16 // dtype.itemsize
+    threads, vector = num_warps * _warp_size(arch), 16 // dtype.itemsize
     if arch == INTERPRETER:  # it takes as long for a wide tile as for a narrow one
         vector, per_thread = 4 * vector, 4 * per_thread
     if dtype.itemsize == 8:
@@ -63,7 +63,7 @@ def rows_config(n_cols: int, dtype: torch.dtype, arch: str, per_thread: int) -> 
     block_cols = min(of_row * vector, next_power_of_2(n_cols))
     tiles = min(-(-n_cols // block_cols), per_thread // vector)
     rows = max(threads // of_row, 16 * threads // next_power_of_2(tiles * block_cols))
-    return LaunchConfig(block_rows=rows, block_cols=block_cols, tiles=tiles, num_warps=4)
+    return LaunchConfig(block_rows=rows, block_cols=block_cols, tiles=tiles, num_warps=num_warps)
 
 
 def hinge_config(n_rows: int, arch: str) -> LaunchConfig:

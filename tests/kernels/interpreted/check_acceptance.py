@@ -1,21 +1,35 @@
 """The parts of the GPU acceptance script that the interpreter can run, at small sizes: they run, and can fail."""
 
 import importlib.util
+import sys
 import time
 from pathlib import Path
 
 import pytest
 import torch
 
-SCRIPT = Path(__file__).parents[3] / "benchmarks" / "gpu_acceptance.py"
+FOLDER = Path(__file__).parents[3] / "benchmarks"
+
+
+def loaded(name):
+    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 @pytest.fixture(scope="module")
 def acceptance():
-    spec = importlib.util.spec_from_file_location("gpu_acceptance", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = loaded("gpu_acceptance")
     module.SUPPORT, module.SIZES, module.CLASSES, module.STEPS = 16, (8, 16, 8), 4, 2
+    return module
+
+
+@pytest.fixture(scope="module")
+def tiles(acceptance):
+    module = loaded("gpu_tiles")
+    assert module.gpu_acceptance is acceptance
+    module.DEVICE, module.SHAPES, module.EPISODES = "cpu", ((2, 5, 80),), (2,)
     return module
 
 
@@ -62,3 +76,21 @@ def test_inner_loop(acceptance, timer, monkeypatch):
     adapt = triton_mlp.adapt_mlp
     monkeypatch.setattr(triton_mlp, "adapt_mlp", lambda *a, **k: adapt(*a, **{**k, "steps": k["steps"] - 1}))
     assert len(acceptance.inner_loop("cpu", timer, (2,))["wrong"]) >= 4
+
+
+def test_other_tiles_give_the_same(tiles):
+    """Every launch of a case, but for products that the interpreter does not know."""
+    results = {}
+    for variant in tiles.variants():
+        if variant.kernel != "inner loop" or variant.launched[2] == variant.choice[2]:
+            results.setdefault(variant.case, []).append(tiles.prepared(variant)())
+    assert {case.split(" [")[0] for case in results} == {"forward", "backward", "inner loop"}
+    assert all(len(group) > 3 for group in results.values())
+    for first, *others in results.values():
+        for other in others:
+            torch.testing.assert_close(other, first)
+
+
+def test_a_launch_that_fails_says_why(tiles):
+    variant = next(iter(tiles.variants()))
+    assert "zero" in tiles.compiled(variant._replace(launched=(0, 4)))

@@ -1,0 +1,157 @@
+"""How the kernels would do with other launches: python benchmarks/gpu_tiles.py
+
+`mdml_kernels.launch` decides from what compilers report where no GPU was at hand to measure. This times what lies
+around its choices: the row kernels with other numbers of logits a thread and of warps, the whole inner loop with other
+warps, tiles of hidden units, and ways to multiply float32. Prints the median milliseconds of each, the fastest first
+and the choice of today marked, and writes them to results/tiles-<gpu>.json; exits 3 without GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import itertools
+import json
+import multiprocessing
+import os
+import sys
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+from unittest.mock import patch
+
+import gpu_acceptance
+import torch
+from mdml_kernels import launch, triton_mlp, triton_rows
+from torch import Tensor
+
+from mdml_fast.files import replace_file
+
+RESULTS = Path(__file__).parent / "results"
+DEVICE = "cuda"
+SHAPES = ((64, 1024, 512), (64, 80, 16), (16, 4096, 64), (4, 256, 32768))
+EPISODES = (64, 1024)
+
+
+class Variant(NamedTuple):
+    """A kernel on one input, launched in one way; `choice` is what it would be launched by itself."""
+
+    kernel: str
+    shape: tuple[int, ...]
+    dtype: str
+    launched: tuple[Any, ...]
+    choice: tuple[Any, ...]
+
+    @property
+    def case(self) -> str:
+        """What its times are compared within."""
+        return f"{self.kernel} {list(self.shape)} {self.dtype}"
+
+
+def variants() -> Iterator[Variant]:
+    """All there are: of rows (logits a thread, warps), of the inner loop (warps, hidden units of a tile, product)."""
+    for shape, dtype, kernel in itertools.product(SHAPES, ("float32", "bfloat16"), ("forward", "backward")):
+        for launched in itertools.product((16, 32, 64), (1, 2, 4, 8)):
+            yield Variant(kernel, shape, dtype, launched, (triton_rows.PER_THREAD[kernel], 4))
+    arch = launch.arch_of(torch.device(DEVICE))
+    sizes = (gpu_acceptance.SUPPORT, gpu_acceptance.SIZES[0], gpu_acceptance.SIZES[2], gpu_acceptance.CLASSES)
+    for episodes, precision in itertools.product(EPISODES, ("float32", "tf32", "bfloat16")):
+        config = launch.inner_loop_config(*sizes, precision, arch)
+        assert config is not None
+        own = launch.inner_loop_precision(precision, arch)
+        words = ("bf16x6", "tf32x3", "bf16x3") if precision == "float32" else (own,)
+        for launched in itertools.product((4, 8), (16, 32), words):
+            choice = (config.num_warps, config.block_inner, own)
+            yield Variant("inner loop", (episodes,), precision, launched, choice)
+
+
+def prepared(variant: Variant) -> Callable[[], Any]:
+    """What runs the variant on inputs that are there."""
+    if variant.kernel == "inner loop":
+        return _inner_loop(variant)
+    logits, ones = _logits(variant.shape, variant.dtype), torch.ones(variant.shape[0], device=DEVICE)
+    odds, *saved = triton_rows.odds_forward(logits, ones, None, "max")
+    per_thread, num_warps = variant.launched
+
+    def config(n_cols: int, dtype: torch.dtype, arch: str, _: int) -> launch.LaunchConfig:
+        return launch.rows_config(n_cols, dtype, arch, per_thread, num_warps)
+
+    def run() -> Any:
+        with patch.object(triton_rows, "rows_config", config):
+            if variant.kernel == "forward":
+                return triton_rows.odds_forward(logits, ones, None, "max")
+            return triton_rows.odds_backward(logits, ones, None, "max", *saved, odds)
+
+    return run
+
+
+@functools.lru_cache(maxsize=1)
+def _logits(shape: tuple[int, ...], dtype: str) -> Tensor:
+    normal = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    return (3 * normal).to(DEVICE, getattr(torch, dtype))
+
+
+def _inner_loop(variant: Variant) -> Callable[[], Any]:
+    arguments = gpu_acceptance.mlp(DEVICE, variant.shape[0])
+    num_warps, block_inner, word = variant.launched
+    how = {"steps": gpu_acceptance.STEPS, "lr": gpu_acceptance.LR, "precision": variant.dtype, "whole": True}
+    chosen = triton_mlp.whole_config
+
+    def config(*given: Any) -> launch.LaunchConfig:
+        own = chosen(*given)
+        assert own is not None
+        return launch.LaunchConfig(own.block_rows, own.block_cols, num_warps, block_inner=block_inner)
+
+    def run() -> Any:
+        with (
+            patch.object(triton_mlp, "whole_config", config),
+            patch.object(triton_mlp, "inner_loop_precision", lambda *_: word),
+        ):
+            return triton_mlp.adapt_mlp(**arguments, **how)
+
+    return run
+
+
+def compiled(variant: Variant) -> str | None:
+    """Run it once in a process of its own, which leaves the kernel in Triton's cache; what went wrong, if it did."""
+    try:
+        prepared(variant)()
+        torch.cuda.synchronize()
+    except Exception as error:  # a launch that this GPU can't take is a finding
+        return f"{type(error).__name__}: {error}"[:200]
+    return None
+
+
+def main() -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    if not torch.cuda.is_available():
+        print("gpu_tiles: PyTorch finds no GPU here, so there is nothing to measure")
+        return 3
+    everything = list(variants())
+    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+        failures = dict(zip(everything, pool.map(compiled, everything, chunksize=4), strict=True))
+    found: dict[str, Any] = {"environment": gpu_acceptance.environment()}
+    for case, group in itertools.groupby(everything, lambda variant: variant.case):
+        rows = []
+        for variant in group:
+            failed = failures[variant]
+            ms = None if failed else gpu_acceptance.median_ms(prepared(variant), 20)
+            is_choice = variant.launched == variant.choice
+            rows.append({"launched": variant.launched, "ms": ms, "chosen": is_choice, "failed": failed})
+        rows.sort(key=lambda row: (row["ms"] is None, row["ms"]))
+        found[case] = rows
+        print(case, *(_line(row) for row in rows), sep="\n  ", flush=True)
+    slug = "".join(c if c.isalnum() else "-" for c in found["environment"]["gpu"].lower())
+    with replace_file(RESULTS / f"tiles-{slug}.json") as temporary:
+        temporary.write_text(json.dumps(found, indent=1) + "\n")
+    return 0
+
+
+def _line(row: dict[str, Any]) -> str:
+    outcome = row["failed"] or f"{row['ms']:.4f} ms"
+    return f"{', '.join(map(str, row['launched'])):20} {outcome}{'  <- chosen' if row['chosen'] else ''}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())
