@@ -35,6 +35,9 @@ from mdml_fast.files import replace_file
 RESULTS = Path(__file__).parent / "results"
 GOALS = {"of_copy": 0.85, "over_compile": 1.5, "over_vmap": 5.0}
 AUROC_TOLERANCE = 0.005
+PROCESSES = (
+    min(len(os.sched_getaffinity(0)), 16) if hasattr(os, "sched_getaffinity") else 4
+)  # a context on the GPU each
 LARGE = (64, 1024, 512)
 EPISODES, SUPPORT, SIZES, CLASSES, STEPS, LR = 64, 64, (64, 128, 64), 16, 5, 0.1  # the engine's reference workload
 
@@ -358,7 +361,7 @@ def wrong_in(findings: Any) -> list[Any]:
 
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
-    "correctness": lambda: correctness(processes=os.cpu_count() or 1),
+    "correctness": lambda: correctness(processes=PROCESSES),
     "determinism": lambda: determinism("cuda"),
     "cuda_graph": cuda_graph,
     "peak_memory": peak_memory,
@@ -390,6 +393,7 @@ def main(arguments: list[str] | None = None) -> int:
     environs = environment()
     slug = "".join(c if c.isalnum() else "-" for c in environs["gpu"].lower())
     out = chosen.out or RESULTS / f"{slug}.json"
+    out.parent.mkdir(parents=True, exist_ok=True)
     findings = json.loads(out.read_text()) if chosen.part and out.exists() else {}
     findings |= {"environment": environs, "goals": GOALS}
     for name in chosen.part or PARTS:

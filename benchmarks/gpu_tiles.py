@@ -9,11 +9,11 @@ and the choice of today marked, and writes them to results/tiles-<gpu>.json; exi
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import itertools
 import json
 import multiprocessing
-import os
 import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
@@ -66,10 +66,20 @@ def variants() -> Iterator[Variant]:
             yield Variant("inner loop", (episodes,), precision, launched, choice)
 
 
-def prepared(variant: Variant) -> Callable[[], Any]:
-    """What runs the variant on inputs that are there."""
+@contextlib.contextmanager
+def prepared(variant: Variant) -> Iterator[Callable[[], Any]]:
+    """Gives what runs the variant on inputs that are there, while it is how things are launched."""
     if variant.kernel == "inner loop":
-        return _inner_loop(variant)
+        run, launches = _inner_loop(variant)
+    else:
+        run, launches = _rows(variant)
+    with contextlib.ExitStack() as stack:
+        for module, name, decision in launches:
+            stack.enter_context(patch.object(module, name, decision))
+        yield run
+
+
+def _rows(variant: Variant) -> tuple[Callable[[], Any], list[tuple[Any, str, Any]]]:
     logits, ones = _logits(variant.shape, variant.dtype), torch.ones(variant.shape[0], device=DEVICE)
     odds, *saved = triton_rows.odds_forward(logits, ones, None, "max")
     per_thread, num_warps = variant.launched
@@ -78,12 +88,11 @@ def prepared(variant: Variant) -> Callable[[], Any]:
         return launch.rows_config(n_cols, dtype, arch, per_thread, num_warps)
 
     def run() -> Any:
-        with patch.object(triton_rows, "rows_config", config):
-            if variant.kernel == "forward":
-                return triton_rows.odds_forward(logits, ones, None, "max")
-            return triton_rows.odds_backward(logits, ones, None, "max", *saved, odds)
+        if variant.kernel == "forward":
+            return triton_rows.odds_forward(logits, ones, None, "max")
+        return triton_rows.odds_backward(logits, ones, None, "max", *saved, odds)
 
-    return run
+    return run, [(triton_rows, "rows_config", config)]
 
 
 @functools.lru_cache(maxsize=1)
@@ -92,7 +101,7 @@ def _logits(shape: tuple[int, ...], dtype: str) -> Tensor:
     return (3 * normal).to(DEVICE, getattr(torch, dtype))
 
 
-def _inner_loop(variant: Variant) -> Callable[[], Any]:
+def _inner_loop(variant: Variant) -> tuple[Callable[[], Any], list[tuple[Any, str, Any]]]:
     arguments = gpu_acceptance.mlp(DEVICE, variant.shape[0])
     num_warps, block_inner, word = variant.launched
     how = {"steps": gpu_acceptance.STEPS, "lr": gpu_acceptance.LR, "precision": variant.dtype, "whole": True}
@@ -103,20 +112,15 @@ def _inner_loop(variant: Variant) -> Callable[[], Any]:
         assert own is not None
         return launch.LaunchConfig(own.block_rows, own.block_cols, num_warps, block_inner=block_inner)
 
-    def run() -> Any:
-        with (
-            patch.object(triton_mlp, "whole_config", config),
-            patch.object(triton_mlp, "inner_loop_precision", lambda *_: word),
-        ):
-            return triton_mlp.adapt_mlp(**arguments, **how)
-
-    return run
+    decisions = [(triton_mlp, "whole_config", config), (triton_mlp, "inner_loop_precision", lambda *_: word)]
+    return lambda: triton_mlp.adapt_mlp(**arguments, **how), decisions
 
 
 def compiled(variant: Variant) -> str | None:
     """Run it once in a process of its own, which leaves the kernel in Triton's cache; what went wrong, if it did."""
     try:
-        prepared(variant)()
+        with prepared(variant) as run:
+            run()
         torch.cuda.synchronize()
     except Exception as error:  # a launch that this GPU can't take is a finding
         return f"{type(error).__name__}: {error}"[:200]
@@ -129,14 +133,17 @@ def main() -> int:
         print("gpu_tiles: PyTorch finds no GPU here, so there is nothing to measure")
         return 3
     everything = list(variants())
-    with ProcessPoolExecutor(os.cpu_count(), multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(gpu_acceptance.PROCESSES, multiprocessing.get_context("spawn")) as pool:
         failures = dict(zip(everything, pool.map(compiled, everything, chunksize=4), strict=True))
     found: dict[str, Any] = {"environment": gpu_acceptance.environment()}
     for case, group in itertools.groupby(everything, lambda variant: variant.case):
         rows = []
         for variant in group:
             failed = failures[variant]
-            ms = None if failed else gpu_acceptance.median_ms(prepared(variant), 20)
+            ms = None
+            if not failed:
+                with prepared(variant) as run:
+                    ms = gpu_acceptance.median_ms(run, 20)
             is_choice = variant.launched == variant.choice
             rows.append({"launched": variant.launched, "ms": ms, "chosen": is_choice, "failed": failed})
         rows.sort(key=lambda row: (row["ms"] is None, row["ms"]))

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -23,13 +24,18 @@ ACROSS = {"torch.Tensor.copy_", "torch.Tensor.data.__set__", "torch.Tensor.devic
 # These may be told places on the GPU by tensors on the CPU.
 INDEXING = {"torch.Tensor.__getitem__", "torch.Tensor.__setitem__"}
 # What the host waits for, and what moves memory between the two: neither can be captured in a CUDA graph.
-WAITING = {"torch.nonzero", "torch.masked_select", "torch.functional.unique", "torch.equal"} | {
+WAITING = {
+    *("torch.nonzero", "torch.argwhere", "torch.masked_select", "torch.functional.unique", "torch.equal"),
+    *("torch.functional.unique_consecutive", "torch.allclose", "torch.bincount", "torch.nn.functional.one_hot"),
+} | {
     f"torch.Tensor.{name}"
     for name in (
-        *("__bool__", "__float__", "__int__", "__index__", "item", "tolist"),
-        *("nonzero", "masked_select", "unique", "equal"),
+        *("__bool__", "__float__", "__int__", "__index__", "__format__", "__repr__", "item", "tolist", "nonzero"),
+        *("argwhere", "masked_select", "unique", "unique_consecutive", "equal", "allclose", "bincount"),
     )
 }
+# These where what they are given tells how much comes out.
+SIZING = {"torch.where": 1, "torch.repeat_interleave": 2, "torch.Tensor.repeat_interleave": 2}
 CROSSING = {"torch.tensor", "torch.as_tensor", "torch.from_numpy", "torch.Tensor.new_tensor"} | {
     f"torch.Tensor.{name}" for name in ("to", "cpu", "cuda", "copy_")
 }
@@ -70,7 +76,7 @@ class PretendedGpu(TorchFunctionMode):
         self._check(name, args, given, on_gpu)
         target = self._target(name, args, kwargs, bool(on_gpu))
         if self.capturing:
-            self._check_capture(name, given, target)
+            self._check_capture(name, args, given, target)
         if name:  # others hand devices on
             args, kwargs = tree_map(_to_cpu, args), tree_map(_to_cpu, kwargs)
         result = func(*args, **kwargs)
@@ -98,10 +104,10 @@ class PretendedGpu(TorchFunctionMode):
             shapes = [(tuple(tensor.shape), "GPU" if is_on_gpu(tensor) else "CPU") for tensor in given]
             raise WrongDeviceError(f"{name}: tensors on both devices: {shapes}")
 
-    def _check_capture(self, name: str | None, given: list[Tensor], target: bool) -> None:
+    def _check_capture(self, name: str | None, args: tuple[Any, ...], given: list[Tensor], target: bool) -> None:
         there = [is_on_gpu(tensor) for tensor in given]
-        masked = name in INDEXING and any(tensor.dtype == torch.bool for tensor in given[1:])
-        waits = any(there) and (name in WAITING or masked)
+        sized = name in SIZING and len(given) == len(args) == SIZING[name]
+        waits = any(there) and (name in WAITING or _host_tells_places(name, args) or sized)
         crosses = name in CROSSING and (target or any(there)) and not (target and there and all(there))
         if waits or crosses:
             raise WrongDeviceError(f"{name}: the host's part in what is captured")
@@ -125,6 +131,17 @@ class PretendedGpu(TorchFunctionMode):
 def is_on_gpu(tensor: Tensor) -> bool:
     """Whether the mode would have it there."""
     return bool(tensor.__dict__.get("_on_gpu", False))
+
+
+def _host_tells_places(name: str | None, args: tuple[Any, ...]) -> bool:
+    """Whether it indexes by a mask, of which the host has to know the size, or by what the host has to send."""
+    if name not in INDEXING:
+        return False
+    return isinstance(args[1], list) or any(
+        isinstance(place, np.ndarray)
+        or (isinstance(place, Tensor) and (place.dtype == torch.bool or not is_on_gpu(place)))
+        for place in tree_leaves(args[1])
+    )
 
 
 def _is_device(value: torch.device | str) -> bool:

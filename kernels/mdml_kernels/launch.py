@@ -47,10 +47,11 @@ def next_power_of_2(value: int) -> int:
 
 
 def rows_config(n_cols: int, dtype: torch.dtype, arch: str, per_thread: int, num_warps: int = 4) -> LaunchConfig:
-    """Tiles of the row kernels: a few threads a row, with up to per_thread of its logits each, in loads of 128 bits.
+    """Tiles of the row kernels: a few threads a row, with up to per_thread of its logits each.
 
     The fewer threads share a row, the less often a row's reductions and what follows from them are worked out. A row
-    of more than 32 threads meets in shared memory; one of more than a program's, part by part.
+    of more than 32 threads meets in shared memory; one of more than a program's, part by part. A thread loads 128 bits
+    at once, where rows are contiguous and begin at a multiple of that.
     """
     threads, vector = num_warps * _warp_size(arch), 16 // dtype.itemsize
     if arch == INTERPRETER:  # it takes as long for a wide tile as for a narrow one
@@ -59,9 +60,12 @@ def rows_config(n_cols: int, dtype: torch.dtype, arch: str, per_thread: int, num
         per_thread //= 4
     if is_amd(arch):  # where twice the threads share a row's work, half as much each keeps registers below 128
         per_thread = max(vector, per_thread // 2)
-    of_row = min(max(next_power_of_2(-(-n_cols // per_thread)), min(next_power_of_2(n_cols) // 16, 8), 1), threads)
+    # Eight threads read 128 bytes, a line of the cache; but each should have sixteen logits of a row.
+    of_row = max(next_power_of_2(-(-n_cols // per_thread)), min(next_power_of_2(n_cols) // 16, 8), 1)
+    of_row = min(of_row, threads)
     block_cols = min(of_row * vector, next_power_of_2(n_cols))
     tiles = min(-(-n_cols // block_cols), per_thread // vector)
+    # And sixteen in all, if its rows are short.
     rows = max(threads // of_row, 16 * threads // next_power_of_2(tiles * block_cols))
     return LaunchConfig(block_rows=rows, block_cols=block_cols, tiles=tiles, num_warps=num_warps)
 

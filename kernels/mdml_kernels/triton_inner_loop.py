@@ -18,11 +18,11 @@ from mdml_kernels.triton_row_math import (
     LOG2_E,
     MINUS_INF,
     exp_below,
-    finite_below,
     log_odds,
     merge_statistics,
     pulled_back,
     tile_statistics,
+    zero_at_minus_inf,
 )
 
 
@@ -34,10 +34,10 @@ def one_class_slope(x, cols, live, n_rows, log_background, K: tl.constexpr, MASS
     if HAS_B and not MASS:
         never = tl.full(top.shape, MINUS_INF, tl.float32)
         b = tl.zeros_like(top) + log_background
-        top, first, second, mass = merge_statistics(never, first, b, exp_below(b, b), top, first, second, mass)
-    odds, reference = log_odds(top, second, mass, log_background, MASS)
+        top, first, second, mass = merge_statistics(never, first, b, exp_below(b, b), top, first, second, mass, LOG2_E)
+    odds, reference = log_odds(top, second, mass, 1.0, log_background, MASS)
     slope = tl.where(live, -tl.sigmoid(-odds) / n_rows, 0.0)
-    share = tl.exp2((x - finite_below(reference)[:, None]) * LOG2_E)
+    share = tl.exp2((x - zero_at_minus_inf(reference)[:, None]) * LOG2_E)
     return pulled_back(slope[:, None] * share, cols, first[:, None], slope[:, None], MASS)
 
 

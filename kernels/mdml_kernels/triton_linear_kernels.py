@@ -15,11 +15,11 @@ from mdml_kernels.triton_row_math import (
     LOG2_E,
     MINUS_INF,
     exp_below,
-    finite_below,
     log_odds,
     merge_statistics,
     pulled_back,
     tile_statistics,
+    zero_at_minus_inf,
 )
 
 
@@ -100,10 +100,10 @@ def linear_forward_kernel(
             (x,), cols[None, :], tl.full([BLOCK_N], LOG2_E, tl.float32), K, 1, BLOCK_K
         )
         top, first, second, mass = merge_statistics(
-            top, first, second, mass, tile_top, tile_first, tile_second, tile_mass
+            top, first, second, mass, tile_top, tile_first, tile_second, tile_mass, LOG2_E
         )
 
-    row_odds, row_reference = log_odds(top, second, mass, log_background, MASS)
+    row_odds, row_reference = log_odds(top, second, mass, 1.0, log_background, MASS)
     tl.store(odds + group * N + rows, row_odds, mask=live)
     tl.store(reference + group * N + rows, row_reference, mask=live)
     if not MASS:
@@ -114,7 +114,7 @@ def linear_forward_kernel(
 def tile_slope(logits, cols, scale, first, log_sum, g, K: tl.constexpr, MASS: tl.constexpr):
     """The odds' gradient g [R] pulled back to scaled logits [R, C]; 0 beyond K."""
     x = tl.where(cols[None, :] < K, logits * scale[:, None], MINUS_INF)
-    share = tl.exp2((x - finite_below(log_sum)[:, None]) * LOG2_E)
+    share = tl.exp2((x - zero_at_minus_inf(log_sum)[:, None]) * LOG2_E)
     return pulled_back(g[:, None] * share, cols[None, :], first[:, None], g[:, None], MASS)
 
 

@@ -14,12 +14,12 @@ import triton.language as tl
 from mdml_kernels.triton_row_math import (
     LOG2_E,
     MINUS_INF,
-    exp_below,
-    finite_below,
     log_odds,
     merge_statistics,
     pulled_back,
+    rebased,
     tile_statistics,
+    zero_at_minus_inf,
 )
 
 
@@ -46,20 +46,25 @@ def load_tiles(
 
 @triton.jit
 def load_reference(reference, rows, live):
-    """A row's largest summed logit, 0 for -inf, and one over the sum of exp relative to it, 0 where nothing is summed.
+    """The unscaled logit [R] that a row's summed ones are relative to, 0 for -inf, and one over their sum.
 
-    NaN where the row is.
+    Where nothing is summed that is 0, and so is each share of it. NaN where the row is.
     """
     at = reference + 2 * rows.to(tl.int64)
-    largest = tl.load(at, mask=live, other=0.0)
     total = tl.load(at + 1, mask=live, other=1.0)
-    return finite_below(largest), tl.where(total == 0.0, 0.0, 1.0 / total)
+    return zero_at_minus_inf(tl.load(at, mask=live, other=0.0)), tl.where(total == 0.0, 0.0, 1.0 / total)
 
 
 @triton.jit
-def weights(x, scale, largest, factor):
-    """The factor [R] times exp(x / T - largest) [R, C]: it is a softmax where the factor is one over their sum."""
-    return tl.exp2((x * scale[:, None] - largest[:, None]) * LOG2_E) * factor[:, None]
+def softmax_times(factor, x, largest, scale):
+    """The factor [R] times exp((x - largest) / T) [R, C], as it was summed: times one over the sum, a softmax."""
+    return tl.exp2((x - largest[:, None]) * (scale * LOG2_E)[:, None]) * factor[:, None]
+
+
+@triton.jit
+def background_term(log_background, largest, scale):
+    """What the background adds to the sum that is relative to the unscaled logit `largest` [R]."""
+    return tl.exp(log_background - zero_at_minus_inf(largest) * scale)
 
 
 @triton.jit
@@ -88,34 +93,35 @@ def rows_forward_kernel(
     live = rows < n_rows
     episodes = rows // rows_per_episode
     scale = tl.load(inv_temperature + episodes, mask=live, other=1.0).to(acc)
-    scale = tl.where(scale >= 0.0, scale, float("nan"))  # T is positive: logits keep their order when divided by it
+    scale = tl.where(scale >= 0.0, scale, float("nan"))  # a negative T would turn the order of the logits round
     row_start = logits + row_offsets(rows, episodes, rows_per_episode, stride_e, STRIDE_N, FLAT)
 
     top = tl.full([BLOCK_N], MINUS_INF, acc)
     second = tl.full([BLOCK_N], MINUS_INF, acc)
     mass = tl.zeros([BLOCK_N], acc)
     first = tl.zeros([BLOCK_N], tl.int32)
-    log_background = top
-    if background is not None:
-        log_background = tl.load(background + episodes, mask=live, other=0.0).to(acc)
-        if not MASS:
-            second = log_background
-            mass = exp_below(log_background, log_background)
-
     for start in range(0, K, TILES * BLOCK_K):
         cols = (start + tl.arange(0, BLOCK_K))[None, :]
         tiles = load_tiles(row_start, live, cols, MINUS_INF, K, STRIDE_K, TILES, BLOCK_K)
         tile_top, tile_first, tile_second, tile_mass = tile_statistics(tiles, cols, scale * LOG2_E, K, TILES, BLOCK_K)
         top, first, second, mass = merge_statistics(
-            top, first, second, mass, tile_top * scale, tile_first, tile_second * scale, tile_mass
+            top, first, second, mass, tile_top, tile_first, tile_second, tile_mass, scale * LOG2_E
         )
 
-    row_odds, log_sum = log_odds(top, second, mass, log_background, MASS)
+    log_background = top
+    if background is not None:
+        log_background = tl.load(background + episodes, mask=live, other=0.0).to(acc)
+        if not MASS:  # summed with the others, relative to whichever is larger
+            larger = tl.maximum(second, log_background / scale)
+            larger = tl.where(scale > 0.0, larger, zero_at_minus_inf(second))
+            mass = rebased(mass, second, larger, scale * LOG2_E) + background_term(log_background, larger, scale)
+            second = larger
+    row_odds, _ = log_odds(top, second, mass, scale, log_background, MASS)
     tl.store(odds + rows, row_odds, mask=live)
     if MASS:  # the largest is summed too
-        mass = mass * exp_below(second, top) + exp_below(top, top)
+        mass = rebased(mass, second, top, scale * LOG2_E) + tl.where(top == MINUS_INF, 0.0, 1.0)
         second = top
-    second = tl.where(log_sum == log_sum, second, log_sum)  # NaN
+    second = tl.where(row_odds == row_odds, second, row_odds)  # NaN
     tl.store(reference + 2 * rows.to(tl.int64), second, mask=live)
     tl.store(reference + 2 * rows.to(tl.int64) + 1, mass, mask=live)
     if not MASS:
@@ -166,7 +172,7 @@ def rows_backward_kernel(
         tiles = load_tiles(row_start, live, cols, MINUS_INF, K, STRIDE_K, TILES, BLOCK_K)
         for tile in tl.static_range(TILES):
             at, x = cols + tile * BLOCK_K, tiles[tile].to(acc)
-            slope = weights(x, scale, largest, g * inverse_sum)
+            slope = softmax_times(g * inverse_sum, x, largest, scale)
             if not MASS:
                 slope = tl.where(at == first[:, None], 0.0, -slope)
             summed += tl.where(x == MINUS_INF, 0.0, x * slope)
@@ -176,16 +182,16 @@ def rows_backward_kernel(
             tl.store(grad_start[:, None] + at, out, mask=live[:, None] & (at < K))
 
     moved = tl.sum(summed, 1)
-    if (
-        not MASS
-    ):  # the maximum's term is as large as all others and of the other sign: among them it would round them off
-        moved += g * tl.load(row_start + first.to(tl.int64) * STRIDE_K, mask=live, other=0.0).to(acc)
+    if not MASS:
+        # The maximum's term is as large as all others and of the other sign: among them it would round them off.
+        top = tl.load(row_start + first.to(tl.int64) * STRIDE_K, mask=live, other=0.0).to(acc)
+        moved += g * zero_at_minus_inf(top)
     tl.store(grad_inv_temperature + rows, moved, mask=live)
     if background is not None:
         slope_background = -g
         if not MASS:
             log_background = tl.load(background + episodes, mask=live, other=0.0).to(acc)
-            slope_background = -g * exp_below(log_background, largest) * inverse_sum
+            slope_background = -g * background_term(log_background, largest, scale) * inverse_sum
         tl.store(grad_background + rows, slope_background, mask=live)
 
 
@@ -256,7 +262,7 @@ def rows_double_backward_kernel(
         for tile in tl.static_range(TILES):
             x, vx = tiles[tile].to(acc), v_tiles[tile].to(acc)
             t = tangent(x, vx, scale, v_scale)
-            share = weights(x, scale, largest, inverse_sum)
+            share = softmax_times(inverse_sum, x, largest, scale)
             if MASS:
                 share_terms += share * t
             else:
@@ -273,7 +279,7 @@ def rows_double_backward_kernel(
     else:
         if background is not None:
             log_background = tl.load(background + episodes, mask=live, other=0.0).to(acc)
-            share_background = exp_below(log_background, largest) * inverse_sum
+            share_background = background_term(log_background, largest, scale) * inverse_sum
             mean_tangent += share_background * v_log_background
             slope_background = -g * share_background * (v_log_background - mean_tangent)
             tl.store(out_background + rows, slope_background, mask=live)
@@ -287,7 +293,7 @@ def rows_double_backward_kernel(
         v_tiles = load_tiles(v_start, live, cols, 0.0, K, V_STRIDE_K, TILES, BLOCK_K)
         for tile in tl.static_range(TILES):
             at, x, vx = cols + tile * BLOCK_K, tiles[tile].to(acc), v_tiles[tile].to(acc)
-            slope = pulled_back(weights(x, scale, largest, g * inverse_sum), at, first[:, None], g[:, None], MASS)
+            slope = pulled_back(softmax_times(g * inverse_sum, x, largest, scale), at, first[:, None], g[:, None], MASS)
             bend = slope * (tangent(x, vx, scale, v_scale) - mean_tangent[:, None])
             if not MASS:
                 bend = tl.where((at == first[:, None]) & (slope == slope), 0.0, bend)

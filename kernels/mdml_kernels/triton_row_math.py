@@ -1,15 +1,16 @@
 """What every kernel here shares: a row's statistics, gathered tile by tile, and the log-odds that follow from them.
 
-A row is summed up by four numbers: its largest scaled logit ``top``, that one's first index ``first``, and the
-log-sum-exp of all others as ``second + log(mass)`` with its own reference ``second``. Keeping the others apart is what
-makes log(1 - S) exact where S rounds to 1. The log-odds L = log S - log(1 - S) of a row are log A - log B:
+A row is summed up by four numbers: its largest logit ``top``, that one's first index ``first``, the largest of all
+others ``second``, and their ``mass``, the sum of exp((x - second) / T). Keeping the others apart is what makes
+log(1 - S) exact where S rounds to 1; logits are subtracted before 1/T multiplies them, so that what all share costs no
+digits. The log-odds L = log S - log(1 - S) of a row are log A - log B, of scaled logits x:
 
     max     A = {first}      B = the others and the background     dL/dx = 1[first] - q,  q = exp(x - log B)
     mass    A = all logits   B = {the background}                  dL/dx = q,             q = exp(x - log A)
 
 What is summed over many logits, B for ``max`` and A for ``mass``, is a row's ``reference``: its softmax is q. As one
 number, log B or log A, it is rounded at its own size, and that turns up in every q; a kernel that reads it from memory
-takes it as a largest logit and a sum of exp relative to that one, which are not.
+takes it as an unscaled logit and the sum of exp relative to that one, the very sum that was taken.
 """
 
 # mypy: ignore-errors
@@ -29,9 +30,15 @@ def exp_below(x, reference):
 
 
 @triton.jit
-def finite_below(reference):
+def zero_at_minus_inf(reference):
     """The reference, but 0 where it is -inf: exp(x - it) is then 0 at x = -inf, and needs no look at each x."""
     return tl.where(reference == MINUS_INF, 0.0, reference)
+
+
+@triton.jit
+def rebased(mass, reference, other, unit):
+    """A sum of 2^(unit (x - reference)) as one relative to another reference; nothing for -inf, and NaN stays NaN."""
+    return tl.where(reference == MINUS_INF, 0.0 * mass, mass * tl.exp2((reference - other) * unit))
 
 
 @triton.jit
@@ -55,8 +62,8 @@ def log1p_unit(e):
 def tile_statistics(tiles, cols, unit, K: tl.constexpr, TILES: tl.constexpr, BLOCK_K: tl.constexpr):
     """(top, first, second, mass) [R] of rows whose logits are a tuple of TILES tiles [R, BLOCK_K], -inf beyond K.
 
-    cols [1, BLOCK_K] are the first tile's column numbers. 2^(unit (x - second)), unit [R] positive, is what is summed.
-    What is done for every logit is done tile by tile, in the registers of its thread; threads meet once a row.
+    cols [1, BLOCK_K] are the first tile's column numbers. 2^(unit (x - second)) is what is summed, for unit [R], not
+    negative. What is done for every logit is done tile by tile, in the registers of its thread.
     """
     top = tiles[0].to(unit.dtype)
     first = tl.zeros(top.shape, tl.int32)
@@ -71,8 +78,8 @@ def tile_statistics(tiles, cols, unit, K: tl.constexpr, TILES: tl.constexpr, BLO
     first = tl.min(tl.where(of_thread == top[:, None], at, K - 1), 1)
     second = tl.max(tl.where(at == first[:, None], second, of_thread), 1)
 
-    # All but the largest are at most `second`: cut off there, the largest counts what is then known and taken off.
-    reference = finite_below(second)
+    # All but the largest are at most `second`: cut off there, it counts what is then known to the bit, and taken off.
+    reference = zero_at_minus_inf(second)
     sums = tl.zeros(tiles[0].shape, unit.dtype)
     for tile in tl.static_range(TILES):
         sums += exp2_up_to_1((tiles[tile].to(unit.dtype) - reference[:, None]) * unit[:, None])
@@ -82,29 +89,31 @@ def tile_statistics(tiles, cols, unit, K: tl.constexpr, TILES: tl.constexpr, BLO
 
 
 @triton.jit
-def merge_statistics(top, first, second, mass, tile_top, tile_first, tile_second, tile_mass):
+def merge_statistics(top, first, second, mass, tile_top, tile_first, tile_second, tile_mass, unit):
     """The statistics of what was seen before and a later tile; at a tie the earlier index stays first."""
     wins = tile_top > top
     loser = tl.where(wins, top, tile_top)
     new_second = tl.maximum(tl.maximum(second, tile_second), loser)
-    new_mass = (
-        mass * exp_below(second, new_second)
-        + tile_mass * exp_below(tile_second, new_second)
-        + exp_below(loser, new_second)
-    )
+    new_mass = rebased(mass, second, new_second, unit) + rebased(tile_mass, tile_second, new_second, unit)
+    new_mass += rebased(1.0, loser, new_second, unit)
     return tl.where(wins, tile_top, top), tl.where(wins, tile_first, first), new_second, new_mass
 
 
 @triton.jit
-def log_odds(top, second, mass, log_background, MASS: tl.constexpr):
-    """(L, reference); for ``max`` the background is already in (second, mass). NaN where a logit is NaN or +inf."""
-    reference = second + tl.log(mass) + tl.where(top < float("inf"), 0.0, float("nan"))
+def log_odds(top, second, mass, scale, log_background, MASS: tl.constexpr):
+    """(L, reference); for ``max`` the background is already in (second, mass). NaN where a logit is NaN or +inf.
+
+    The reference is the log-sum-exp of scaled logits; the scale, 1/T, is 1 where they were scaled before.
+    """
+    nothing = tl.where(top < float("inf"), 0.0, float("nan"))
     if MASS:
-        larger = tl.maximum(top, reference)
-        gap = tl.where(top == reference, 0.0, tl.abs(top - reference))  # both may be -inf
-        reference = larger + log1p_unit(tl.exp(-gap))
-        return reference - log_background, reference
-    return top - reference, reference
+        more = rebased(mass, second, top, scale * LOG2_E)
+        log_total = tl.where(more <= 1.0, log1p_unit(tl.minimum(more, 1.0)), tl.log(1.0 + more)) + nothing
+        return (top * scale - log_background) + log_total, top * scale + log_total
+    log_mass = tl.log(mass) + nothing
+    alone = (second == MINUS_INF) & (top > MINUS_INF)  # whatever the scale: it may be 0
+    gap = tl.where(alone, float("inf"), (top - second) * scale)
+    return gap - log_mass, second * scale + log_mass
 
 
 @triton.jit

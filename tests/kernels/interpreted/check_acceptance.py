@@ -83,7 +83,8 @@ def test_other_tiles_give_the_same(tiles):
     results = {}
     for variant in tiles.variants():
         if variant.kernel != "inner loop" or variant.launched[2] == variant.choice[2]:
-            results.setdefault(variant.case, []).append(tiles.prepared(variant)())
+            with tiles.prepared(variant) as run:
+                results.setdefault(variant.case, []).append(run())
     assert {case.split(" [")[0] for case in results} == {"forward", "backward", "inner loop"}
     assert all(len(group) > 3 for group in results.values())
     for first, *others in results.values():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from mdml_kernels import parity, reference, triton_rows
+from mdml_kernels import launch, parity, reference, triton_rows
 
 CONFIDENCES = [("max", False), ("max", True), ("mass", True)]
 NAMES = ("odds", "logits", "1/T", "dd logits", "dd 1/T", "along", "b", "dd b")
@@ -189,6 +189,47 @@ def test_nan_stays_in_its_row_and_fills_it(confidence, n_cols, bad, all_of_it):
 def test_nan_beside_one_logit_or_none(row):
     odds, *_ = triton_rows.odds_forward(torch.tensor([[row]]), torch.ones(1), None, "max")
     assert odds.isnan().all()
+
+
+def test_a_row_of_forbidden_classes_beside_a_background_moves_nothing():
+    logits, ones = torch.tensor([[[-torch.inf] * 3, [1.0, 0.0, 2.0]]]), torch.ones(1)
+    odds, *saved = triton_rows.odds_forward(logits, ones, torch.zeros(1), "max")
+    assert odds[0, 0] == -torch.inf
+    for slope in (0.0, 1.0):
+        grad = torch.full((1, 2), slope)
+        by_logits, by_scale, by_background = triton_rows.odds_backward(
+            logits, ones, torch.zeros(1), "max", *saved, grad
+        )
+        assert by_scale[0, 0] == 0
+        assert by_background[0, 0] == -slope
+        assert (by_logits[0, 0, 1:] == 0).all()
+
+
+@pytest.mark.parametrize(("confidence", "with_background"), CONFIDENCES)
+def test_what_all_logits_share_costs_no_digits(confidence, with_background, fenced):
+    """Far from zero, as a prototype's are: eager rounds x / T there, and what differs is lost."""
+    case = make((2, 6, 50), torch.float32, with_background)
+    case["logits"] = (case["logits"] + 1000).round(decimals=2)
+    if with_background:
+        case["background"] = case["background"] + 1000 * case["inv_temperature"]
+    truth = by_order(by_reference(case, confidence, torch.float64))
+    ours = parity._errors(by_order(by_kernels(case, confidence, fenced)), truth)
+    eager = parity._errors(by_order(by_reference(case, confidence, torch.float32)), truth)
+    assert ours[0] <= eager[0] + 1e-6
+    assert all(our <= 0.2 * other for our, other in zip(ours[1:], eager[1:], strict=True)), (ours, eager)
+
+
+def test_one_logit_at_an_infinite_temperature():
+    odds, *_ = triton_rows.odds_forward(torch.tensor([[[3.0]]]), torch.zeros(1), torch.tensor([0.5]), "max")
+    assert odds.item() == pytest.approx(-0.5)
+
+
+@pytest.mark.parametrize("n_cols", [3, 80, 130, 600])
+@pytest.mark.parametrize("arch", ["sm_90", "gfx942"])
+def test_the_tiles_of_a_gpu(n_cols, arch, fenced, monkeypatch):
+    config = launch.rows_config
+    monkeypatch.setattr(triton_rows, "rows_config", lambda n, dtype, _, held: config(n, dtype, arch, held))
+    assert_as_good_as_eager([make((2, 3, n_cols), torch.float32, True)], "max", fenced)
 
 
 def test_the_only_logit_there_is_certain():
