@@ -10,56 +10,28 @@ Times are medians over calls, each after the L2 cache was flushed.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
-import multiprocessing
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 import traceback
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import gpu_runs
 import mdml_kernels
 import torch
 import torch.nn.functional as F
 from mdml_kernels import parity, reference
 from torch import Tensor, nn
 
-from mdml_fast.files import replace_file
-
-RESULTS = Path(__file__).parent / "results"
 GOALS = {"of_copy": 0.85, "over_compile": 1.5, "over_vmap": 5.0}
 AUROC_TOLERANCE = 0.005
-PROCESSES = (
-    min(len(os.sched_getaffinity(0)), 16) if hasattr(os, "sched_getaffinity") else 4
-)  # a context on the GPU each
 LARGE = (64, 1024, 512)
-EPISODES, SUPPORT, SIZES, CLASSES, STEPS, LR = 64, 64, (64, 128, 64), 16, 5, 0.1  # the engine's reference workload
 
 Timer = Callable[[Callable[[], Any]], float]
-
-
-def median_ms(call: Callable[[], Any], repeats: int = 50) -> float:
-    """Median milliseconds of a call on the GPU, on a cold L2 cache, launches ahead of it where they can be."""
-    flush = torch.empty(512 * 2**20, dtype=torch.uint8, device="cuda")
-    for _ in range(5):
-        call()
-    times = []
-    for _ in range(repeats):
-        for _ in range(5):  # half a millisecond, in which the call is launched
-            flush.zero_()
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        times.append(start.elapsed_time(end))
-    return statistics.median(times)
 
 
 def correctness(problems: int = 100, largest: int = 600, processes: int = 1) -> dict[str, Any]:
@@ -71,12 +43,7 @@ def correctness(problems: int = 100, largest: int = 600, processes: int = 1) -> 
         list(parity.problems(problems, 0, dtype, largest)) for dtype in (torch.float32, torch.bfloat16, torch.float16)
     ]
     parts = [some[first::processes] for some in drawn for first in range(processes)]
-    if processes == 1:
-        compared = [_compared(part) for part in parts]
-    else:
-        with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
-            compared = list(pool.map(_compared, parts))
-    worst = parity.worst_of(found for part in compared for found in part)
+    worst = parity.worst_of(itertools.chain.from_iterable(gpu_runs.in_processes(_compared, parts, processes)))
     rows = [
         {
             "form": found.form,
@@ -152,7 +119,9 @@ def speed(device: str, timer: Timer, shape: tuple[int, int, int] = LARGE, compil
     return found
 
 
-def determinism(device: str, shape: tuple[int, int, int] = (8, 300, 100), episodes: int = EPISODES) -> dict[str, Any]:
+def determinism(
+    device: str, shape: tuple[int, int, int] = (8, 300, 100), episodes: int = gpu_runs.EPISODES
+) -> dict[str, Any]:
     """Two runs of every kernel with a reduction give the same bits."""
     from mdml_kernels import triton_hinge, triton_linear, triton_mlp, triton_rows
 
@@ -170,7 +139,7 @@ def determinism(device: str, shape: tuple[int, int, int] = (8, 300, 100), episod
         outs += [loss, weights, triton_hinge.hinge_slope(odds, is_ood, weights, loss)]
         odds, *saved = triton_linear.linear_odds_forward(rows, head, None, row_ones, None, "max")
         outs += triton_linear.linear_odds_backward(rows, head, None, row_ones, None, "max", *saved, odds)
-        adapted = triton_mlp.adapt_mlp(**mlp(device, episodes), steps=STEPS, lr=LR)
+        adapted = triton_mlp.adapt_mlp(**gpu_runs.mlp(device, episodes), steps=gpu_runs.STEPS, lr=gpu_runs.LR)
         return [out for out in (*outs, *adapted[0], *adapted[1]) if isinstance(out, Tensor)]
 
     differ = sum(not torch.equal(a, b) for a, b in zip(run(), run(), strict=True))
@@ -226,25 +195,9 @@ def peak_memory(n: int = 16384, h: int = 256, k: int = 8192) -> dict[str, Any]:
     return {**found, "wrong": ["the fused head holds an eighth of its logits or more"] if too_much else []}
 
 
-def mlp(device: str, episodes: int) -> dict[str, Any]:
-    """Arguments of `adapt_mlp`: the engine's reference workload, weights shared by all episodes."""
-    generator = torch.Generator().manual_seed(2)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator).to(device)
-
-    pairs = list(zip(SIZES[1:], SIZES[:-1], strict=True))
-    return {
-        "support": randn(episodes, SUPPORT, SIZES[0]),
-        "weights": [randn(1, o, i) / i**0.5 for o, i in pairs],
-        "biases": [0.1 * randn(1, o) for o, _ in pairs],
-        "head_weight": randn(1, CLASSES, SIZES[-1]) / SIZES[-1] ** 0.5,
-    }
-
-
 def vmapped(arguments: dict[str, Any]) -> Callable[[], list[Tensor]]:
     """The same inner loop as `vmap(grad(functional_call))` on a module, which is how PyTorch users write it."""
-    first, second = (nn.Linear(i, o) for o, i in zip(SIZES[1:], SIZES[:-1], strict=True))
+    first, second = (nn.Linear(i, o) for o, i in zip(gpu_runs.SIZES[1:], gpu_runs.SIZES[:-1], strict=True))
     model = nn.Sequential(first, nn.ReLU(), second).to(arguments["support"])
     head = arguments["head_weight"][0]
     start = {}
@@ -258,9 +211,9 @@ def vmapped(arguments: dict[str, Any]) -> Callable[[], list[Tensor]]:
 
     def adapt(support: Tensor) -> dict[str, Tensor]:
         parameters = start
-        for _ in range(STEPS):
+        for _ in range(gpu_runs.STEPS):
             grads = torch.func.grad(loss)(parameters, support)
-            parameters = {name: parameters[name] - LR * grads[name] for name in parameters}
+            parameters = {name: parameters[name] - gpu_runs.LR * grads[name] for name in parameters}
         return parameters
 
     def run() -> list[Tensor]:
@@ -270,7 +223,7 @@ def vmapped(arguments: dict[str, Any]) -> Callable[[], list[Tensor]]:
     return run
 
 
-def inner_loop(device: str, timer: Timer, episodes: tuple[int, ...] = (EPISODES, 1024)) -> dict[str, Any]:
+def inner_loop(device: str, timer: Timer, episodes: tuple[int, ...] = (gpu_runs.EPISODES, 1024)) -> dict[str, Any]:
     """`adapt_mlp` in every precision, right against float64 and timed over the vmapped PyTorch path."""
     from mdml_kernels import triton_mlp
 
@@ -278,7 +231,7 @@ def inner_loop(device: str, timer: Timer, episodes: tuple[int, ...] = (EPISODES,
     # Of the size of the update; float32 is further held to the vmapped path's own error.
     bars = {"float32": 1e-5, "tf32": 3e-2, "bfloat16": 2e-1}
     for count in episodes:
-        arguments = mlp(device, count)
+        arguments = gpu_runs.mlp(device, count)
         path = vmapped(arguments)
         wide = {
             name: [v.double() for v in value] if isinstance(value, list) else value.double()
@@ -296,7 +249,9 @@ def inner_loop(device: str, timer: Timer, episodes: tuple[int, ...] = (EPISODES,
             for whole in (True, False):
 
                 def run(arguments: Any = arguments, precision: Any = precision, whole: bool = whole) -> list[Tensor]:
-                    adapted = triton_mlp.adapt_mlp(**arguments, steps=STEPS, lr=LR, precision=precision, whole=whole)
+                    adapted = triton_mlp.adapt_mlp(
+                        **arguments, steps=gpu_runs.STEPS, lr=gpu_runs.LR, precision=precision, whole=whole
+                    )
                     return [*adapted[0], *adapted[1]]
 
                 name, off = f"{precision} {'whole' if whole else 'by layers'}", error(run())
@@ -343,16 +298,6 @@ def detector(device: str, splits: int = 2) -> dict[str, Any]:
     return found
 
 
-def environment() -> dict[str, Any]:
-    """What the numbers were seen on."""
-    import triton
-
-    command = ["git", "-C", str(Path(__file__).parent), "rev-parse", "--short", "HEAD"]
-    commit = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()
-    versions = {"torch": torch.__version__, "triton": triton.__version__, "python": platform.python_version()}
-    return {"gpu": torch.cuda.get_device_name(), "commit": commit, **versions}
-
-
 def wrong_in(findings: Any) -> list[Any]:
     """All that any part of the findings calls wrong."""
     if not isinstance(findings, dict):
@@ -361,13 +306,13 @@ def wrong_in(findings: Any) -> list[Any]:
 
 
 PARTS: dict[str, Callable[[], dict[str, Any]]] = {
-    "correctness": lambda: correctness(processes=PROCESSES),
+    "correctness": lambda: correctness(processes=gpu_runs.PROCESSES),
     "determinism": lambda: determinism("cuda"),
     "cuda_graph": cuda_graph,
     "peak_memory": peak_memory,
-    "bandwidth": lambda: bandwidth("cuda", median_ms),
-    "speed": lambda: speed("cuda", median_ms),
-    "inner_loop": lambda: inner_loop("cuda", median_ms),
+    "bandwidth": lambda: bandwidth("cuda", gpu_runs.median_ms),
+    "speed": lambda: speed("cuda", gpu_runs.median_ms),
+    "inner_loop": lambda: inner_loop("cuda", gpu_runs.median_ms),
     "engine": lambda: engine("cuda"),
     "detector": lambda: detector("cuda"),
 }
@@ -390,18 +335,14 @@ def main(arguments: list[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("gpu_acceptance: PyTorch finds no GPU here, so there is nothing to accept")
         return 3
-    environs = environment()
-    slug = "".join(c if c.isalnum() else "-" for c in environs["gpu"].lower())
-    out = chosen.out or RESULTS / f"{slug}.json"
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = chosen.out or gpu_runs.results_of_this_gpu()
     findings = json.loads(out.read_text()) if chosen.part and out.exists() else {}
-    findings |= {"environment": environs, "goals": GOALS}
+    findings |= {"environment": gpu_runs.environment(), "goals": GOALS}
     for name in chosen.part or PARTS:
         start = time.perf_counter()
         findings[name] = kept(PARTS[name])
         print(f"{name}, {time.perf_counter() - start:.0f} s", json.dumps(findings[name], indent=2), flush=True)
-        with replace_file(out) as temporary:
-            temporary.write_text(json.dumps(findings, indent=2) + "\n")
+        gpu_runs.write(findings, out)
     wrong = wrong_in(findings)
     print(f"{len(wrong)} findings are wrong" + "".join(f"\n  {found}" for found in wrong))
     return 1 if wrong else 0

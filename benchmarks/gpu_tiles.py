@@ -12,23 +12,16 @@ import argparse
 import contextlib
 import functools
 import itertools
-import json
-import multiprocessing
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 from unittest.mock import patch
 
-import gpu_acceptance
+import gpu_runs
 import torch
 from mdml_kernels import launch, triton_mlp, triton_rows
 from torch import Tensor
 
-from mdml_fast.files import replace_file
-
-RESULTS = Path(__file__).parent / "results"
 DEVICE = "cuda"
 SHAPES = ((64, 1024, 512), (64, 80, 16), (16, 4096, 64), (4, 256, 32768))
 EPISODES = (64, 1024)
@@ -55,7 +48,7 @@ def variants() -> Iterator[Variant]:
         for launched in itertools.product((16, 32, 64), (1, 2, 4, 8)):
             yield Variant(kernel, shape, dtype, launched, (triton_rows.PER_THREAD[kernel], 4))
     arch = launch.arch_of(torch.device(DEVICE))
-    sizes = (gpu_acceptance.SUPPORT, gpu_acceptance.SIZES[0], gpu_acceptance.SIZES[2], gpu_acceptance.CLASSES)
+    sizes = (gpu_runs.SUPPORT, gpu_runs.SIZES[0], gpu_runs.SIZES[2], gpu_runs.CLASSES)
     for episodes, precision in itertools.product(EPISODES, ("float32", "tf32", "bfloat16")):
         config = launch.inner_loop_config(*sizes, precision, arch)
         assert config is not None
@@ -102,9 +95,9 @@ def _logits(shape: tuple[int, ...], dtype: str) -> Tensor:
 
 
 def _inner_loop(variant: Variant) -> tuple[Callable[[], Any], list[tuple[Any, str, Any]]]:
-    arguments = gpu_acceptance.mlp(DEVICE, variant.shape[0])
+    arguments = gpu_runs.mlp(DEVICE, variant.shape[0])
     num_warps, block_inner, word = variant.launched
-    how = {"steps": gpu_acceptance.STEPS, "lr": gpu_acceptance.LR, "precision": variant.dtype, "whole": True}
+    how = {"steps": gpu_runs.STEPS, "lr": gpu_runs.LR, "precision": variant.dtype, "whole": True}
     chosen = triton_mlp.whole_config
 
     def config(*given: Any) -> launch.LaunchConfig:
@@ -133,9 +126,9 @@ def main() -> int:
         print("gpu_tiles: PyTorch finds no GPU here, so there is nothing to measure")
         return 3
     everything = list(variants())
-    with ProcessPoolExecutor(gpu_acceptance.PROCESSES, multiprocessing.get_context("spawn")) as pool:
-        failures = dict(zip(everything, pool.map(compiled, everything, chunksize=4), strict=True))
-    found: dict[str, Any] = {"environment": gpu_acceptance.environment()}
+    outcomes = gpu_runs.in_processes(compiled, everything, gpu_runs.PROCESSES)
+    failures = dict(zip(everything, outcomes, strict=True))
+    found: dict[str, Any] = {"environment": gpu_runs.environment()}
     for case, group in itertools.groupby(everything, lambda variant: variant.case):
         rows = []
         for variant in group:
@@ -143,15 +136,13 @@ def main() -> int:
             ms = None
             if not failed:
                 with prepared(variant) as run:
-                    ms = gpu_acceptance.median_ms(run, 20)
+                    ms = gpu_runs.median_ms(run, 20)
             is_choice = variant.launched == variant.choice
             rows.append({"launched": variant.launched, "ms": ms, "chosen": is_choice, "failed": failed})
         rows.sort(key=lambda row: (row["ms"] is None, row["ms"]))
         found[case] = rows
         print(case, *(_line(row) for row in rows), sep="\n  ", flush=True)
-    slug = "".join(c if c.isalnum() else "-" for c in found["environment"]["gpu"].lower())
-    with replace_file(RESULTS / f"tiles-{slug}.json") as temporary:
-        temporary.write_text(json.dumps(found, indent=1) + "\n")
+    gpu_runs.write(found, gpu_runs.results_of_this_gpu("tiles-"))
     return 0
 
 

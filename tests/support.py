@@ -1,11 +1,13 @@
 """Where things are, for tests of several folders."""
 
+import importlib.util
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -44,3 +46,13 @@ def normals_and_two_classes(seed: int = 0, n: int = 300, d: int = 6) -> tuple[np
     rows[n : n + 20, 0] += 6
     rows[n + 20 :, -1] -= 6
     return rows, np.array(["ok"] * n + ["up"] * 20 + ["side"] * 20)
+
+
+def benchmark_script(name: str) -> ModuleType:
+    """A script of `benchmarks/`, imported anew, as others there may import it from then on."""
+    spec = importlib.util.spec_from_file_location(name, ROOT / "benchmarks" / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

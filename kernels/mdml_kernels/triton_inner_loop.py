@@ -20,25 +20,22 @@ from mdml_kernels.triton_row_math import (
     exp_below,
     log_odds,
     merge_statistics,
-    pulled_back,
-    tile_statistics,
-    zero_at_minus_inf,
+    scaled_slope,
+    scaled_statistics,
 )
 
 
 @triton.jit
 def one_class_slope(x, cols, live, n_rows, log_background, K: tl.constexpr, MASS: tl.constexpr, HAS_B: tl.constexpr):
     """d mean(-log S) / dx of scaled logits x [R, C] whose padding is -inf: -(1 - S) / n times dL/dx."""
-    unit = tl.full([x.shape[0]], LOG2_E, tl.float32)
-    top, first, second, mass = tile_statistics((x,), cols, unit, K, 1, x.shape[1])
+    top, first, second, mass = scaled_statistics(x, cols, K)
     if HAS_B and not MASS:
         never = tl.full(top.shape, MINUS_INF, tl.float32)
         b = tl.zeros_like(top) + log_background
         top, first, second, mass = merge_statistics(never, first, b, exp_below(b, b), top, first, second, mass, LOG2_E)
     odds, reference = log_odds(top, second, mass, 1.0, log_background, MASS)
     slope = tl.where(live, -tl.sigmoid(-odds) / n_rows, 0.0)
-    share = tl.exp2((x - zero_at_minus_inf(reference)[:, None]) * LOG2_E)
-    return pulled_back(slope[:, None] * share, cols, first[:, None], slope[:, None], MASS)
+    return scaled_slope(x, cols, first, reference, slope, MASS)
 
 
 @triton.jit

@@ -17,9 +17,8 @@ from mdml_kernels.triton_row_math import (
     exp_below,
     log_odds,
     merge_statistics,
-    pulled_back,
-    tile_statistics,
-    zero_at_minus_inf,
+    scaled_slope,
+    scaled_statistics,
 )
 
 
@@ -96,9 +95,7 @@ def linear_forward_kernel(
             N, H, K, BLOCK_N, BLOCK_K, BLOCK_H, PRECISION,
         )  # fmt: skip
         x = tl.where(cols[None, :] < K, logits * scale[:, None], MINUS_INF)
-        tile_top, tile_first, tile_second, tile_mass = tile_statistics(
-            (x,), cols[None, :], tl.full([BLOCK_N], LOG2_E, tl.float32), K, 1, BLOCK_K
-        )
+        tile_top, tile_first, tile_second, tile_mass = scaled_statistics(x, cols[None, :], K)
         top, first, second, mass = merge_statistics(
             top, first, second, mass, tile_top, tile_first, tile_second, tile_mass, LOG2_E
         )
@@ -114,8 +111,7 @@ def linear_forward_kernel(
 def tile_slope(logits, cols, scale, first, log_sum, g, K: tl.constexpr, MASS: tl.constexpr):
     """The odds' gradient g [R] pulled back to scaled logits [R, C]; 0 beyond K."""
     x = tl.where(cols[None, :] < K, logits * scale[:, None], MINUS_INF)
-    share = tl.exp2((x - zero_at_minus_inf(log_sum)[:, None]) * LOG2_E)
-    return pulled_back(g[:, None] * share, cols[None, :], first[:, None], g[:, None], MASS)
+    return scaled_slope(x, cols[None, :], first, log_sum, g, MASS)
 
 
 @triton.jit

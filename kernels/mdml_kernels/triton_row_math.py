@@ -89,6 +89,13 @@ def tile_statistics(tiles, cols, unit, K: tl.constexpr, TILES: tl.constexpr, BLO
 
 
 @triton.jit
+def scaled_statistics(x, cols, K: tl.constexpr):
+    """`tile_statistics` of a single tile x [R, C] of logits that 1/T has multiplied."""
+    unit = tl.full([x.shape[0]], LOG2_E, tl.float32)
+    return tile_statistics((x,), cols, unit, K, 1, x.shape[1])
+
+
+@triton.jit
 def merge_statistics(top, first, second, mass, tile_top, tile_first, tile_second, tile_mass, unit):
     """The statistics of what was seen before and a later tile; at a tie the earlier index stays first."""
     wins = tile_top > top
@@ -122,3 +129,10 @@ def pulled_back(weights, cols, first, g, MASS: tl.constexpr):
     if MASS:
         return weights
     return tl.where(cols == first, g, -weights)
+
+
+@triton.jit
+def scaled_slope(x, cols, first, log_sum, g, MASS: tl.constexpr):
+    """The odds' gradient g [R] pulled back to scaled logits x [R, C], given the log-sum-exp [R]; 0 at x = -inf."""
+    share = tl.exp2((x - zero_at_minus_inf(log_sum)[:, None]) * LOG2_E)
+    return pulled_back(g[:, None] * share, cols, first[:, None], g[:, None], MASS)

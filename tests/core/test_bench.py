@@ -1,11 +1,10 @@
 """The benchmark of the engine refuses a wrong contender, and counts the products that are needed."""
 
-import runpy
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from support import benchmark_script
 
 from mdml_fast.bench import engine, peers
 
@@ -29,8 +28,9 @@ def test_a_case_is_checked_and_timed(case: engine.Case) -> None:
 
 def test_the_gpu_acceptance_runs_the_engine_and_keeps_what_goes_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "CASES", (SMALL,))
-    script = runpy.run_path(str(Path(__file__).parents[2] / "benchmarks" / "gpu_acceptance.py"))
-    run, kept = script["engine"], script["kept"]
+    benchmark_script("gpu_runs")
+    script = benchmark_script("gpu_acceptance")
+    run, kept = script.engine, script.kept
     assert run("cpu", rounds=1)["small"]["errors"]["ours"] < 1e-5
     monkeypatch.setattr(peers, "hinge", lambda *arguments: 1.01 * peers.one_class(arguments[0]))
     [wrong] = kept(lambda: run("cpu", rounds=1))["wrong"]

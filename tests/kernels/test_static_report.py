@@ -1,27 +1,23 @@
 """The offline compile report: its limits hold, it is of these sources, and a part of it compiles to the same again."""
 
-import importlib.util
 import json
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from support import ROOT, benchmark_script
 
 pytest.importorskip("triton", reason="the triton backend is optional")
 
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "static_report.py"
+SCRIPT = ROOT / "benchmarks" / "static_report.py"
 WITHOUT_INTERPRETER = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
 
 
 @pytest.fixture(scope="module")
 def static_report():
-    spec = importlib.util.spec_from_file_location("static_report", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return benchmark_script("static_report")
 
 
 @pytest.fixture(scope="module")

@@ -1,34 +1,23 @@
 """The parts of the GPU acceptance script that the interpreter can run, at small sizes: they run, and can fail."""
 
-import importlib.util
-import sys
 import time
-from pathlib import Path
 
 import pytest
 import torch
-
-FOLDER = Path(__file__).parents[3] / "benchmarks"
-
-
-def loaded(name):
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = sys.modules[name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from support import benchmark_script
 
 
 @pytest.fixture(scope="module")
 def acceptance():
-    module = loaded("gpu_acceptance")
-    module.SUPPORT, module.SIZES, module.CLASSES, module.STEPS = 16, (8, 16, 8), 4, 2
-    return module
+    runs = benchmark_script("gpu_runs")
+    runs.SUPPORT, runs.SIZES, runs.CLASSES, runs.STEPS = 16, (8, 16, 8), 4, 2
+    return benchmark_script("gpu_acceptance")
 
 
 @pytest.fixture(scope="module")
 def tiles(acceptance):
-    module = loaded("gpu_tiles")
-    assert module.gpu_acceptance is acceptance
+    module = benchmark_script("gpu_tiles")
+    assert module.gpu_runs is acceptance.gpu_runs
     module.DEVICE, module.SHAPES, module.EPISODES = "cpu", ((2, 5, 80),), (2,)
     return module
 
