@@ -42,6 +42,9 @@ WRITTEN = ("score", "p_value", "is_anomaly", "drift_evidence")
 Progress = Callable[[int, int | None], None]
 """Told the rows done, and how many there are in all, where known."""
 
+OnDrift = Callable[[int], None]
+"""Told once, as soon as it is known, the row from which on there is drift."""
+
 
 @dataclass(frozen=True)
 class ScoreTask:
@@ -71,6 +74,11 @@ class ScoreTask:
         """The folder of what is scored so far, while `out` is not written."""
         return self.out.with_name(f"{self.out.name}.partial")
 
+    @property
+    def writes_csv(self) -> bool:
+        """Whether what comes as CSV becomes CSV."""
+        return self.out == STANDARD or self.out.suffix == ".csv"
+
     def check(self) -> None:
         """Raise InputError for what can't be done, before anything is read."""
         check_writable(self.out)
@@ -92,19 +100,25 @@ class ScoreSummary:
 
 
 def score_file(
-    detector: MDMLDetector, task: ScoreTask, *, resume: bool = False, progress: Progress | None = None
+    detector: MDMLDetector,
+    task: ScoreTask,
+    *,
+    resume: bool = False,
+    progress: Progress | None = None,
+    on_drift: OnDrift | None = None,
 ) -> ScoreSummary:
     """Score a table of any size, in the order of its rows; the alarms keep the detector's promise.
 
     What is scored gathers in the folder ``<out>.partial``, and becomes `out` at the end; a run that is cut off leaves
-    the folder, to be resumed. To standard output rows are written as they are scored; under the promise ``fdr``, which
-    depends on all of them, after the last one.
+    the folder, to be resumed. To standard output rows are written as they are scored, those of a pipe within a second
+    of their coming; under the promise ``fdr``, which depends on all of them, after the last one.
 
     Args:
         detector: fitted.
         task: what to score.
         resume: go on from the folder, where there is one.
         progress: told after every batch.
+        on_drift: told of drift, where the task is to watch for it.
 
     Raises:
         InputError: the data or the task can't be used, or the folder is that of another task.
@@ -117,12 +131,13 @@ def score_file(
     with open_table(task.data, _wanted(detector, task), BATCH_ROWS) as table:
         _check_columns(table, task)
         if task.out == STANDARD and not by_batch:
-            return _write(detector, task, table, _scored(detector, task, table, 0, progress), detector.alarm_level())
+            scored = _scored(detector, task, table, 0, progress)
+            return _write(detector, task, table, scored, detector.alarm_level(), on_drift)
         with _parts(task, resume) as parts:
             resumed_rows = parts.n_rows
             parts.fill(_scored(detector, task, table, resumed_rows, progress), PART_ROWS)
             level = detector.alarm_level(*_p_value_counts(parts)) if by_batch else detector.alarm_level()
-            summary = _write(detector, task, table, parts, level)
+            summary = _write(detector, task, table, parts, level, on_drift)
             summary.resumed_rows = resumed_rows
             return summary
 
@@ -132,7 +147,9 @@ def _wanted(detector: MDMLDetector, task: ScoreTask) -> Wanted:
         column.name: pa.float64() if isinstance(column, NumericColumn) else pa.string()
         for column in detector.encoder_.columns
     }
-    return features | dict.fromkeys([*task.keep, *([task.group] if task.group else [])])
+    # What goes from CSV to CSV is carried over as it stands: 007, and 0 where the first fraction is still to come.
+    kept = dict.fromkeys(task.keep, pa.string() if task.writes_csv else None)
+    return kept | dict.fromkeys([task.group] if task.group else []) | features
 
 
 def _check_columns(table: TableStream, task: ScoreTask) -> None:
@@ -189,11 +206,13 @@ def _scored(
         columns = {name: plain(batch[name]) for name in task.keep} | {"score": scores, "p_value": p_values}
         return pa.table(columns | (explanation.why(task.explain) if explanation else {}))
 
-    def jobs() -> Iterator[Callable[[], pa.Table]]:
+    def jobs() -> Iterator[Callable[[], pa.Table] | None]:
         start = 0
         for batch in table.batches:
-            if start >= skipped_rows:
+            if start >= skipped_rows and batch.num_rows:
                 yield partial(score, start, batch)
+            if batch.num_rows < BATCH_ROWS:
+                yield None
             start += batch.num_rows
 
     done = released = skipped_rows
@@ -212,7 +231,7 @@ def _n_workers(detector: MDMLDetector) -> int:
     return torch.get_num_threads() if resolve_device(detector.device).type == "cpu" else 1
 
 
-def _in_order(jobs: Iterable[Callable[[], Item]], n_workers: int) -> Iterator[Item]:
+def _in_order(jobs: Iterable[Callable[[], Item] | None], n_workers: int) -> Iterator[Item]:
     """The results of jobs, in order; the next ones run in other threads meanwhile."""
     n_threads, pool = torch.get_num_threads(), workers(n_workers)
     try:
@@ -233,7 +252,12 @@ def _p_value_counts(tables: Iterable[pa.Table]) -> tuple[np.ndarray, np.ndarray]
 
 
 def _write(
-    detector: MDMLDetector, task: ScoreTask, source: TableStream, tables: Iterable[pa.Table], level: float
+    detector: MDMLDetector,
+    task: ScoreTask,
+    source: TableStream,
+    tables: Iterable[pa.Table],
+    level: float,
+    on_drift: OnDrift | None,
 ) -> ScoreSummary:
     """Write the tables, each with its alarms and where asked for its evidence of drift."""
     summary = ScoreSummary()
@@ -252,6 +276,8 @@ def _write(
             if monitor:
                 evidence = monitor.evidence(table["score"].to_numpy())
                 table = table.append_column("drift_evidence", pa.array(evidence))
+                if on_drift and summary.drift_row is None and monitor.first_row is not None:
+                    on_drift(monitor.first_row)
                 summary.drift_row = monitor.first_row
             yield table
 

@@ -19,9 +19,11 @@ def workers(n: int) -> ThreadPoolExecutor:
 
 
 def in_order(
-    pool: ThreadPoolExecutor, jobs: Iterable[Callable[[], Item]], ahead: int, *, helping: bool = False
+    pool: ThreadPoolExecutor, jobs: Iterable[Callable[[], Item] | None], ahead: int, *, helping: bool = False
 ) -> Iterator[Item]:
     """The results of jobs in their order, of which so many more run, or wait for a thread, meanwhile.
+
+    None among the jobs: the next one may be long in coming; the results of those before it are given first.
 
     helping: where this thread would wait for a result, it takes a job that no other has begun. It is awake already;
         to wake another for each core there is costs a tenth of a job of some milliseconds, and more on a busy machine.
@@ -34,8 +36,9 @@ def in_order(
         return pending.popleft()[0].result()
 
     for job in jobs:
-        pending.append((pool.submit(job), job))
-        if len(pending) > ahead:
+        if job:
+            pending.append((pool.submit(job), job))
+        while len(pending) > (ahead if job else 0):
             yield first()
     while pending:
         yield first()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
+import math
 import sys
 import time
 import warnings
@@ -12,12 +13,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 import typer
 
-# Seconds between two lines of progress where there is no terminal for a bar.
-LINE_SECONDS = 10.0
+# Seconds between two lines of progress: where there is no terminal for a bar, and in the file.
+LINE_SECONDS, RECORD_SECONDS = 10.0, 1.0
+
+Item = TypeVar("Item")
 
 Update = Callable[[int, int | None, str], None]
 """Takes what is done, how much there is in all (None: nobody knows), and a detail to show."""
@@ -167,14 +170,38 @@ def progress(what: str, unit: str = "") -> Iterator[Update]:
     """
     meter = _Meter(unit)
     show = _nothing() if _log.quiet else _bar(what) if sys.stderr.isatty() else _lines(what)
-    with show as display:
+
+    def keep(news: tuple[int, int | None, str]) -> None:
+        done, total, detail = news
+        record("progress", what=what, done=done, total=total, detail=detail)
+
+    with show as display, _now_and_then(RECORD_SECONDS, keep) as tell:
 
         def update(done: int, total: int | None, detail: str = "") -> None:
             text = meter.text(done, total, detail)
-            record("progress", what=what, done=done, total=total, detail=detail)
+            tell((done, total, detail))
             display(done, total, text)
 
         yield update
+
+
+@contextlib.contextmanager
+def _now_and_then(seconds: float, say: Callable[[Item], None]) -> Iterator[Callable[[Item], None]]:
+    """Says the first of what it is told, the last, and one every so many seconds between."""
+    said_at, waiting = -math.inf, list[Item]()
+
+    def tell(news: Item) -> None:
+        nonlocal said_at
+        waiting[:] = [news]
+        if time.monotonic() - said_at >= seconds:
+            said_at = time.monotonic()
+            say(waiting.pop())
+
+    try:
+        yield tell
+    finally:
+        if waiting:
+            say(waiting.pop())
 
 
 @dataclass
@@ -208,21 +235,8 @@ def _nothing() -> Iterator[Display]:
 
 @contextlib.contextmanager
 def _lines(what: str) -> Iterator[Display]:
-    """The first update, the last one, and one every `LINE_SECONDS` between."""
-    shown_at, waiting = -LINE_SECONDS, None
-
-    def display(_done: int, _total: int | None, text: str) -> None:
-        nonlocal shown_at, waiting
-        waiting = f"{what}: {text}"
-        if time.monotonic() - shown_at >= LINE_SECONDS:
-            typer.echo(waiting, err=True)
-            shown_at, waiting = time.monotonic(), None
-
-    try:
-        yield display
-    finally:
-        if waiting is not None:
-            typer.echo(waiting, err=True)
+    with _now_and_then(LINE_SECONDS, lambda text: typer.echo(f"{what}: {text}", err=True)) as tell:
+        yield lambda _done, _total, text: tell(text)
 
 
 @contextlib.contextmanager

@@ -91,9 +91,22 @@ def score(
     settings = {"false_alarm_rate": false_alarm_rate, "promise": promise, "confidence": confidence}
     detector.set_params(**{name: value for name, value in settings.items() if value is not None})
     detector.check_settings()
+
+    def on_drift(row: int) -> None:
+        log.note(
+            f"from row {row} on, rows are not like the calibration normals "
+            f"(by chance so at most once in {round(1 / DRIFT_CHANCE)} streams): recalibrate, or look for many anomalies"
+        )
+
     try:
         with log.progress("scoring", "rows") as update:
-            result = score_file(detector, task, resume=resume, progress=lambda done, total: update(done, total, ""))
+            result = score_file(
+                detector,
+                task,
+                resume=resume,
+                progress=lambda done, total: update(done, total, ""),
+                on_drift=on_drift,
+            )
     except KeyboardInterrupt:
         if out != STANDARD and task.partial.exists():
             log.note(f"what is scored so far is in {task.partial}; the same command with --resume goes on")
@@ -103,11 +116,6 @@ def score(
         log.note(f"{result.resumed_rows} of the rows were scored by the run that was cut off")
     for line in detector.attainable_notes():
         log.note(line)
-    if result.drift_row is not None:
-        log.note(
-            f"from row {result.drift_row} on, rows are not like the calibration normals "
-            f"(by chance so at most once in {round(1 / DRIFT_CHANCE)} streams): recalibrate, or look for many anomalies"
-        )
     summary = {
         "out": str(out),
         "rows": result.rows,

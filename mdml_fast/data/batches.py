@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import contextlib
 import gzip
-import io
+import itertools
 import json
 import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.csv as pa_csv
 import pyarrow.dataset as pa_dataset
 import pyarrow.parquet as pa_parquet
 
+from mdml_fast.data.pipes import Pipe
 from mdml_fast.data.tables import CSV_ROW_BYTES, check_names, check_readable, csv_values, read_table, suffix_of
 from mdml_fast.errors import InputError, first_line
 from mdml_fast.files import replace_file
@@ -47,7 +48,8 @@ class TableStream:
 
     Attributes:
         names: its columns, those that are not read too.
-        batches: its rows in order, at least one, in tables of as many rows as asked for; the last may have fewer.
+        batches: its rows in order, at least one, in tables of as many rows as asked for; the last may have fewer. Of
+            standard input so may one, or have none at all, after which no more have come yet.
         rows_in_all: how many rows it has, given how many were read so far: as the file says, or else estimated from
             how far into the file they reach; None where nothing tells.
         is_text: whether it is CSV, and not a binary format.
@@ -73,13 +75,15 @@ def open_table(path: Path, wanted: Wanted, n_rows: int) -> Iterator[TableStream]
         with _explained(source):
             found = _standard_input(wanted) if path == STANDARD else _file(path, wanted, stack)
         check_names(found.names, source)
-        batches = _resized(found.batches, n_rows, source)
+        batches = _resized(found, n_rows, source)
         yield TableStream(found.names, batches, found.rows_in_all, found.is_text)
 
 
 def check_writable(path: Path) -> None:
-    """Raise InputError now where `write_tables` would later: an unknown ending, or a folder that is not there."""
+    """Raise InputError now where `write_tables` would later: an unknown ending, or nothing there to write to."""
     if path == STANDARD:
+        if sys.stdout is None:
+            raise InputError("standard output is closed; name a file to write to")
         return
     suffix_of(path, WRITABLE)
     if path.is_dir():
@@ -122,19 +126,25 @@ def _write(tables: Iterable[pa.Table], sink: pa.NativeFile, suffix: str) -> None
         ".stream": pa.ipc.new_stream,
     }.get(suffix, pa.ipc.new_file)
     with open_writer(sink, first.schema) as writer:
-        writer.write_table(first)
-        for table in tables:
+        for table in itertools.chain([first], tables):
             writer.write_table(table)
+            sink.flush()  # whoever reads it need not wait for more
+
+
+def _never() -> bool:
+    """A file does not rest."""
+    return False
 
 
 @dataclass(frozen=True)
 class _Found:
-    """A `TableStream` whose batches are of any size."""
+    """A `TableStream` whose batches are of any size; and whether what has come shall not wait for more."""
 
     names: list[str]
     batches: Iterable[pa.RecordBatch]
     rows_in_all: Callable[[int], int | None]
     is_text: bool = False
+    rests: Callable[[], bool] = _never
 
 
 def _file(path: Path, wanted: Wanted, stack: contextlib.ExitStack) -> _Found:
@@ -150,7 +160,7 @@ def _file(path: Path, wanted: Wanted, stack: contextlib.ExitStack) -> _Found:
     raw = stack.enter_context(path.open("rb"))
     text: Any = gzip.GzipFile(fileobj=raw) if suffix == ".csv.gz" else raw
     size = path.stat().st_size
-    return _csv(text, wanted, str(path), lambda read: round(read * size / max(raw.tell(), 1)))
+    return _csv(text.read, wanted, str(path), lambda read: round(read * size / max(raw.tell(), 1)))
 
 
 def _parquet(file: pa_parquet.ParquetFile, wanted: Wanted) -> _Found:
@@ -174,18 +184,26 @@ def _arrow_file(path: Path, wanted: Wanted, stack: contextlib.ExitStack) -> _Fou
 
 
 def _standard_input(wanted: Wanted) -> _Found:
-    raw = sys.stdin.buffer
-    start = raw.read(8)
+    if sys.stdin is None:
+        raise InputError("standard input is closed; pipe a table into it, or name a file")
+    pipe = Pipe(sys.stdin.buffer)
+    start = pipe.peek(8)
     if start.startswith((ARROW_FILE, ARROW_STREAM)):
-        # A file is a stream after eight bytes of its own.
-        reader = pa.ipc.open_stream(raw if start.startswith(ARROW_FILE) else _rejoined(start, raw))
+        if start.startswith(ARROW_FILE):
+            pipe.read(8)  # what follows is a stream
+        reader = pa.ipc.open_stream(pipe)
         names = reader.schema.names
-        return _Found(names, (batch.select(_chosen(names, wanted)) for batch in reader), lambda _: None)
+        batches = (batch.select(_chosen(names, wanted)) for batch in reader)
+        return _Found(names, batches, _unknown, rests=pipe.rests)
     if start.startswith(PARQUET):
         raise InputError("standard input is Parquet, which is read from its end: name the file instead")
     if start.startswith(GZIP):
-        raw, start = gzip.GzipFile(fileobj=_rejoined(start, raw)), b""
-    return _csv(raw, wanted, "standard input", lambda _: None, start)
+        return _csv(gzip.GzipFile(fileobj=pipe).read, wanted, "standard input", _unknown)
+    return _csv(pipe.read_ready, wanted, "standard input", _unknown, pipe.rests)
+
+
+def _unknown(_: int) -> None:
+    """The number of rows of what is still being written."""
 
 
 def _chosen(names: list[str], wanted: Wanted) -> list[str]:
@@ -193,10 +211,14 @@ def _chosen(names: list[str], wanted: Wanted) -> list[str]:
 
 
 def _csv(
-    raw: BinaryIO, wanted: Wanted, source: str, rows_in_all: Callable[[int], int | None], start: bytes = b""
+    read: Callable[[int], bytes],
+    wanted: Wanted,
+    source: str,
+    rows_in_all: Callable[[int], int | None],
+    rests: Callable[[], bool] = _never,
 ) -> _Found:
     """Parsed block by block: pyarrow's own reader of streams would read from Python in threads that outlive it."""
-    blocks = _whole_rows(raw, start)
+    blocks = _whole_rows(read)
     first = next(blocks, b"")
     while not (found := _parsed(first, csv_values())).num_rows and (more := next(blocks, b"")):
         first += more  # names alone tell no types
@@ -212,7 +234,7 @@ def _csv(
         for block in blocks:
             yield from _parsed(block, options, schema.names).to_batches()
 
-    return _Found(schema.names, batches(), rows_in_all, is_text=True)
+    return _Found(schema.names, batches(), rows_in_all, is_text=True, rests=rests)
 
 
 def _parsed(block: bytes, options: pa_csv.ConvertOptions, names: list[str] | None = None) -> pa.Table:
@@ -229,10 +251,10 @@ def _native(data: bytes) -> pa.BufferReader:
     return pa.BufferReader(sink.getvalue())
 
 
-def _whole_rows(raw: BinaryIO, start: bytes) -> Iterator[bytes]:
-    """The bytes after `start`, and these, in blocks of about `CSV_BLOCK_BYTES` that end with a row; none is blank."""
-    rest = start
-    while data := raw.read(CSV_BLOCK_BYTES):
+def _whole_rows(read: Callable[[int], bytes]) -> Iterator[bytes]:
+    """What is read, in blocks of about `CSV_BLOCK_BYTES` at most that end with a row; none is blank."""
+    rest = b""
+    while data := read(CSV_BLOCK_BYTES):
         data = rest + data
         end = _end_of_rows(data)
         rows, rest = data[:end], data[end:]
@@ -263,15 +285,19 @@ def _text_type(found: pa.DataType, wanted: pa.DataType | None) -> pa.DataType:
     return wanted if wanted is not None and (is_whole or pa.types.is_string(wanted)) else found
 
 
-def _resized(batches: Iterable[pa.RecordBatch], n_rows: int, source: str) -> Iterator[pa.Table]:
+def _resized(found: _Found, n_rows: int, source: str) -> Iterator[pa.Table]:
     waiting, is_empty = None, True
     with _explained(source):
-        for batch in batches:
+        for batch in found.batches:
             table = pa.Table.from_batches([batch])
+            is_empty = is_empty and not batch.num_rows
             waiting = table if waiting is None else pa.concat_tables([waiting, table])
             while waiting.num_rows >= n_rows:
                 yield waiting.slice(0, n_rows)
-                waiting, is_empty = waiting.slice(n_rows), False
+                waiting = waiting.slice(n_rows)
+            if found.rests():
+                yield waiting
+                waiting = None
     if waiting is not None and waiting.num_rows:
         yield waiting
     elif is_empty:
@@ -287,22 +313,3 @@ def _explained(source: str) -> Iterator[None]:
         raise
     except (pa.ArrowException, OSError, ValueError, EOFError) as error:
         raise InputError(f"{source} is not a table that can be read: {first_line(error)}") from error
-
-
-class _Rejoined(io.RawIOBase):
-    """Bytes that were read already, and then the rest of their stream."""
-
-    def __init__(self, head: bytes, rest: BinaryIO) -> None:
-        self._head, self._rest = io.BytesIO(head), rest
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, buffer: Any) -> int:
-        data = self._head.read(len(buffer)) or self._rest.read(len(buffer))
-        buffer[: len(data)] = data
-        return len(data)
-
-
-def _rejoined(head: bytes, rest: BinaryIO) -> io.BufferedReader:
-    return io.BufferedReader(_Rejoined(head, rest), 2**20)

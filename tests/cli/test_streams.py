@@ -64,6 +64,32 @@ def test_arrow_and_csv_come_and_go_through_pipes(model: Path, tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
+def test_a_row_is_scored_as_it_comes_and_drift_is_told_while_it_lasts(model: Path, tmp_path: Path) -> None:
+    process = start(
+        tmp_path, "score", model, "-", "--out", "-", "--monitor", stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert process.stdin is not None
+    assert process.stdout is not None
+    assert process.stderr is not None
+    process.stdin.write(b"x0,x1,x2,x3\n")
+    for row, sent in enumerate([b"0,1,0,1\n", b"1,0.5,0,0\n", b"0,0,0,0\n" + 9 * b"90,90,90,90\n"]):
+        process.stdin.write(sent)
+        process.stdin.flush()
+        if not row:
+            assert process.stdout.readline().startswith(b'"score","p_value"')
+        for _ in range(sent.count(b"\n")):
+            assert process.stdout.readline().count(b",") == 3
+    told = process.stderr.readline()
+    while told and b"on, rows are not like the calibration normals" not in told:
+        told = process.stderr.readline()
+    assert told.startswith(b"note: from row ")
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert out == b""
+    assert b"9 alarms in 12 rows" in err
+    assert b"calibration normals" not in err
+
+
 def test_values_missing_as_none_were_in_training_are_told_once(model: Path, tmp_path: Path) -> None:
     gaps = pa.array([None if i % 10 == 0 else float(i % 3) for i in range(20_000)])
     pa_parquet.write_table(table(20_000).set_column(1, "x0", gaps), tmp_path / "data.parquet")

@@ -10,9 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pa_parquet
 import pytest
 import torch
+from pyarrow.csv import ConvertOptions, read_csv
 
 from mdml_fast import InputError, MDMLDetector, stream
-from mdml_fast.data import read_table, write_table
+from mdml_fast.data import batches, read_table, write_table
 from mdml_fast.drift import DriftMonitor
 from mdml_fast.meta.default import DefaultConfig
 from mdml_fast.meta.ensemble import EnsembleConfig
@@ -95,6 +96,24 @@ def test_the_stream_says_why(fitted: tuple[MDMLDetector, ScoreTask], task: Score
     assert 0 < written["kind"].null_count < N_ROWS
     with pytest.raises(InputError, match="the output has a column 'kind' of its own"):
         score_file(detector, replace(task, keep=("kind",)))
+
+
+def test_what_is_kept_of_a_csv_stands_in_a_csv_as_it_stood(
+    fitted: tuple[MDMLDetector, ScoreTask], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the first rows made of it: zeros, then a fraction; and a feature is kept as the model reads it."""
+    monkeypatch.setattr(batches, "CSV_BLOCK_BYTES", 64)
+    codes = ["007"] * 20 + ["1.50"]
+    lines = [f"{code},{i // 20 + i % 2},0,{i / 2},a" for i, code in enumerate(codes)]
+    (tmp_path / "data.csv").write_text("\n".join(["code,x,y,z,kind", *lines]))
+    task = replace(fitted[1], data=tmp_path / "data.csv", out=tmp_path / "out.csv", keep=("code", "x"))
+    score_file(fitted[0], task)
+    text = read_csv(task.out, convert_options=ConvertOptions(column_types={"code": pa.string()}))
+    assert text["code"].to_pylist() == codes
+    assert text["x"].to_pylist() == [i // 20 + i % 2 for i in range(21)]
+    (tmp_path / "data.csv").write_text("\n".join(["code,x,y,z,kind", *lines[:20]]))
+    score_file(fitted[0], replace(task, out=tmp_path / "out.parquet"))
+    assert read_table(tmp_path / "out.parquet")["code"].to_pylist() == [7] * 20
 
 
 class CutOffError(Exception):

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -22,6 +23,21 @@ def test_results_come_in_order(helping: bool, ahead: int) -> None:
         found = list(in_order(pool, (lambda i=i: slow(i) for i in range(20)), ahead, helping=helping))
     assert [i for i, _ in found] == list(range(20))
     assert helping or threading.get_ident() not in {thread for _, thread in found}
+
+
+def test_what_is_done_is_given_before_a_job_that_may_be_long_in_coming() -> None:
+    given: list[int] = []
+
+    def jobs() -> Iterator[Callable[[], int] | None]:
+        yield lambda: 0
+        yield lambda: 1
+        yield None
+        assert given == [0, 1]
+        yield lambda: 2
+
+    with workers(2) as pool:
+        given.extend(in_order(pool, jobs(), 10))
+    assert given == [0, 1, 2]
 
 
 def test_a_helper_does_what_nobody_begins() -> None:
