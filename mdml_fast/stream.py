@@ -19,11 +19,20 @@ import torch
 
 from mdml_fast.artifact import DOCUMENT
 from mdml_fast.calibration import Promise
-from mdml_fast.data.batches import STANDARD, TableStream, Wanted, check_writable, open_table, write_tables
+from mdml_fast.data.batches import (
+    STANDARD,
+    WRITABLE,
+    TableStream,
+    Wanted,
+    check_writable,
+    open_table,
+    type_of_names,
+    write_tables,
+)
 from mdml_fast.data.encoding import NumericColumn
 from mdml_fast.data.labelled import class_names
 from mdml_fast.data.parts import Parts
-from mdml_fast.data.tables import plain
+from mdml_fast.data.tables import plain, suffix_of
 from mdml_fast.detector import MDMLDetector
 from mdml_fast.drift import DriftMonitor
 from mdml_fast.errors import InputError
@@ -43,7 +52,7 @@ Progress = Callable[[int, int | None], None]
 """Told the rows done, and how many there are in all, where known."""
 
 OnDrift = Callable[[int], None]
-"""Told once, as soon as it is known, the row from which on there is drift."""
+"""Told once, when that row is written, the row from which on there is drift."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,7 @@ class ScoreTask:
     @property
     def writes_csv(self) -> bool:
         """Whether what comes as CSV becomes CSV."""
-        return self.out == STANDARD or self.out.suffix == ".csv"
+        return self.out == STANDARD or suffix_of(self.out, WRITABLE) == ".csv"
 
     def check(self) -> None:
         """Raise InputError for what can't be done, before anything is read."""
@@ -110,8 +119,8 @@ def score_file(
     """Score a table of any size, in the order of its rows; the alarms keep the detector's promise.
 
     What is scored gathers in the folder ``<out>.partial``, and becomes `out` at the end; a run that is cut off leaves
-    the folder, to be resumed. To standard output rows are written as they are scored, those of a pipe within a second
-    of their coming; under the promise ``fdr``, which depends on all of them, after the last one.
+    the folder, to be resumed. To standard output rows are written as they are scored, those of a pipe within about a
+    second of their coming; under the promise ``fdr``, which depends on all of them, after the last one.
 
     Args:
         detector: fitted.
@@ -128,9 +137,10 @@ def score_file(
     if resume and STANDARD in (task.data, task.out):
         raise InputError("a run between standard input and output can't be resumed; leave out --resume, or name files")
     by_batch = Promise(detector.promise) is Promise.FDR
-    with open_table(task.data, _wanted(detector, task), BATCH_ROWS) as table:
+    live = task.out == STANDARD and not by_batch
+    with open_table(task.data, _wanted(detector, task), BATCH_ROWS, live) as table:
         _check_columns(table, task)
-        if task.out == STANDARD and not by_batch:
+        if live:
             scored = _scored(detector, task, table, 0, progress)
             return _write(detector, task, table, scored, detector.alarm_level(), on_drift)
         with _parts(task, resume) as parts:
@@ -147,9 +157,13 @@ def _wanted(detector: MDMLDetector, task: ScoreTask) -> Wanted:
         column.name: pa.float64() if isinstance(column, NumericColumn) else pa.string()
         for column in detector.encoder_.columns
     }
-    # What goes from CSV to CSV is carried over as it stands: 007, and 0 where the first fraction is still to come.
+    # From CSV to CSV as text: 007 stays 007, and 0 is no whole number where the first fraction is still to come.
     kept = dict.fromkeys(task.keep, pa.string() if task.writes_csv else None)
-    return kept | dict.fromkeys([task.group] if task.group else []) | features
+    groups = detector.calibration_.groups
+    # Groups have names as in training, whatever the first rows look like.
+    of_group = pa.string() if groups is None else type_of_names(np.unique(groups).tolist())
+    group = {task.group: of_group} if task.group else {}
+    return kept | group | features  # a column that is several of these is read as the last
 
 
 def _check_columns(table: TableStream, task: ScoreTask) -> None:
@@ -163,27 +177,27 @@ def _parts(task: ScoreTask, resume: bool) -> Iterator[Parts]:
     if task.out == STANDARD:
         with (
             tempfile.TemporaryDirectory(prefix="mdml-fast-") as folder,
-            Parts.begin(Path(folder) / "parts", {}) as parts,
+            Parts.begin(Path(folder) / "parts") as parts,
         ):
             yield parts
         return
-    begin = Parts.resume if resume else Parts.begin
-    with begin(task.partial, _identity(task)) as parts:
+    identity = None if task.data == STANDARD else _identity(task)
+    with Parts.resume(task.partial, identity) if resume else Parts.begin(task.partial, identity) as parts:
         yield parts
 
 
 def _identity(task: ScoreTask) -> dict[str, Any]:
     """What must agree for two runs to score the same rows in the same way."""
-    identity: dict[str, Any] = {
+    status = task.data.stat()
+    return {
         "model": hashlib.sha256((task.model / DOCUMENT).read_bytes()).hexdigest(),
         "keep": list(task.keep),
         "group": task.group,
         "explain": task.explain,
+        "data": str(task.data.resolve()),
+        "bytes": status.st_size,
+        "changed": status.st_mtime_ns,
     }
-    if task.data != STANDARD:
-        status = task.data.stat()
-        identity |= {"data": str(task.data.resolve()), "bytes": status.st_size, "changed": status.st_mtime_ns}
-    return identity
 
 
 def _scored(
@@ -212,7 +226,7 @@ def _scored(
             if start >= skipped_rows and batch.num_rows:
                 yield partial(score, start, batch)
             if batch.num_rows < BATCH_ROWS:
-                yield None
+                yield None  # no more have come yet: nobody shall wait for these
             start += batch.num_rows
 
     done = released = skipped_rows
@@ -276,9 +290,10 @@ def _write(
             if monitor:
                 evidence = monitor.evidence(table["score"].to_numpy())
                 table = table.append_column("drift_evidence", pa.array(evidence))
-                if on_drift and summary.drift_row is None and monitor.first_row is not None:
-                    on_drift(monitor.first_row)
-                summary.drift_row = monitor.first_row
+                if summary.drift_row is None and monitor.first_row is not None:
+                    summary.drift_row = monitor.first_row
+                    if on_drift:
+                        on_drift(summary.drift_row)
             yield table
 
     write_tables(finished(), task.out, text=source.is_text)

@@ -36,9 +36,9 @@ def in_order(
         return pending.popleft()[0].result()
 
     for job in jobs:
-        if job:
+        if job is not None:
             pending.append((pool.submit(job), job))
-        while len(pending) > (ahead if job else 0):
+        while len(pending) > (0 if job is None else ahead):
             yield first()
     while pending:
         yield first()

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any, TextIO, TypeVar
 
@@ -26,12 +27,17 @@ Update = Callable[[int, int | None, str], None]
 """Takes what is done, how much there is in all (None: nobody knows), and a detail to show."""
 
 
+def _on_standard_error(line: str) -> None:
+    typer.echo(line, err=True)
+
+
 @dataclass
 class _Log:
     """The settings of this run."""
 
     quiet: bool = False
     file: TextIO | None = None
+    say: Callable[[str], None] = _on_standard_error
     notes: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)  # of what is logged all along
 
 
@@ -83,7 +89,7 @@ def note(message: str) -> None:
     """Something that a user should know about a run that goes on."""
     record("note", message=message)
     if not _log.quiet:
-        typer.echo(f"note: {message}", err=True)
+        _log.say(f"note: {message}")
 
 
 def engine_notes() -> contextlib.AbstractContextManager[None]:
@@ -133,7 +139,7 @@ class _Notes(logging.Handler):
 def failed(message: str) -> None:
     """Why a command ends without success; also where it is quiet."""
     record("error", message=message)
-    typer.echo(f"mdml-fast: {message}", err=True)
+    _on_standard_error(f"mdml-fast: {message}")
 
 
 Scalar = Callable[[str, float, int], None]
@@ -161,15 +167,16 @@ def curves(folder: Path | None) -> Iterator[Scalar]:
 
 
 @contextlib.contextmanager
-def progress(what: str, unit: str = "") -> Iterator[Update]:
+def progress(what: str, unit: str = "", *, bar: bool = True) -> Iterator[Update]:
     """Progress as a bar on a terminal, as a line now and then elsewhere; nothing before the first update.
 
     Args:
         what: is being done.
         unit: of the numbers; with one, its rate is shown.
+        bar: False: lines, as what else is printed goes to the terminal too.
     """
     meter = _Meter(unit)
-    show = _nothing() if _log.quiet else _bar(what) if sys.stderr.isatty() else _lines(what)
+    show = _nothing() if _log.quiet else _bar(what) if bar and sys.stderr.isatty() else _lines(what)
 
     def keep(news: tuple[int, int | None, str]) -> None:
         done, total, detail = news
@@ -235,7 +242,7 @@ def _nothing() -> Iterator[Display]:
 
 @contextlib.contextmanager
 def _lines(what: str) -> Iterator[Display]:
-    with _now_and_then(LINE_SECONDS, lambda text: typer.echo(f"{what}: {text}", err=True)) as tell:
+    with _now_and_then(LINE_SECONDS, lambda text: _on_standard_error(f"{what}: {text}")) as tell:
         yield lambda _done, _total, text: tell(text)
 
 
@@ -252,8 +259,11 @@ def _bar(what: str) -> Iterator[Display]:
         bar.start()
         bar.update(task, completed=done, total=total, text=text)
 
+    # A note would end on the bar's line otherwise.
+    _log.say = partial(bar.console.print, markup=False, highlight=False, soft_wrap=True)
     try:
         yield display
     finally:
+        _log.say = _on_standard_error
         if bar.live.is_started:
             bar.stop()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -99,7 +100,7 @@ def score(
         )
 
     try:
-        with log.progress("scoring", "rows") as update:
+        with log.progress("scoring", "rows", bar=out != STANDARD or not sys.stdout.isatty()) as update:
             result = score_file(
                 detector,
                 task,

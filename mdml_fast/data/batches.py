@@ -8,8 +8,9 @@ import itertools
 import json
 import re
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pyarrow.csv as pa_csv
 import pyarrow.dataset as pa_dataset
 import pyarrow.parquet as pa_parquet
 
-from mdml_fast.data.pipes import Pipe
+from mdml_fast.data.pipes import PATIENCE, Pipe
 from mdml_fast.data.tables import CSV_ROW_BYTES, check_names, check_readable, csv_values, read_table, suffix_of
 from mdml_fast.errors import InputError, first_line
 from mdml_fast.files import replace_file
@@ -48,8 +49,8 @@ class TableStream:
 
     Attributes:
         names: its columns, those that are not read too.
-        batches: its rows in order, at least one, in tables of as many rows as asked for; the last may have fewer. Of
-            standard input so may one, or have none at all, after which no more have come yet.
+        batches: its rows in order, at least one, in tables of as many rows as asked for; the last may have fewer. Of a
+            live one every table may, or have none: then no more have come yet.
         rows_in_all: how many rows it has, given how many were read so far: as the file says, or else estimated from
             how far into the file they reach; None where nothing tells.
         is_text: whether it is CSV, and not a binary format.
@@ -62,10 +63,17 @@ class TableStream:
 
 
 @contextlib.contextmanager
-def open_table(path: Path, wanted: Wanted, n_rows: int) -> Iterator[TableStream]:
+def open_table(path: Path, wanted: Wanted, n_rows: int, live: bool = False) -> Iterator[TableStream]:
     """A table to read in batches of `n_rows` rows: a file as `read_table` takes, or ``-`` for standard input.
 
     Standard input is Arrow IPC (stream or file) or CSV, by its first bytes. An .npz is read whole.
+
+    Args:
+        path: of the table.
+        wanted: the columns to read.
+        n_rows: of a batch.
+        live: of standard input, give rows that have come without waiting for `n_rows` of them. A column of CSV without
+            a type in `wanted` then has to stay as the first rows suggest. (Compressed CSV is not read so.)
 
     Raises:
         InputError: there is no such file, it is no table or has no rows; also while its batches are read.
@@ -73,7 +81,7 @@ def open_table(path: Path, wanted: Wanted, n_rows: int) -> Iterator[TableStream]
     source = "standard input" if path == STANDARD else str(path)
     with contextlib.ExitStack() as stack:
         with _explained(source):
-            found = _standard_input(wanted) if path == STANDARD else _file(path, wanted, stack)
+            found = _standard_input(wanted, live) if path == STANDARD else _file(path, wanted, stack)
         check_names(found.names, source)
         batches = _resized(found, n_rows, source)
         yield TableStream(found.names, batches, found.rows_in_all, found.is_text)
@@ -131,20 +139,19 @@ def _write(tables: Iterable[pa.Table], sink: pa.NativeFile, suffix: str) -> None
             sink.flush()  # whoever reads it need not wait for more
 
 
-def _never() -> bool:
-    """A file does not rest."""
-    return False
-
-
 @dataclass(frozen=True)
 class _Found:
-    """A `TableStream` whose batches are of any size; and whether what has come shall not wait for more."""
+    """A `TableStream` whose batches are of any size.
+
+    Attributes:
+        paused: tells, after a batch of a live one, whether the next has not come yet; None where it is not live.
+    """
 
     names: list[str]
     batches: Iterable[pa.RecordBatch]
     rows_in_all: Callable[[int], int | None]
     is_text: bool = False
-    rests: Callable[[], bool] = _never
+    paused: Callable[[], bool] | None = None
 
 
 def _file(path: Path, wanted: Wanted, stack: contextlib.ExitStack) -> _Found:
@@ -183,7 +190,7 @@ def _arrow_file(path: Path, wanted: Wanted, stack: contextlib.ExitStack) -> _Fou
     return _Found(names, map(reader.get_batch, range(reader.num_record_batches)), lambda _: n_rows)
 
 
-def _standard_input(wanted: Wanted) -> _Found:
+def _standard_input(wanted: Wanted, live: bool) -> _Found:
     if sys.stdin is None:
         raise InputError("standard input is closed; pipe a table into it, or name a file")
     pipe = Pipe(sys.stdin.buffer)
@@ -194,47 +201,58 @@ def _standard_input(wanted: Wanted) -> _Found:
         reader = pa.ipc.open_stream(pipe)
         names = reader.schema.names
         batches = (batch.select(_chosen(names, wanted)) for batch in reader)
-        return _Found(names, batches, _unknown, rests=pipe.rests)
+        return _Found(names, batches, _nobody_knows, paused=pipe.paused if live else None)
     if start.startswith(PARQUET):
         raise InputError("standard input is Parquet, which is read from its end: name the file instead")
     if start.startswith(GZIP):
-        return _csv(gzip.GzipFile(fileobj=pipe).read, wanted, "standard input", _unknown)
-    return _csv(pipe.read_ready, wanted, "standard input", _unknown, pipe.rests)
+        return _csv(gzip.GzipFile(fileobj=pipe).read, wanted, "standard input", _nobody_knows)
+    if not live:
+        return _csv(pipe.read, wanted, "standard input", _nobody_knows)
+    found = _csv(pipe.read_ready, wanted, "standard input", _nobody_knows)
+    return replace(found, paused=pipe.paused)
 
 
-def _unknown(_: int) -> None:
-    """The number of rows of what is still being written."""
+def _nobody_knows(_: int) -> None:
+    """How many rows there will be."""
 
 
 def _chosen(names: list[str], wanted: Wanted) -> list[str]:
     return names if wanted is None else [name for name in names if name in wanted]
 
 
-def _csv(
-    read: Callable[[int], bytes],
-    wanted: Wanted,
-    source: str,
-    rows_in_all: Callable[[int], int | None],
-    rests: Callable[[], bool] = _never,
-) -> _Found:
+def _csv(read: Callable[[int], bytes], wanted: Wanted, source: str, rows_in_all: Callable[[int], int | None]) -> _Found:
     """Parsed block by block: pyarrow's own reader of streams would read from Python in threads that outlive it."""
     blocks = _whole_rows(read)
-    first = next(blocks, b"")
-    while not (found := _parsed(first, csv_values())).num_rows and (more := next(blocks, b"")):
-        first += more  # names alone tell no types
+    first, found = b"", None
+    for block in blocks:
+        first += block
+        found = _parsed(first, csv_values()) if first else None
+        if found is not None and found.num_rows:
+            break  # names alone tell no types
+    if found is None:
+        raise InputError(f"{source} is empty")
     schema = found.schema
     check_names(schema.names, source)
     types = {name: schema.field(name).type for name in _chosen(schema.names, wanted)}
     if wanted is not None:
         types = {name: _text_type(kind, wanted[name]) for name, kind in types.items()}
     options = csv_values(column_types=types, include_columns=list(types))
+    no_rows = pa.RecordBatch.from_pylist([], pa.schema(list(types.items())))
 
     def batches() -> Iterator[pa.RecordBatch]:
         yield from _parsed(first, options).to_batches()
         for block in blocks:
-            yield from _parsed(block, options, schema.names).to_batches()
+            yield from _parsed(block, options, schema.names).to_batches() if block else [no_rows]
 
-    return _Found(schema.names, batches(), rows_in_all, is_text=True, rests=rests)
+    return _Found(schema.names, batches(), rows_in_all, is_text=True)
+
+
+def type_of_names(names: Sequence[str]) -> pa.DataType:
+    """How a column of CSV is read so that its values, as text, are names like these, at least one."""
+    sink = pa.BufferOutputStream()
+    pa_csv.write_csv(pa.table({"names": names}), sink)
+    column = pa_csv.read_csv(pa.BufferReader(sink.getvalue()), convert_options=csv_values())["names"]
+    return column.type if column.cast(pa.string()).to_pylist() == names else pa.string()
 
 
 def _parsed(block: bytes, options: pa_csv.ConvertOptions, names: list[str] | None = None) -> pa.Table:
@@ -252,14 +270,13 @@ def _native(data: bytes) -> pa.BufferReader:
 
 
 def _whole_rows(read: Callable[[int], bytes]) -> Iterator[bytes]:
-    """What is read, in blocks of about `CSV_BLOCK_BYTES` at most that end with a row; none is blank."""
+    """What is read, in blocks that end with a row: one for each read, empty where it ended none, or only blank ones."""
     rest = b""
     while data := read(CSV_BLOCK_BYTES):
         data = rest + data
         end = _end_of_rows(data)
         rows, rest = data[:end], data[end:]
-        if rows.strip():
-            yield rows
+        yield rows if rows.strip() else b""
     if rest.strip():
         yield rest
 
@@ -286,20 +303,25 @@ def _text_type(found: pa.DataType, wanted: pa.DataType | None) -> pa.DataType:
 
 
 def _resized(found: _Found, n_rows: int, source: str) -> Iterator[pa.Table]:
-    waiting, is_empty = None, True
+    waiting, n_waiting, since, is_empty = list[pa.Table](), 0, 0.0, True
     with _explained(source):
         for batch in found.batches:
-            table = pa.Table.from_batches([batch])
-            is_empty = is_empty and not batch.num_rows
-            waiting = table if waiting is None else pa.concat_tables([waiting, table])
-            while waiting.num_rows >= n_rows:
-                yield waiting.slice(0, n_rows)
-                waiting = waiting.slice(n_rows)
-            if found.rests():
-                yield waiting
-                waiting = None
-    if waiting is not None and waiting.num_rows:
-        yield waiting
+            if not n_waiting:
+                since = time.monotonic()
+            waiting.append(pa.Table.from_batches([batch]))
+            n_waiting += batch.num_rows
+            is_empty = is_empty and not n_waiting
+            if n_waiting >= n_rows:
+                table = pa.concat_tables(waiting)
+                while table.num_rows >= n_rows:
+                    yield table.slice(0, n_rows)
+                    table = table.slice(n_rows)
+                waiting, n_waiting, since = [table], table.num_rows, time.monotonic()
+            if found.paused and (found.paused() or time.monotonic() - since > PATIENCE):
+                yield pa.concat_tables(waiting)
+                waiting, n_waiting = [], 0
+    if n_waiting:
+        yield pa.concat_tables(waiting)
     elif is_empty:
         raise InputError(f"{source} has no rows")
 

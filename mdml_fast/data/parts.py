@@ -35,12 +35,13 @@ class Parts:
 
     @classmethod
     @contextlib.contextmanager
-    def begin(cls, folder: Path, identity: Mapping[str, Any]) -> Iterator[Parts]:
+    def begin(cls, folder: Path, identity: Mapping[str, Any] | None = None) -> Iterator[Parts]:
         """No parts yet; those of an earlier run are removed.
 
         Args:
             folder: where to write them.
-            identity: of the run, as JSON values; only a run of the same identity can be resumed.
+            identity: of the run, as JSON values; only a run of the same identity can be resumed. None: no run can, and
+                nothing stays.
 
         Raises:
             InputError: there is something else at that path.
@@ -49,15 +50,15 @@ class Parts:
             _check_ours(folder)
             shutil.rmtree(folder)
         folder.mkdir()
-        with _removed_at_the_end(cls(folder)) as parts:
+        with _removed_at_the_end(cls(folder), can_stay=identity is not None) as parts:
             with replace_file(folder / IDENTITY) as file:
                 file.write_text(json.dumps(identity))
             yield parts
 
     @classmethod
     @contextlib.contextmanager
-    def resume(cls, folder: Path, identity: Mapping[str, Any]) -> Iterator[Parts]:
-        """The parts of the earlier run; none, where there was none.
+    def resume(cls, folder: Path, identity: Mapping[str, Any] | None) -> Iterator[Parts]:
+        """The parts of the earlier run; none, where there was none. See `begin`.
 
         Raises:
             ArtifactError: the folder is that of another run.
@@ -98,14 +99,14 @@ class Parts:
 
 
 @contextlib.contextmanager
-def _removed_at_the_end(parts: Parts) -> Iterator[Parts]:
+def _removed_at_the_end(parts: Parts, can_stay: bool = True) -> Iterator[Parts]:
     stays = False
     try:
         yield parts
     except InputError:
         raise
     except BaseException:
-        stays = parts.n_rows > 0
+        stays = can_stay and parts.n_rows > 0
         raise
     finally:
         if not stays:

@@ -7,7 +7,7 @@ import select
 import time
 from typing import Any, BinaryIO
 
-# Seconds without input after which what has come is handed on, and the most that it waits while some keeps coming.
+# Seconds without input after which what has come is handed on, and the most that it waits while more keeps coming.
 PAUSE, PATIENCE = 0.05, 0.5
 
 
@@ -22,15 +22,14 @@ class Pipe(io.RawIOBase):
     """
 
     def __init__(self, source: BinaryIO) -> None:
-        # Without its buffer: what is in there the system knows nothing of.
+        # Not its buffer, whose bytes the system takes for read.
         self._source: Any = getattr(source, "raw", source)
-        self._head = b""
-        self._handed_on = time.monotonic()
+        self._peeked, self._ended, self._came_short = b"", False, False
         try:
             select.select([self._source], [], [], 0)
-            self._tells = True
+            self._can_wait = True
         except (OSError, ValueError, TypeError):
-            self._tells = False
+            self._can_wait = False
 
     def readable(self) -> bool:
         """True."""
@@ -46,34 +45,37 @@ class Pipe(io.RawIOBase):
 
     def peek(self, size: int) -> bytes:
         """The next bytes, which stay to be read; fewer where the stream ends."""
-        self._head = self.read(size) or b""
-        return self._head
+        self._peeked = self.read(size) or b""
+        return self._peeked
 
     def read_ready(self, size: int) -> bytes:
-        """At most so many bytes: what comes before a pause, or within `PATIENCE`; none at the end."""
-        pieces, until = [self._next(size)], time.monotonic() + PATIENCE
-        size -= len(pieces[0])
-        while pieces[-1] and size and time.monotonic() < until and self._comes(PAUSE):
-            pieces.append(self._next(size))
-            size -= len(pieces[-1])
-        return b"".join(pieces)
+        """At most so many bytes: what comes before a `PAUSE`, or within `PATIENCE`; none at the end."""
+        data, until = bytearray(self._next(size)), time.monotonic() + PATIENCE
+        while len(data) < size and not self._ended and time.monotonic() < until and self.has_input(PAUSE):
+            data += self._next(size - len(data))
+        self._came_short = len(data) < size and not self._ended
+        return bytes(data)
 
-    def rests(self) -> bool:
-        """Whether to hand on what has come: nothing more does for now, or little at a time since `PATIENCE`."""
-        late = time.monotonic() - self._handed_on > PATIENCE
-        if self._comes(0 if late else PAUSE):
-            return False
-        self._handed_on = time.monotonic()
-        return True
+    def paused(self) -> bool:
+        """Whether `read_ready` last gave all that had come, or no more comes within a `PAUSE` now."""
+        return self._came_short or not self.has_input(PAUSE)
+
+    def has_input(self, seconds: float | None) -> bool:
+        """Whether there are bytes to read, or the end, within so many seconds; None waits for them."""
+        if self._peeked or self._ended or not self._can_wait:
+            return True
+        return bool(select.select([self._source], [], [], seconds)[0])
 
     def _next(self, size: int) -> bytes:
-        """At most so many bytes, as soon as there are any; none at the end."""
-        if self._head:
-            data, self._head = self._head[:size], self._head[size:]
+        """At most so many bytes, as soon as there are any; none at the end, and ever after."""
+        data: bytes | None = None
+        if self._peeked:
+            data, self._peeked = self._peeked[:size], self._peeked[size:]
             return data
-        self._comes(None)  # a pipe that does not block would have nothing
-        return self._source.read(size) or b""
-
-    def _comes(self, seconds: float | None) -> bool:
-        """Whether there are bytes to read, or the end, within so many seconds; None waits for them."""
-        return bool(self._head) or not self._tells or bool(select.select([self._source], [], [], seconds)[0])
+        if self._ended:  # a terminal would ask for more
+            return b""
+        while data is None:  # of a pipe that does not block, and has nothing
+            self.has_input(None)
+            data = self._source.read(size)
+        self._ended = not data
+        return data

@@ -4,6 +4,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -112,6 +113,23 @@ def test_a_reader_that_goes_away_ends_the_run_in_silence(model: Path, tmp_path: 
     assert process.wait(timeout=60) == 1
 
 
+def test_what_comes_through_a_pipe_leaves_nothing_behind_where_it_is_stopped(model: Path, tmp_path: Path) -> None:
+    """Such a run can't be resumed."""
+    process = start(tmp_path, "score", model, "-", "--out", "out.csv", "--threads", 1, stdin=subprocess.PIPE)
+    assert process.stdin is not None
+    with contextlib.suppress(BrokenPipeError):
+        pa_csv.write_csv(table(100_000), process.stdin)
+        process.stdin.flush()
+    partial = tmp_path / "out.csv.partial"
+    while len(list(partial.glob("part-*"))) < 1 and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"--resume" not in err
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
 def test_a_run_that_is_stopped_leaves_no_half_file_and_goes_on(
     model: Path,
@@ -215,10 +233,12 @@ def test_without_tensorboard_one_line_says_what_to_install(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["small.csv"]
 
 
-def test_a_terminal_shows_a_bar(model: Path, tmp_path: Path) -> None:
-    pa_parquet.write_table(table(40_000), tmp_path / "data.parquet")
+def test_a_terminal_shows_a_bar_and_notes_beside_it(model: Path, tmp_path: Path) -> None:
+    strange = table(40_000)
+    strange = strange.set_column(1, "x0", pa.array(np.full(40_000, 90.0)))
+    pa_parquet.write_table(strange, tmp_path / "data.parquet")
     controller, terminal = os.openpty()
-    command = [COMMAND, "score", model, "data.parquet", "--out", "out.csv"]
+    command = [COMMAND, "score", model, "data.parquet", "--out", "out.csv", "--monitor"]
     process = subprocess.Popen(command, cwd=tmp_path, stderr=terminal, env=os.environ | {"COLUMNS": "120"})
     os.close(terminal)
     shown = b""
@@ -231,3 +251,4 @@ def test_a_terminal_shows_a_bar(model: Path, tmp_path: Path) -> None:
     assert "━".encode() in shown
     assert b"40,000 of 40,000 rows" in shown
     assert b"rows/s" in shown
+    assert re.search(rb"(\n|\r|\x1b\[2K)note: from row", shown)

@@ -184,7 +184,7 @@ def test_labels_of_rows_that_pandas_stored_are_no_column(tmp_path: Path) -> None
     [
         ("t.parquet", b"PAR1 and nothing", "is not a table that can be read"),
         ("t.arrow", b"nothing", "is not a table that can be read"),
-        ("t.csv", b"", "is not a table that can be read"),
+        ("t.csv", b"", "is empty"),
         ("t.csv", b"x\n", "has no rows"),
         ("t.csv", b"x,x\n1,2\n", "several columns named 'x'"),
         ("t.csv", b"x\n\xff\xfe\n", "is not a table that can be read"),
