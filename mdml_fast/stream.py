@@ -19,20 +19,12 @@ import torch
 
 from mdml_fast.artifact import DOCUMENT
 from mdml_fast.calibration import Promise
-from mdml_fast.data.batches import (
-    STANDARD,
-    WRITABLE,
-    TableStream,
-    Wanted,
-    check_writable,
-    open_table,
-    type_of_names,
-    write_tables,
-)
+from mdml_fast.data.batches import STANDARD, WRITABLE, TableStream, check_writable, open_table, write_tables
+from mdml_fast.data.csv_blocks import type_of_names
 from mdml_fast.data.encoding import NumericColumn
 from mdml_fast.data.labelled import class_names
 from mdml_fast.data.parts import Parts
-from mdml_fast.data.tables import plain, suffix_of
+from mdml_fast.data.tables import Wanted, plain, suffix_of
 from mdml_fast.detector import MDMLDetector
 from mdml_fast.drift import DriftMonitor
 from mdml_fast.errors import InputError
@@ -172,17 +164,18 @@ def _check_columns(table: TableStream, task: ScoreTask) -> None:
             raise InputError(f"{task.data} has no column {name!r}; it has {', '.join(table.names)}")
 
 
-@contextlib.contextmanager
-def _parts(task: ScoreTask, resume: bool) -> Iterator[Parts]:
+def _parts(task: ScoreTask, resume: bool) -> contextlib.AbstractContextManager[Parts]:
     if task.out == STANDARD:
-        with (
-            tempfile.TemporaryDirectory(prefix="mdml-fast-") as folder,
-            Parts.begin(Path(folder) / "parts") as parts,
-        ):
-            yield parts
-        return
-    identity = None if task.data == STANDARD else _identity(task)
-    with Parts.resume(task.partial, identity) if resume else Parts.begin(task.partial, identity) as parts:
+        return _temporary_parts()
+    if task.data == STANDARD:
+        return Parts.begin(task.partial)
+    begin = Parts.resume if resume else Parts.begin
+    return begin(task.partial, _identity(task))
+
+
+@contextlib.contextmanager
+def _temporary_parts() -> Iterator[Parts]:
+    with tempfile.TemporaryDirectory(prefix="mdml-fast-") as folder, Parts.begin(Path(folder) / "parts") as parts:
         yield parts
 
 

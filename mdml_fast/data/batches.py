@@ -6,11 +6,10 @@ import contextlib
 import gzip
 import itertools
 import json
-import re
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,8 +18,9 @@ import pyarrow.csv as pa_csv
 import pyarrow.dataset as pa_dataset
 import pyarrow.parquet as pa_parquet
 
+from mdml_fast.data.csv_blocks import csv_batches
 from mdml_fast.data.pipes import PATIENCE, Pipe
-from mdml_fast.data.tables import CSV_ROW_BYTES, check_names, check_readable, csv_values, read_table, suffix_of
+from mdml_fast.data.tables import Wanted, check_names, check_readable, chosen, read_table, suffix_of
 from mdml_fast.errors import InputError, first_line
 from mdml_fast.files import replace_file
 
@@ -29,18 +29,11 @@ STANDARD = Path("-")
 
 WRITABLE = (".parquet", ".csv", ".arrow", ".feather")
 
-# A CSV is parsed in blocks of so many bytes; the first tells the types of its columns.
-CSV_BLOCK_BYTES = 2**22
-# A value in quotes, which begin where a value does; to the end, where they are not closed.
-QUOTED = re.compile(rb'(?:\A|(?<=[,\r\n]))"[^"]*(?:""[^"]*)*"?')
 # Bytes that a Parquet column is read ahead; without a bound a whole row group is.
 PARQUET_BUFFER_BYTES = 2**18
 # An Arrow file begins with these (and two more bytes), an Arrow stream with those.
 ARROW_FILE, ARROW_STREAM = b"ARROW1", b"\xff\xff\xff\xff"
 PARQUET, GZIP = b"PAR1", b"\x1f\x8b"
-
-Wanted = Mapping[str, pa.DataType | None] | None
-"""The columns to read, those of them that there are; with a type, what a text format shall be read as. None is all."""
 
 
 @dataclass(frozen=True)
@@ -167,7 +160,8 @@ def _file(path: Path, wanted: Wanted, stack: contextlib.ExitStack) -> _Found:
     raw = stack.enter_context(path.open("rb"))
     text: Any = gzip.GzipFile(fileobj=raw) if suffix == ".csv.gz" else raw
     size = path.stat().st_size
-    return _csv(text.read, wanted, str(path), lambda read: round(read * size / max(raw.tell(), 1)))
+    names, batches = csv_batches(text.read, wanted, str(path))
+    return _Found(names, batches, lambda read: round(read * size / max(raw.tell(), 1)), is_text=True)
 
 
 def _parquet(file: pa_parquet.ParquetFile, wanted: Wanted) -> _Found:
@@ -177,14 +171,14 @@ def _parquet(file: pa_parquet.ParquetFile, wanted: Wanted) -> _Found:
     stored = [name for name in pandas.get("index_columns", []) if isinstance(name, str)]
     names = [name for name in schema.names if name not in stored]
     n_rows = file.metadata.num_rows
-    return _Found(names, file.iter_batches(columns=_chosen(names, wanted), use_threads=False), lambda _: n_rows)
+    return _Found(names, file.iter_batches(columns=chosen(names, wanted), use_threads=False), lambda _: n_rows)
 
 
 def _arrow_file(path: Path, wanted: Wanted, stack: contextlib.ExitStack) -> _Found:
     # Mapped, so that one batch as large as the file need not fit in memory.
     mapped = stack.enter_context(pa.memory_map(str(path)))
     names = pa.ipc.open_file(mapped).schema.names
-    fields = [names.index(name) for name in _chosen(names, wanted)]
+    fields = [names.index(name) for name in chosen(names, wanted)]
     reader = pa.ipc.open_file(mapped, options=pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False))
     n_rows = pa_dataset.dataset(str(path), format="ipc").count_rows()
     return _Found(names, map(reader.get_batch, range(reader.num_record_batches)), lambda _: n_rows)
@@ -200,106 +194,19 @@ def _standard_input(wanted: Wanted, live: bool) -> _Found:
             pipe.read(8)  # what follows is a stream
         reader = pa.ipc.open_stream(pipe)
         names = reader.schema.names
-        batches = (batch.select(_chosen(names, wanted)) for batch in reader)
+        batches = (batch.select(chosen(names, wanted)) for batch in reader)
         return _Found(names, batches, _nobody_knows, paused=pipe.paused if live else None)
     if start.startswith(PARQUET):
         raise InputError("standard input is Parquet, which is read from its end: name the file instead")
+    read: Callable[[int], bytes] = pipe.read_ready if live else pipe.read
     if start.startswith(GZIP):
-        return _csv(gzip.GzipFile(fileobj=pipe).read, wanted, "standard input", _nobody_knows)
-    if not live:
-        return _csv(pipe.read, wanted, "standard input", _nobody_knows)
-    found = _csv(pipe.read_ready, wanted, "standard input", _nobody_knows)
-    return replace(found, paused=pipe.paused)
+        read, live = gzip.GzipFile(fileobj=pipe).read, False
+    names, rows = csv_batches(read, wanted, "standard input")
+    return _Found(names, rows, _nobody_knows, is_text=True, paused=pipe.paused if live else None)
 
 
 def _nobody_knows(_: int) -> None:
     """How many rows there will be."""
-
-
-def _chosen(names: list[str], wanted: Wanted) -> list[str]:
-    return names if wanted is None else [name for name in names if name in wanted]
-
-
-def _csv(read: Callable[[int], bytes], wanted: Wanted, source: str, rows_in_all: Callable[[int], int | None]) -> _Found:
-    """Parsed block by block: pyarrow's own reader of streams would read from Python in threads that outlive it."""
-    blocks = _whole_rows(read)
-    first, found = b"", None
-    for block in blocks:
-        first += block
-        found = _parsed(first, csv_values()) if first else None
-        if found is not None and found.num_rows:
-            break  # names alone tell no types
-    if found is None:
-        raise InputError(f"{source} is empty")
-    schema = found.schema
-    check_names(schema.names, source)
-    types = {name: schema.field(name).type for name in _chosen(schema.names, wanted)}
-    if wanted is not None:
-        types = {name: _text_type(kind, wanted[name]) for name, kind in types.items()}
-    options = csv_values(column_types=types, include_columns=list(types))
-    no_rows = pa.RecordBatch.from_pylist([], pa.schema(list(types.items())))
-
-    def batches() -> Iterator[pa.RecordBatch]:
-        yield from _parsed(first, options).to_batches()
-        for block in blocks:
-            yield from _parsed(block, options, schema.names).to_batches() if block else [no_rows]
-
-    return _Found(schema.names, batches(), rows_in_all, is_text=True)
-
-
-def type_of_names(names: Sequence[str]) -> pa.DataType:
-    """How a column of CSV is read so that its values, as text, are names like these, at least one."""
-    sink = pa.BufferOutputStream()
-    pa_csv.write_csv(pa.table({"names": names}), sink)
-    column = pa_csv.read_csv(pa.BufferReader(sink.getvalue()), convert_options=csv_values())["names"]
-    return column.type if column.cast(pa.string()).to_pylist() == names else pa.string()
-
-
-def _parsed(block: bytes, options: pa_csv.ConvertOptions, names: list[str] | None = None) -> pa.Table:
-    """A block of whole rows; names are its columns', where its first row does not tell them."""
-    within_quotes = pa_csv.ParseOptions(newlines_in_values=b'"' in block)  # to look for them takes longer
-    headed = pa_csv.ReadOptions(column_names=names, block_size=max(1, len(block)))
-    return pa_csv.read_csv(_native(block), headed, within_quotes, options)
-
-
-def _native(data: bytes) -> pa.BufferReader:
-    """A copy that Arrow owns: its threads may let go of it when Python is ending, and would crash on Python's bytes."""
-    sink = pa.BufferOutputStream()
-    sink.write(data)
-    return pa.BufferReader(sink.getvalue())
-
-
-def _whole_rows(read: Callable[[int], bytes]) -> Iterator[bytes]:
-    """What is read, in blocks that end with a row: one for each read, empty where it ended none, or only blank ones."""
-    rest = b""
-    while data := read(CSV_BLOCK_BYTES):
-        data = rest + data
-        end = _end_of_rows(data)
-        rows, rest = data[:end], data[end:]
-        yield rows if rows.strip() else b""
-    if rest.strip():
-        yield rest
-
-
-def _end_of_rows(data: bytes) -> int:
-    """Behind the last line break that is not within quotes; if there is none for too long, behind the last."""
-    last = end = data.rfind(b"\n") + 1
-    quoted = [value.span() for value in QUOTED.finditer(data)] if b'"' in data else []
-    for begin, stop in reversed(quoted):
-        if stop < end:
-            break
-        if begin < end:
-            end = data.rfind(b"\n", 0, begin) + 1
-    return end or (last if len(data) > CSV_ROW_BYTES else 0)
-
-
-def _text_type(found: pa.DataType, wanted: pa.DataType | None) -> pa.DataType:
-    """The type to read a CSV column as, which looked like `found` in its first rows."""
-    if pa.types.is_null(found):
-        return wanted or pa.string()
-    # Whole numbers may become fractions farther down; booleans and text have to be as they were in training.
-    is_whole = pa.types.is_integer(found)
-    return wanted if wanted is not None and (is_whole or pa.types.is_string(wanted)) else found
 
 
 def _resized(found: _Found, n_rows: int, source: str) -> Iterator[pa.Table]:

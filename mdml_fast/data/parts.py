@@ -57,8 +57,8 @@ class Parts:
 
     @classmethod
     @contextlib.contextmanager
-    def resume(cls, folder: Path, identity: Mapping[str, Any] | None) -> Iterator[Parts]:
-        """The parts of the earlier run; none, where there was none. See `begin`.
+    def resume(cls, folder: Path, identity: Mapping[str, Any]) -> Iterator[Parts]:
+        """The parts of the earlier run; none, where there was none.
 
         Raises:
             ArtifactError: the folder is that of another run.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,9 @@ from mdml_fast.errors import InputError, first_line
 CSV_ROW_BYTES = 2**26
 
 READABLE = (".parquet", ".csv", ".csv.gz", ".arrow", ".feather", ".npz")
+
+Wanted = Mapping[str, pa.DataType | None] | None
+"""The columns to read, those of them that there are; with a type, what a text format shall be read as. None is all."""
 
 
 def read_table(path: Path | str) -> pa.Table:
@@ -120,6 +123,11 @@ def plain(values: pa.ChunkedArray) -> pa.ChunkedArray:
 
 def _is_text(kind: pa.DataType) -> bool:
     return any(check(kind) for check in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
+
+
+def chosen(names: list[str], wanted: Wanted) -> list[str]:
+    """Those of the columns that are to be read."""
+    return names if wanted is None else [name for name in names if name in wanted]
 
 
 def check_names(names: list[str], source: str) -> None:

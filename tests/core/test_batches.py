@@ -17,9 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mdml_fast import InputError
-from mdml_fast.data import batches
+from mdml_fast.data import csv_blocks
 from mdml_fast.data.batches import STANDARD, open_table, write_tables
-from mdml_fast.data.tables import read_table
+from mdml_fast.data.tables import Wanted, read_table
 
 N_ROWS = 1000
 TABLE = pa.table(
@@ -33,7 +33,7 @@ TABLE = pa.table(
 WANTED = {"id": None, "x": pa.float64(), "kind": pa.string(), "missing": pa.float64()}
 
 
-def read(path: Path, n_rows: int = 300, wanted: batches.Wanted = WANTED) -> list[pa.Table]:
+def read(path: Path, n_rows: int = 300, wanted: Wanted = WANTED) -> list[pa.Table]:
     with open_table(path, wanted, n_rows) as table:
         return list(table.batches)
 
@@ -108,7 +108,7 @@ def test_the_number_of_rows_is_known_or_estimated(tmp_path: Path, name: str) -> 
 def test_types_of_csv_columns_are_those_of_the_model_and_not_of_the_first_rows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batches, "CSV_BLOCK_BYTES", 64)
+    monkeypatch.setattr(csv_blocks, "CSV_BLOCK_BYTES", 64)
     first = "1,,1,true,007\n" * 20
     path = tmp_path / "t.csv"
     path.write_text(f"whole,empty,code,flag,kept\n{first}1.5,2.5,b,false,8\n")
@@ -121,7 +121,7 @@ def test_types_of_csv_columns_are_those_of_the_model_and_not_of_the_first_rows(
 
 
 def test_blank_lines_and_lines_longer_than_a_block_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches, "CSV_BLOCK_BYTES", 8)
+    monkeypatch.setattr(csv_blocks, "CSV_BLOCK_BYTES", 8)
     long = "y" * 50
     (tmp_path / "t.csv").write_text(f"text,x\na,1\n\n\n\n\n\n\n\n\n\n\n\n\n{long},2\nb,3")
     (table,) = read(tmp_path / "t.csv", 100, {"text": pa.string(), "x": pa.float64()})
@@ -143,7 +143,7 @@ def test_line_breaks_within_quotes_end_no_row(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: list[tuple[str, str]], size: int
 ) -> None:
     """A quote in the middle of a value means itself."""
-    monkeypatch.setattr(batches, "CSV_BLOCK_BYTES", size)
+    monkeypatch.setattr(csv_blocks, "CSV_BLOCK_BYTES", size)
     lines = [f"{written},{i}" for i, (written, _) in enumerate(values)]
     (tmp_path / "t.csv").write_text("\n".join(["text,x", *lines]))
     expected = {"text": [text for _, text in values], "x": list(range(len(values)))}
@@ -162,11 +162,13 @@ def test_long_rows_are_read_in_time(tmp_path: Path, text: str) -> None:
 
 
 def test_a_quote_that_is_not_closed_fills_no_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches, "CSV_BLOCK_BYTES", 64)
-    monkeypatch.setattr(batches, "CSV_ROW_BYTES", 256)
+    monkeypatch.setattr(csv_blocks, "CSV_BLOCK_BYTES", 64)
+    monkeypatch.setattr(csv_blocks, "CSV_ROW_BYTES", 256)
     sizes: list[int] = []
-    parsed = batches._parsed
-    monkeypatch.setattr(batches, "_parsed", lambda block, *others: sizes.append(len(block)) or parsed(block, *others))
+    parsed = csv_blocks._parsed
+    monkeypatch.setattr(
+        csv_blocks, "_parsed", lambda block, *others: sizes.append(len(block)) or parsed(block, *others)
+    )
     (tmp_path / "t.csv").write_text('text,x\na,1\n"b,2\n' + "c,3\n" * 500)
     with contextlib.suppress(InputError):
         read(tmp_path / "t.csv", 7, None)

@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from pyarrow.csv import ConvertOptions, read_csv, write_csv
 
 from mdml_fast import InputError
-from mdml_fast.data import batches
-from mdml_fast.data.batches import STANDARD, check_writable, open_table, type_of_names
+from mdml_fast.data import csv_blocks
+from mdml_fast.data.batches import STANDARD, check_writable, open_table
+from mdml_fast.data.csv_blocks import type_of_names
 from mdml_fast.data.labelled import class_names
 from mdml_fast.data.pipes import PATIENCE, PAUSE, Pipe
 
@@ -159,9 +160,9 @@ def test_no_row_waits_while_others_keep_coming(standard_input: BinaryIO, kind: s
 def test_rows_are_handed_on_before_a_piece_of_the_next(
     standard_input: BinaryIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(batches, "CSV_BLOCK_BYTES", 16)
+    monkeypatch.setattr(csv_blocks, "CSV_BLOCK_BYTES", 16)
     block = b"x,name\n1,a\n2,b\n3"
-    assert len(block) == batches.CSV_BLOCK_BYTES
+    assert len(block) == csv_blocks.CSV_BLOCK_BYTES
     standard_input.write(block + b",")
     with open_table(STANDARD, WANTED, 100, live=True) as table:
         assert next(table.batches).to_pydict() == {"x": [1, 2], "name": ["a", "b"]}

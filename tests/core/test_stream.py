@@ -13,7 +13,7 @@ import torch
 from pyarrow.csv import ConvertOptions, read_csv
 
 from mdml_fast import InputError, MDMLDetector, stream
-from mdml_fast.data import batches, read_table, write_table
+from mdml_fast.data import csv_blocks, read_table, write_table
 from mdml_fast.drift import DriftMonitor
 from mdml_fast.meta.default import DefaultConfig
 from mdml_fast.meta.ensemble import EnsembleConfig
@@ -102,7 +102,7 @@ def test_what_is_kept_of_a_csv_stands_in_a_csv_as_it_stood(
     fitted: tuple[MDMLDetector, ScoreTask], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Whatever the first rows made of it: zeros, then a fraction; and a feature is kept as the model reads it."""
-    monkeypatch.setattr(batches, "CSV_BLOCK_BYTES", 64)
+    monkeypatch.setattr(csv_blocks, "CSV_BLOCK_BYTES", 64)
     codes = ["007"] * 20 + ["1.50"]
     lines = [f"{code},{i // 20 + i % 2},0,{i / 2},a" for i, code in enumerate(codes)]
     (tmp_path / "data.csv").write_text("\n".join(["code,x,y,z,kind", *lines]))
