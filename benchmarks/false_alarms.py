@@ -12,10 +12,10 @@ from __future__ import annotations
 
 import by_table
 import numpy as np
-from scipy.stats import binom
-from sklearn.neighbors import NearestNeighbors
+from scipy.stats import binom, sem
 
 from mdml_fast import MDMLDetector
+from mdml_fast.baselines import knn
 from mdml_fast.calibration import ConformalCalibration, Promise, split_by_group
 from mdml_fast.data import LabelledTable
 from mdml_fast.data.encoding import Floats, Rows
@@ -58,19 +58,14 @@ def realised(table: LabelledTable, seed: int) -> dict[str, float]:
 def exact_p_values(detector: MDMLDetector, rows: Rows) -> Floats:
     """The control's p-values of encoded rows [N, d]: nothing was chosen by the normals that it calibrates on."""
     given = detector.kept_.training()
-    neighbours = NearestNeighbors(n_neighbors=5).fit(given.normals[~given.held_out])
-
-    def score(rows: Rows) -> Floats:
-        nearness: Floats = -neighbours.kneighbors(rows)[0].mean(axis=1)
-        return nearness
-
+    score = knn(given.normals[~given.held_out])
     return ConformalCalibration(score(given.normals[given.held_out])).p_value(score(rows))
 
 
 def summary(runs: list[dict[str, float]]) -> dict[str, dict[str, float | bool]]:
-    """By rate: the realised mean and its binomial band, that of the control, and the share of certificates broken.
+    """By rate: the realised mean, its binomial band, the share of splits with a broken certificate, and the control.
 
-    With the control come two standard errors, of its mean and of the difference from ours, split by split.
+    The control's realised mean comes with two standard errors over splits: its own, and that of ours less it.
     """
     weights = np.array([run["rows"] for run in runs], dtype=float)
     rows = int(weights.sum())
@@ -94,15 +89,10 @@ def summary(runs: list[dict[str, float]]) -> dict[str, dict[str, float | bool]]:
             control = np.array([run[f"control {rate}"] for run in runs])
             found[str(rate)] |= {
                 "control": float(np.average(control, weights=weights)),
-                "control_error": standard_error(control),
-                "difference_error": standard_error(flagged - control),
+                "control_error": float(sem(control)),
+                "difference_error": float(sem(flagged - control)),
             }
     return found
-
-
-def standard_error(shares: Floats) -> float:
-    """Of the mean over splits."""
-    return float(np.std(shares, ddof=1) / np.sqrt(len(shares)))
 
 
 def measure(name: str, table: LabelledTable, splits: int) -> dict[str, dict[str, float | bool]]:

@@ -151,11 +151,14 @@ def _wanted(detector: MDMLDetector, task: ScoreTask) -> Wanted:
     }
     # From CSV to CSV as text: 007 stays 007, and 0 is no whole number where the first fraction is still to come.
     kept = dict.fromkeys(task.keep, pa.string() if task.writes_csv else None)
-    groups = detector.calibration_.groups
-    # Groups have names as in training, whatever the first rows look like.
-    of_group = pa.string() if groups is None else type_of_names(np.unique(groups).tolist())
-    group = {task.group: of_group} if task.group else {}
+    group = {task.group: _type_of_groups(detector)} if task.group else {}
     return kept | group | features  # a column that is several of these is read as the last
+
+
+def _type_of_groups(detector: MDMLDetector) -> pa.DataType:
+    """How CSV is read so that groups have names as in training, whatever its first rows look like."""
+    groups = detector.calibration_.groups
+    return pa.string() if groups is None else type_of_names(np.unique(groups).tolist())
 
 
 def _check_columns(table: TableStream, task: ScoreTask) -> None:

@@ -61,7 +61,7 @@ def type_of_names(names: Sequence[str]) -> pa.DataType:
     """How a column of CSV is read so that its values, as text, are names like these, at least one."""
     sink = pa.BufferOutputStream()
     pa_csv.write_csv(pa.table({"names": names}), sink)
-    column = pa_csv.read_csv(pa.BufferReader(sink.getvalue()), convert_options=csv_values())["names"]
+    column = _parsed(sink.getvalue().to_pybytes(), csv_values())["names"]
     return column.type if column.cast(pa.string()).to_pylist() == names else pa.string()
 
 

@@ -45,6 +45,12 @@ def start(folder: Path, *arguments: object, **options: object) -> subprocess.Pop
     return subprocess.Popen([COMMAND, *map(str, arguments)], cwd=folder, stderr=subprocess.PIPE, **options)
 
 
+def wait_for_a_part(process: subprocess.Popen[bytes], partial: Path) -> None:
+    """Until a part of what is scored is written, or the process has ended."""
+    while not list(partial.glob("part-*")) and process.poll() is None:
+        time.sleep(0.01)
+
+
 def test_arrow_and_csv_come_and_go_through_pipes(model: Path, tmp_path: Path) -> None:
     data, csv, arrow = table(20_000), io.BytesIO(), io.BytesIO()
     pa_csv.write_csv(data, csv)
@@ -120,9 +126,7 @@ def test_what_comes_through_a_pipe_leaves_nothing_behind_where_it_is_stopped(mod
     with contextlib.suppress(BrokenPipeError):
         pa_csv.write_csv(table(100_000), process.stdin)
         process.stdin.flush()
-    partial = tmp_path / "out.csv.partial"
-    while len(list(partial.glob("part-*"))) < 1 and process.poll() is None:
-        time.sleep(0.01)
+    wait_for_a_part(process, tmp_path / "out.csv.partial")
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
@@ -142,9 +146,7 @@ def test_a_run_that_is_stopped_leaves_no_half_file_and_goes_on(
     pa_parquet.write_table(table(150_000), data)
     arguments = ["score", model, "data.parquet", "--out", "out.parquet", "--keep", "id", "--threads", 1]
     process = start(tmp_path, *arguments)
-    partial = tmp_path / "out.parquet.partial"
-    while len(list(partial.glob("part-*"))) < 1 and process.poll() is None:
-        time.sleep(0.01)
+    wait_for_a_part(process, tmp_path / "out.parquet.partial")
     process.send_signal(how)
     _, err = process.communicate(timeout=60)
     assert process.returncode == (130 if how is signal.SIGINT else -signal.SIGKILL)
