@@ -26,6 +26,7 @@ ABLATIONS: dict[str, DefaultConfig] = {
     "no anchor": replace(_FULL, fusion=replace(_FULL.fusion, anchor=1 / 6, few_normals=0, pull=0.0, fallback=False)),
     "no way back to the anchor": replace(_FULL, fusion=replace(_FULL.fusion, fallback=False)),
     "5 neighbours in the embeddings": replace(_FULL, neighbourhood=replace(_FULL.neighbourhood, neighbours=5)),
+    "no trees that ask distances": replace(_FULL, n_trees=100, distance_trees=replace(_FULL.distance_trees, n=0)),
     "no tree head": replace(_FULL, n_trees=0),
 }
 """The default with one part taken out, by what is missing."""

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from mdml_fast.calibration import TIE, gaps
 from mdml_fast.data.encoding import SOFT_CLIP, CategoricalColumn, FeatureEncoder, NumericColumn
@@ -16,6 +17,7 @@ from mdml_fast.data.views import CLIP, VIEWS, Views
 from mdml_fast.detector import MDMLDetector
 from mdml_fast.export.graph import BOOL, DOUBLE, FLOAT, STRING, Graph
 from mdml_fast.meta.default import DefaultModel
+from mdml_fast.meta.neighbourhood import SCORES
 from mdml_fast.meta.neighbours import GROUP, SPARE
 from mdml_fast.meta.paper import PaperModel
 from mdml_fast.meta.scoring import NormalFamily, Scorer
@@ -119,8 +121,16 @@ def _default_score(graph: Graph, model: DefaultModel, rows: str) -> str:
     parts = model.scorer
     views = _views(graph, parts.families[0].neighbourhood.views, rows)
     embedded = _embed(graph, parts.families[0], views)
-    odds = [_odds(graph, parts.head, rows)] if parts.head else []
-    anomaly = [_family(graph, parts, family, rows, views, embedded, odds) for family in parts.families]
+    first, *others = parts.families
+    distances = _distances(graph, first, rows, views, embedded)
+    odds = []
+    if parts.head:
+        asked = graph.op("Concat", rows, _outlyingness(graph, first.tails, distances), axis=1)
+        odds = [_odds(graph, parts.head, asked)]
+    anomaly = [_anomaly(graph, parts, first, distances, odds)]
+    for family in others:
+        own = _distances(graph, family, rows, views, embedded)
+        anomaly.append(_anomaly(graph, parts, family, own, odds))
     score = graph.op("Min", *anomaly) if len(anomaly) > 1 else anomaly[0]
     return graph.cast(graph.op("Neg", score), DOUBLE)
 
@@ -166,10 +176,8 @@ def _embed(graph: Graph, family: NormalFamily, views: str) -> str:
     return graph.cast(graph.op("Add", scaled, correction), FLOAT)
 
 
-def _family(
-    graph: Graph, scorer: Scorer, family: NormalFamily, rows: str, views: str, embedded: str, odds: Sequence[str]
-) -> str:
-    """How anomalous rows are for one family of normals, float32 [N]."""
+def _distances(graph: Graph, family: NormalFamily, rows: str, views: str, embedded: str) -> str:
+    """`Neighbourhood.distances`: float32 [6, N]."""
     neighbourhood, config = family.neighbourhood, family.neighbourhood.config
     normals = neighbourhood.normals.numpy()[None]
     knn = _neighbours(graph, graph.op("Unsqueeze", rows, [0]), normals, config.anchor_neighbours)
@@ -178,7 +186,12 @@ def _family(
     difference = graph.cast(graph.op("Sub", whitened, neighbourhood.centre.numpy()), DOUBLE)
     squared = graph.op("ReduceSum", graph.op("Mul", difference, difference), [2], keepdims=0)
     mahalanobis = graph.cast(graph.op("Sqrt", squared), FLOAT)
-    scores = _tail_scores(graph, family.tails, graph.op("Concat", knn, mahalanobis, in_embeddings, *odds, axis=0))
+    return str(graph.op("Concat", knn, mahalanobis, in_embeddings, axis=0))
+
+
+def _anomaly(graph: Graph, scorer: Scorer, family: NormalFamily, distances: str, odds: Sequence[str]) -> str:
+    """How anomalous rows are for one family of normals, float32 [N]."""
+    scores = _tail_scores(graph, family.tails, graph.op("Concat", distances, *odds, axis=0))
     powers = graph.op("Pow", scores, np.float32(scorer.fusion.power))
     fused = graph.op("Pow", graph.op("MatMul", scorer.weights.numpy(), powers), np.float32(1 / scorer.fusion.power))
     return str(graph.op("Mul", fused, scorer.scale(family).numpy()))
@@ -233,8 +246,15 @@ def _tail_scores(graph: Graph, tails: Tails, distances: str) -> str:
     return str(graph.op("Where", graph.op("Greater", distances, threshold), tail, body))
 
 
+def _outlyingness(graph: Graph, tails: Tails, distances: str) -> str:
+    """`Tails.outlyingness`, transposed: float32 [N, 6]."""
+    threshold = tails.threshold[: len(SCORES)].clamp(min=torch.finfo(torch.float32).tiny).numpy()
+    far = graph.op("Div", distances, graph.op("Add", distances, threshold))
+    return str(graph.op("Transpose", far, perm=[1, 0]))
+
+
 def _odds(graph: Graph, head: TreeHead, rows: str) -> str:
-    """The head's odds: float32 [1, N]."""
+    """`head_odds`: float32 [1, N]."""
     t = {name: tensor.numpy() for name, tensor in head.tensors.items()}
     nodes, n_nodes = np.arange(len(t["left"])), len(t["left"])
     is_leaf = t["left"] == nodes

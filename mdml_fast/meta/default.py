@@ -17,6 +17,7 @@ from mdml_fast.data.encoding import Floats, Rows
 from mdml_fast.data.labelled import at_most_of_each, family_codes
 from mdml_fast.data.views import VIEWS, Views
 from mdml_fast.meta.checkpoint import Checkpoint
+from mdml_fast.meta.distance_trees import DistanceTrees, asked_of
 from mdml_fast.meta.encoders import Encoders
 from mdml_fast.meta.ensemble import Ensemble, EnsembleConfig, train_ensemble
 from mdml_fast.meta.fusion import FusionConfig, fuse, weigh
@@ -24,8 +25,9 @@ from mdml_fast.meta.history import History
 from mdml_fast.meta.model import HeldOut, TrainingRows, fingerprint, tensors_under
 from mdml_fast.meta.neighbourhood import SCORES, Neighbourhood, NeighbourhoodConfig
 from mdml_fast.meta.scoring import NormalFamily, Scorer, family_tails, head_odds, outer, scores_by_others
+from mdml_fast.meta.tails import Tails
 from mdml_fast.meta.training import Progress
-from mdml_fast.meta.trees import TreeHead, finds_others
+from mdml_fast.meta.trees import TreeHead, Trees, finds_others, grow
 from mdml_fast.threads import beside
 
 # Rows that are scored at once, so that memory does not grow with the table, and among which near ones are sought.
@@ -49,7 +51,9 @@ class DefaultConfig:
     # Labelled anomalies of each family that are learned from.
     family_anomalies: int = 1_000
     # Trees average; more find the seen classes hardly better, and take longer. 0 leaves the head out.
-    n_trees: int = 100
+    n_trees: int = 70
+    # Those that may ask distances too find other classes as well; together both find more of the seen.
+    distance_trees: DistanceTrees = field(default_factory=DistanceTrees)
 
     @classmethod
     def from_json(cls, document: Mapping[str, object]) -> DefaultConfig:
@@ -62,7 +66,9 @@ class DefaultConfig:
         ensemble = EnsembleConfig(**parts.pop("ensemble"))  # type: ignore[arg-type]
         fusion = FusionConfig(**parts.pop("fusion"))  # type: ignore[arg-type]
         neighbourhood = NeighbourhoodConfig(**parts.pop("neighbourhood"))  # type: ignore[arg-type]
-        return cls(ensemble, replace(fusion, quantiles=tuple(fusion.quantiles)), neighbourhood, **parts)  # type: ignore[arg-type]
+        trees = DistanceTrees(**parts.pop("distance_trees"))  # type: ignore[arg-type]
+        fusion = replace(fusion, quantiles=tuple(fusion.quantiles))
+        return cls(ensemble, fusion, neighbourhood, distance_trees=trees, **parts)  # type: ignore[arg-type]
 
 
 class DefaultModel:
@@ -134,12 +140,11 @@ class DefaultModel:
         learned = np.flatnonzero(~held_out)[: config.training_normals]
         views = previous._families[0].neighbourhood.views if previous else Views.fit(rows.normals[order[learned]])
         views = views.to(device)
-        grow: Callable[[], TreeHead | None] = lambda: None  # noqa: E731 - one of two
-        sample = rows.normals[order[learned[: config.tree_normals]]]
-        if len(anomalies) and config.n_trees:
-            grow = partial(TreeHead.fit, sample, rows.anomalies[labelled], config.n_trees, seed, device)
+        has_head = bool(len(anomalies) and config.n_trees)
+        examples = rows.normals[order[learned[: config.tree_normals]]], rows.anomalies[labelled]
+        by_features: Callable[[], Trees] = partial(grow, *examples, config.n_trees, seed) if has_head else list
         kept = Checkpoint(checkpoint, fingerprint(rows, config, seed, dtype), resume) if checkpoint else None
-        with beside(grow) as grown:  # training leaves a core idle now and then
+        with beside(by_features) as grown:  # training leaves a core idle now and then
             ensemble, history = train_ensemble(
                 views.transform(normals[learned]),
                 views.transform(anomalies),
@@ -151,26 +156,35 @@ class DefaultModel:
                 progress=progress,
                 checkpoint=kept,
             )
-            head = grown()
+            trees = grown()
         centre = torch.zeros(normals.shape[1], device=device)
         encoders = ensemble.encoders.averaged(len(VIEWS))
         neighbourhood = Neighbourhood(config.neighbourhood, views, encoders, normals, families, centre)
 
         judged = np.flatnonzero(held_out)[: config.judged_normals]
-        placed = neighbourhood.place(normals[judged])
-        distances = torch.cat([neighbourhood.distances(placed, families[judged]), head_odds(head, placed.rows)])
+        grow_more: Callable[[], Trees] = list
+        if trees:
+            of_learned = normals[learned], families[learned], centre
+            near = Neighbourhood(config.neighbourhood, views, encoders, *of_learned)
+            grow_more = partial(config.distance_trees.grow, near, anomalies, seed)
+        with beside(grow_more) as grown:
+            placed = neighbourhood.place(normals[judged])
+            distances = neighbourhood.distances(placed, families[judged])
+            anomaly_scores = distances.new_empty(len(SCORES), 0)
+            if len(anomalies):
+                judges = (neighbourhood, ensemble, placed, distances, families[judged])
+                anomaly_scores = scores_by_others(*judges, anomalies, labels)
+            trees += grown()
+        head = TreeHead.of(trees, device) if trees else None
+        by_head = head_odds(head, asked_of(placed.rows, Tails.fit(distances), distances))
+        distances = torch.cat([distances, by_head])
         tails = family_tails(distances)
-
         # Numbers from 0 on: of rows, or of groups.
         units = torch.arange(len(judged), device=device)
         if rows.groups is not None:
             units = torch.unique(families[judged], return_inverse=True)[1]
         normal_scores, by_head = tails.held_out_scores(distances, units).tensor_split([len(SCORES)])
-        anomaly_scores = normal_scores[:, :0]
-        if len(anomalies):
-            judges = (neighbourhood, ensemble, placed, distances, families[judged])
-            anomaly_scores = scores_by_others(*judges, anomalies, labels)
-        finds = partial(finds_others, sample, rows.anomalies[labelled], labels, placed.rows, config.n_trees, seed)
+        finds = partial(finds_others, *examples, labels, placed.rows, config.n_trees, seed)
         by_normals = (normal_scores, by_head, units, len(normals))
         weights, anomaly = weigh(*by_normals, anomaly_scores, labels, finds, config.fusion)
         if previous:
@@ -217,15 +231,17 @@ class DefaultModel:
         other rows are held against, so that a few rows do as well as many. Its stranger rows are as strange as those
         of the normals that were trained on.
         """
-        base = self._families[0].neighbourhood
+        first = self._families[0]
+        base = first.neighbourhood
         order = np.random.default_rng(0).permutation(len(normals))
         rows = torch.as_tensor(normals[order], device=self._weights.device)
         families = torch.arange(len(rows), device=rows.device)
         placed = base.place(rows)
         centre = placed.views[VIEWS.index("whitened")].mean(0)
         own = Neighbourhood(base.config.of_adapted(), base.views, base.encoders, rows, families, centre)
-        distances = torch.cat([own.distances(placed, families), head_odds(self._head, rows)])
-        tails = family_tails(distances, self._families[0].tails)
+        by_head = head_odds(self._head, asked_of(rows, first.tails, base.distances(placed)))
+        distances = torch.cat([own.distances(placed, families), by_head])
+        tails = family_tails(distances, first.tails)
         fused = fuse(self._weights, tails.held_out_scores(distances, families), self.config.fusion)
         self._families.append(NormalFamily(own, tails, outer(fused)))
 

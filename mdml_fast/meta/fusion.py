@@ -36,11 +36,11 @@ class FusionConfig:
     pull: float = 0.3
     # The head's weight beside all others: the rows that it learned from can't tell what it is worth on other classes.
     # More finds the seen classes better, and disturbs the order of the unseen ones.
-    head: float = 0.25
+    head: float = 0.4
     # But where the seen families are missed, where more than this share of the normals lies above them, distances say
     # little of other classes either: the weight grows with the square of that share, so that the head counts in
     # proportion to it, up to a most.
-    tolerated: float = 0.08
+    tolerated: float = 0.1
     most_head: float = 2.0
     # Whether the anchor alone, or the prior, is the answer where it ranks the seen families as high; by less than this
     # AUROC, one normal in two thousand, none ranks them higher.

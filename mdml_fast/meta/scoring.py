@@ -9,6 +9,7 @@ from torch import Tensor
 
 from mdml_fast.data.labelled import Names
 from mdml_fast.data.views import VIEWS
+from mdml_fast.meta.distance_trees import asked_of
 from mdml_fast.meta.ensemble import HALVES, Ensemble
 from mdml_fast.meta.fusion import FusionConfig, fuse
 from mdml_fast.meta.neighbourhood import ANCHORS, SCORES, Neighbourhood, Placed
@@ -38,9 +39,9 @@ class NormalFamily(NamedTuple):
     tails: Tails
     outer: Tensor
 
-    def scores(self, placed: Placed, by_head: Tensor) -> Tensor:
-        """How strange N rows are to the family: tail scores by `SCORES`, and of the head's odds [6 or 7, N]."""
-        return self.tails.score(torch.cat([self.neighbourhood.distances(placed), by_head]))
+    def scores(self, distances: Tensor, by_head: Tensor) -> Tensor:
+        """Tail scores of distances by `SCORES` from the family [6, N], and of the head's odds [0 or 1, N]."""
+        return self.tails.score(torch.cat([distances, by_head]))
 
 
 def family_tails(distances: Tensor, shape: Tails | None = None) -> Tails:
@@ -68,8 +69,10 @@ class Scorer(NamedTuple):
 
     def anomaly(self, rows: Tensor) -> Tensor:
         """The anomaly score [N] of rows [N, d]."""
-        placed, by_head = self._place(rows), head_odds(self.head, rows)
-        fused = [fuse(self.weights, family.scores(placed, by_head), self.fusion) for family in self.families]
+        distances, asked = self._distances(self._place(rows))
+        by_head = head_odds(self.head, asked)
+        families = zip(self.families, distances, strict=True)
+        fused = [fuse(self.weights, family.scores(own, by_head), self.fusion) for family, own in families]
         scales = [self.scale(family) for family in self.families]
         return torch.stack([scale * own for scale, own in zip(scales, fused, strict=True)]).amin(0)
 
@@ -77,25 +80,31 @@ class Scorer(NamedTuple):
         """The anomaly score [N] of rows, and what each feature adds to it compared with a normal, both [N, d].
 
         What each distance adds is shared by the features as the distance is; the head's part by the splits on the
-        trees' paths.
+        trees' paths, where those that ask a distance are shared as it is.
 
         Args:
             rows: float [N, d].
             normals: float [n, d].
             nearest: which of them each row is compared with, int [N].
         """
-        placed, by_head = self._place(rows), head_odds(self.head, rows)
-        scored = [self._amounts(family, placed, by_head) for family in self.families]
+        placed, others = self._place(rows), self._place(normals)
+        distances, asked = self._distances(placed)
+        by_head = head_odds(self.head, asked)
+        families = zip(self.families, distances, strict=True)
+        scored = [self._amounts(family, own, by_head) for family, own in families]
         anomaly, closest = torch.stack([own for own, _ in scored]).min(0)
         centres = torch.stack([family.neighbourhood.centre for family in self.families])[closest]
-        shares = distance_shares(self.families[0].neighbourhood, placed, normals, nearest, centres)
+        shares = distance_shares(self.families[0].neighbourhood, placed, others, nearest, centres)
         place = torch.arange(len(rows), device=rows.device)
         chosen = torch.stack([amounts for _, amounts in scored])[closest, :, place]
         parts = torch.einsum("nc,cnd->nd", chosen[:, : len(shares)], shares)
         if self.head:
-            of_head = chosen[:, -1]
-            heard = of_head > LEAST_PART * anomaly
-            parts[heard] += of_head[heard].unsqueeze(1) * self.head.shares(rows[heard], normals, nearest[heard])
+            of_head = chosen[:, -1:]
+            heard = of_head[:, 0] > LEAST_PART * anomaly
+            by_asked = self.head.shares(asked[heard], self._distances(others)[1], nearest[heard])
+            by_feature, by_distance = by_asked.tensor_split([rows.shape[1]], dim=1)
+            by_feature = by_feature + torch.einsum("nc,cnd->nd", by_distance, shares[:, heard])
+            parts[heard] += of_head[heard] * by_feature
         return anomaly, parts
 
     def scale(self, family: NormalFamily) -> Tensor:
@@ -106,12 +115,17 @@ class Scorer(NamedTuple):
         """Rows in the views and embeddings, which are those of all families."""
         return self.families[0].neighbourhood.place(rows)
 
-    def _amounts(self, family: NormalFamily, placed: Placed, by_head: Tensor) -> tuple[Tensor, Tensor]:
+    def _distances(self, placed: Placed) -> tuple[list[Tensor], Tensor]:
+        """Distances from each family [6, N], and what trees may ask: those from the first count, as in training."""
+        distances = [family.neighbourhood.distances(placed) for family in self.families]
+        return distances, asked_of(placed.rows, self.families[0].tails, distances[0])
+
+    def _amounts(self, family: NormalFamily, distances: Tensor, by_head: Tensor) -> tuple[Tensor, Tensor]:
         """How anomalous rows are to a family [N], and what each distance and the head add to that [6 or 7, N].
 
         The fused score f = (Σ w s^p)^(1/p) is the sum of w s^p f^(1-p) over the scores s.
         """
-        scores, power = family.scores(placed, by_head), self.fusion.power
+        scores, power = family.scores(distances, by_head), self.fusion.power
         fused, scale = fuse(self.weights, scores, self.fusion), self.scale(family)
         return scale * fused, scale * self.weights.unsqueeze(1) * scores.pow(power) * fused.pow(1 - power)
 
@@ -149,5 +163,5 @@ def scores_by_others(
 
 
 def head_odds(head: TreeHead | None, rows: Tensor) -> Tensor:
-    """The head's odds of "anomaly" [1, N] of rows [N, d]; [0, N] without one."""
+    """The head's odds of "anomaly" [1, N] of rows [N, d + 6], see `asked_of`; [0, N] without one."""
     return odds(head.probability(rows)).unsqueeze(0) if head else rows.new_empty(0, rows.shape[0])

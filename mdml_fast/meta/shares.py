@@ -13,7 +13,7 @@ TINY = 1e-12
 
 
 def distance_shares(
-    neighbourhood: Neighbourhood, placed: Placed, normals: Tensor, nearest: Tensor, centres: Tensor
+    neighbourhood: Neighbourhood, placed: Placed, normals: Placed, nearest: Tensor, centres: Tensor
 ) -> Tensor:
     """The share of each feature in each distance of `Neighbourhood.distances` [6, N, d].
 
@@ -24,19 +24,19 @@ def distance_shares(
     Args:
         neighbourhood: whose views and encoders count.
         placed: the rows.
-        normals: float [n, d].
+        normals: n of them, placed likewise.
         nearest: which of them each row is compared with, int [N].
         centres: what each Mahalanobis distance is from, in the whitened view [N, d].
     """
     views, whitened = neighbourhood.views, VIEWS.index("whitened")
-    seen, others = placed.views, views.transform(normals)[:, nearest]
+    seen, others = placed.views, normals.views[:, nearest]
     steps, weights = seen - others, neighbourhood.encoders.pull_back(seen, seen - others)
     from_centre = seen[whitened] - centres
     # |v|² - |u|² is the product of v - u with v + u.
     around_centre = from_centre + others[whitened] - centres
     squared = from_centre.square().sum(-1, keepdim=True).clamp(min=TINY)
     shares = [
-        _normalised((placed.rows - normals[nearest]).square()),
+        _normalised((placed.rows - normals.rows[nearest]).square()),
         views.by_feature("whitened", steps, around_centre) / squared,
     ]
     shares += [_normalised(views.by_feature(view, steps, weight)) for view, weight in zip(VIEWS, weights, strict=True)]

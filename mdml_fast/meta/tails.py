@@ -90,6 +90,14 @@ class Tails:
         # Logarithms differ in the last bit from machine to machine; which rows are the outermost must not.
         return torch.where(distances > self.threshold, tail, body)
 
+    def outlyingness(self, distances: Tensor) -> Tensor:
+        """x / (x + the threshold) of the first c ≤ C distances x [c, N]: from 0 to 1, and a half where the tail begins.
+
+        Without a logarithm it is equal to the bit on every machine, so that trees send a row the same way everywhere.
+        """
+        threshold = self.threshold[: len(distances)].clamp(min=torch.finfo(distances.dtype).tiny)
+        return distances / (distances + threshold)
+
     def reaches(self, n_rows: int, of: int) -> bool:
         """Whether as large a share of these rows is enough of them to tell how the tail falls."""
         return n_rows * self.distances.shape[1] >= SHAPED_TAIL_ROWS * of

@@ -1,4 +1,4 @@
-"""The supervised head: extra trees that tell the seen classes from the normals.
+"""The supervised head: extra trees that tell the seen classes from the normals (for some of them see `DistanceTrees`).
 
 They are kept as plain arrays and walked here or by the compiled kernels: a model holds no pickled object.
 """
@@ -21,6 +21,8 @@ from mdml_fast.data.encoding import Floats, Rows
 from mdml_fast.data.labelled import Names
 from mdml_fast.meta.fusion import even_shares, missed_shares
 
+Trees = list[BaseDecisionTree]
+
 # Where a row goes.
 STRUCTURE = ("feature", "threshold", "left", "right", "roots")
 # Nodes visited at once: rows times trees.
@@ -33,6 +35,26 @@ PATH_VALUES = 2**24
 LEAST_RISE = 1e-5
 # A vote more for each side, of a hundred trees: rows that all trees agree on have odds too.
 VOTE = 0.01
+
+
+def grow(normals: Rows, anomalies: Rows, n_trees: int, seed: int, leaf: int = 1) -> Trees:
+    """Balanced extra trees (Geurts, Ernst, Wehenkel, "Extremely randomized trees", 2006).
+
+    Args:
+        normals: float32 [n, d].
+        anomalies: float32 [M, d].
+        n_trees: how many.
+        seed: of the trees.
+        leaf: the fewest rows in one.
+    """
+    if not n_trees:
+        return []
+    forest = ExtraTreesClassifier(
+        n_trees, class_weight="balanced", min_samples_leaf=leaf, random_state=seed, n_jobs=torch.get_num_threads()
+    )
+    forest.fit(np.concatenate([normals, anomalies]), np.arange(len(normals) + len(anomalies)) >= len(normals))
+    trees: Trees = forest.estimators_
+    return trees
 
 
 class TreeHead:
@@ -51,28 +73,9 @@ class TreeHead:
         self._packed = native.packed(*(self.tensors[name] for name in STRUCTURE))
 
     @classmethod
-    def fit(
-        cls,
-        normals: Rows,
-        anomalies: Rows,
-        n_trees: int,
-        seed: int,
-        device: torch.device,
-    ) -> Self:
-        """Balanced extra trees (Geurts, Ernst, Wehenkel, "Extremely randomized trees", 2006).
-
-        Args:
-            normals: float32 [n, d].
-            anomalies: float32 [M, d].
-            n_trees: how many.
-            seed: of the trees.
-            device: where the trees shall be walked.
-        """
-        forest = ExtraTreesClassifier(
-            n_trees, class_weight="balanced", random_state=seed, n_jobs=torch.get_num_threads()
-        )
-        forest.fit(np.concatenate([normals, anomalies]), np.arange(len(normals) + len(anomalies)) >= len(normals))
-        return cls({name: tensor.to(device) for name, tensor in _tables(forest.estimators_).items()})
+    def of(cls, trees: Trees, device: torch.device) -> Self:
+        """Trees that were grown, to be walked on a device."""
+        return cls({name: tensor.to(device) for name, tensor in _tables(trees).items()})
 
     def probability(self, rows: Tensor) -> Tensor:
         """The probability of "anomaly" [N] of rows [N, d]."""
@@ -195,7 +198,7 @@ def finds_others(normals: Rows, anomalies: Rows, labels: Names, judged: Tensor, 
     half[np.argsort(labels.astype(str), kind="stable")] = np.arange(len(labels)) % 2
     missed = np.empty(len(labels))
     for own in (half == 0, half == 1):
-        head = TreeHead.fit(normals, anomalies[own], n_trees, seed, judged.device)
+        head = TreeHead.of(grow(normals, anomalies[own], n_trees, seed), judged.device)
         others = torch.as_tensor(anomalies[~own], device=judged.device)
         missed[~own] = missed_shares(head.probability(judged), head.probability(others))
     share = even_shares(labels)
@@ -208,7 +211,7 @@ def odds(probability: Tensor) -> Tensor:
     return (probability + VOTE) / (1 + VOTE - probability)
 
 
-def _tables(trees: list[BaseDecisionTree]) -> dict[str, Tensor]:
+def _tables(trees: Trees) -> dict[str, Tensor]:
     counts = np.array([tree.tree_.node_count for tree in trees])
     roots = np.cumsum(counts) - counts
 

@@ -57,9 +57,10 @@ def test_differences_are_paired_and_summed_over_tables(folder: Path) -> None:
 def test_each_ablation_differs_from_the_default_in_its_part_alone() -> None:
     full = DefaultConfig()
     for name, config in ABLATIONS.items():
-        changed = [
-            part
-            for part in ("ensemble", "fusion", "neighbourhood", "n_trees")
-            if getattr(config, part) != getattr(full, part)
-        ]
-        assert len(changed) == 1, name
+        changed = [part for part in vars(full) if getattr(config, part) != getattr(full, part)]
+        # As many trees in all.
+        of_trees = ["n_trees", "distance_trees"] if name == "no trees that ask distances" else changed[:1]
+        assert changed == of_trees, name
+        assert changed
+    alone = ABLATIONS["no trees that ask distances"]
+    assert alone.n_trees + alone.distance_trees.n == full.n_trees + full.distance_trees.n

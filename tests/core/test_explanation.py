@@ -140,7 +140,9 @@ def test_the_squared_distance_of_an_embedding_is_exactly_a_sum_over_features() -
     weights = neighbourhood.encoders.pull_back(seen, seen - others)
     torch.testing.assert_close((weights * (seen - others)).sum(-1), squared, rtol=1e-3, atol=1e-3)
     centres = neighbourhood.centre.expand_as(rows)
-    shares = distance_shares(neighbourhood, neighbourhood.place(rows), normals, torch.arange(len(rows)), centres)
+    shares = distance_shares(
+        neighbourhood, neighbourhood.place(rows), neighbourhood.place(normals), torch.arange(len(rows)), centres
+    )
     differs = (rows != normals).any(1)
     sums = shares.sum(-1)[:, differs]
     # All but the Mahalanobis distances.
@@ -151,8 +153,10 @@ def test_the_squared_distance_of_an_embedding_is_exactly_a_sum_over_features() -
 
 def test_the_heads_shares_are_of_what_its_probability_is_above_the_normals() -> None:
     detector = MDMLDetector(FAST, random_state=0).fit(*table(), normal=["ok"])
-    head = detector.model_._head
-    rows = torch.as_tensor(detector.encoder_.transform(table(seed=1)[0]))
+    scorer, head = detector.model_.scorer, detector.model_._head
+    encoded = torch.as_tensor(detector.encoder_.transform(table(seed=1)[0]))
+    rows = scorer._distances(scorer._place(encoded))[1]
+    assert rows.shape[1] == encoded.shape[1] + 6
     normals = rows[torch.arange(len(rows)) // 2]
     probability, below = head.probability(rows), head.probability(normals)
     shares, more = head.shares(rows, normals, torch.arange(len(rows))), probability > below
@@ -167,11 +171,12 @@ def test_what_distances_and_the_head_add_is_the_score_of_each_family() -> None:
     family = pa.table(rows.slice(0, 60).to_pydict() | {"noise": np.random.default_rng(0).normal(30, size=60)})
     scorer = detector.adapt(family).model_.scorer
     encoded = torch.as_tensor(detector.encoder_.transform(pa.concat_tables([rows, family])))
-    placed, by_head = scorer._place(encoded), head_odds(scorer.head, encoded)
-    for own in scorer.families:
-        anomaly, amounts = scorer._amounts(own, placed, by_head)
+    distances, asked = scorer._distances(scorer._place(encoded))
+    by_head = head_odds(scorer.head, asked)
+    for own, far in zip(scorer.families, distances, strict=True):
+        anomaly, amounts = scorer._amounts(own, far, by_head)
         torch.testing.assert_close(amounts.sum(0), anomaly, rtol=1e-5, atol=1e-5)
-        of_head = scorer.weights[-1] * (scorer.scale(own) * own.scores(placed, by_head)[-1]).square() / anomaly
+        of_head = scorer.weights[-1] * (scorer.scale(own) * own.scores(far, by_head)[-1]).square() / anomaly
         torch.testing.assert_close(amounts[-1], of_head, rtol=1e-4, atol=1e-5)
     assert len(amounts) == 2 + 4 + 1
 
