@@ -69,8 +69,9 @@ class Scorer(NamedTuple):
 
     def anomaly(self, rows: Tensor) -> Tensor:
         """The anomaly score [N] of rows [N, d]."""
-        distances, asked = self._distances(self._place(rows))
-        by_head = head_odds(self.head, asked)
+        placed = self._place(rows)
+        distances = [family.neighbourhood.distances(placed) for family in self.families]
+        by_head = head_odds(self.head, self._asked(rows, distances[0]))
         families = zip(self.families, distances, strict=True)
         fused = [fuse(self.weights, family.scores(own, by_head), self.fusion) for family, own in families]
         scales = [self.scale(family) for family in self.families]
@@ -88,7 +89,8 @@ class Scorer(NamedTuple):
             nearest: which of them each row is compared with, int [N].
         """
         placed, others = self._place(rows), self._place(normals)
-        distances, asked = self._distances(placed)
+        distances = [family.neighbourhood.distances(placed) for family in self.families]
+        asked = self._asked(rows, distances[0])
         by_head = head_odds(self.head, asked)
         families = zip(self.families, distances, strict=True)
         scored = [self._amounts(family, own, by_head) for family, own in families]
@@ -101,7 +103,8 @@ class Scorer(NamedTuple):
         if self.head:
             of_head = chosen[:, -1:]
             heard = of_head[:, 0] > LEAST_PART * anomaly
-            by_asked = self.head.shares(asked[heard], self._distances(others)[1], nearest[heard])
+            asked_of_normals = self._asked(normals, self.families[0].neighbourhood.distances(others))
+            by_asked = self.head.shares(asked[heard], asked_of_normals, nearest[heard])
             by_feature, by_distance = by_asked.tensor_split([rows.shape[1]], dim=1)
             by_feature = by_feature + torch.einsum("nc,cnd->nd", by_distance, shares[:, heard])
             parts[heard] += of_head[heard] * by_feature
@@ -115,10 +118,9 @@ class Scorer(NamedTuple):
         """Rows in the views and embeddings, which are those of all families."""
         return self.families[0].neighbourhood.place(rows)
 
-    def _distances(self, placed: Placed) -> tuple[list[Tensor], Tensor]:
-        """Distances from each family [6, N], and what trees may ask: those from the first count, as in training."""
-        distances = [family.neighbourhood.distances(placed) for family in self.families]
-        return distances, asked_of(placed.rows, self.families[0].tails, distances[0])
+    def _asked(self, rows: Tensor, distances: Tensor) -> Tensor:
+        """What the head's trees may ask of rows at these distances from the first family, the one that they know."""
+        return asked_of(rows, self.families[0].tails, distances)
 
     def _amounts(self, family: NormalFamily, distances: Tensor, by_head: Tensor) -> tuple[Tensor, Tensor]:
         """How anomalous rows are to a family [N], and what each distance and the head add to that [6 or 7, N].

@@ -155,7 +155,8 @@ def test_the_heads_shares_are_of_what_its_probability_is_above_the_normals() -> 
     detector = MDMLDetector(FAST, random_state=0).fit(*table(), normal=["ok"])
     scorer, head = detector.model_.scorer, detector.model_._head
     encoded = torch.as_tensor(detector.encoder_.transform(table(seed=1)[0]))
-    rows = scorer._distances(scorer._place(encoded))[1]
+    distances = scorer.families[0].neighbourhood.distances(scorer._place(encoded))
+    rows = scorer._asked(encoded, distances)
     assert rows.shape[1] == encoded.shape[1] + 6
     normals = rows[torch.arange(len(rows)) // 2]
     probability, below = head.probability(rows), head.probability(normals)
@@ -171,8 +172,9 @@ def test_what_distances_and_the_head_add_is_the_score_of_each_family() -> None:
     family = pa.table(rows.slice(0, 60).to_pydict() | {"noise": np.random.default_rng(0).normal(30, size=60)})
     scorer = detector.adapt(family).model_.scorer
     encoded = torch.as_tensor(detector.encoder_.transform(pa.concat_tables([rows, family])))
-    distances, asked = scorer._distances(scorer._place(encoded))
-    by_head = head_odds(scorer.head, asked)
+    placed = scorer._place(encoded)
+    distances = [own.neighbourhood.distances(placed) for own in scorer.families]
+    by_head = head_odds(scorer.head, scorer._asked(encoded, distances[0]))
     for own, far in zip(scorer.families, distances, strict=True):
         anomaly, amounts = scorer._amounts(own, far, by_head)
         torch.testing.assert_close(amounts.sum(0), anomaly, rtol=1e-5, atol=1e-5)
