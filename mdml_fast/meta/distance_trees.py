@@ -28,7 +28,7 @@ class DistanceTrees:
     leaf: int = 2
 
     def grow(self, neighbourhood: Neighbourhood, anomalies: Tensor, seed: int) -> Trees:
-        """Grow them.
+        """Grow them; none where all normals are of one family: nothing tells how far those of others lie.
 
         Args:
             neighbourhood: of the normals that are learned from alone, so that the trees know nothing of others.
@@ -37,6 +37,8 @@ class DistanceTrees:
         """
         normals, families = neighbourhood.normals[: self.normals], neighbourhood.families[: self.normals]
         near = neighbourhood.distances(neighbourhood.place(normals), families)
+        if near.isnan().any():
+            return []
         far = neighbourhood.distances(neighbourhood.place(anomalies))
         tails = Tails.fit(near)
         asked = [asked_of(rows, tails, own).cpu().numpy() for rows, own in ((normals, near), (anomalies, far))]

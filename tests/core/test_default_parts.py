@@ -367,6 +367,9 @@ def test_trees_that_may_ask_distances_find_a_class_that_no_tree_has_seen() -> No
 
     assert missed_by(DistanceTrees().grow(near, seen, 0)) < 0.02
     assert missed_by(grow(normals.numpy(), seen.numpy(), 100, 0)) > 0.2
+    # Nothing tells how far normals of another family lie.
+    alone = Neighbourhood(NeighbourhoodConfig(), views, encoders, normals, torch.zeros(300), torch.zeros(8))
+    assert DistanceTrees().grow(alone, seen, 0) == []
 
 
 def test_trees_walk_as_scikit_learn_does() -> None:
