@@ -17,17 +17,25 @@ from mdml_fast.data.encoding import Floats, Rows
 from mdml_fast.data.labelled import at_most_of_each, family_codes
 from mdml_fast.data.views import VIEWS, Views
 from mdml_fast.meta.checkpoint import Checkpoint
-from mdml_fast.meta.distance_trees import DistanceTrees, asked_of
+from mdml_fast.meta.distance_trees import DistanceTrees
 from mdml_fast.meta.encoders import Encoders
 from mdml_fast.meta.ensemble import Ensemble, EnsembleConfig, train_ensemble
 from mdml_fast.meta.fusion import FusionConfig, fuse, weigh
 from mdml_fast.meta.history import History
 from mdml_fast.meta.model import HeldOut, TrainingRows, fingerprint, tensors_under
 from mdml_fast.meta.neighbourhood import SCORES, Neighbourhood, NeighbourhoodConfig
-from mdml_fast.meta.scoring import NormalFamily, Scorer, family_tails, head_odds, outer, scores_by_others
+from mdml_fast.meta.scoring import (
+    NormalFamily,
+    Scorer,
+    family_tails,
+    head_odds,
+    judged_by_halves,
+    outer,
+    scores_by_others,
+)
 from mdml_fast.meta.tails import Tails
 from mdml_fast.meta.training import Progress
-from mdml_fast.meta.trees import TreeHead, Trees, finds_others, grow
+from mdml_fast.meta.trees import TreeHead, Trees, grow
 from mdml_fast.threads import beside
 
 # Rows that are scored at once, so that memory does not grow with the table, and among which near ones are sought.
@@ -50,9 +58,9 @@ class DefaultConfig:
     judged_normals: int = CALIBRATION_ROWS
     # Labelled anomalies of each family that are learned from.
     family_anomalies: int = 1_000
-    # Trees average; more find the seen classes hardly better, and take longer. 0 leaves the head out.
+    # Trees that ask features alone; more find the seen classes hardly better, and take longer. 0 leaves the head out.
     n_trees: int = 70
-    # Those that may ask distances too find other classes as well; together both find more of the seen.
+    # Those of the head that may ask distances too: they find other classes as well.
     distance_trees: DistanceTrees = field(default_factory=DistanceTrees)
 
     @classmethod
@@ -162,11 +170,9 @@ class DefaultModel:
         neighbourhood = Neighbourhood(config.neighbourhood, views, encoders, normals, families, centre)
 
         judged = np.flatnonzero(held_out)[: config.judged_normals]
-        grow_more: Callable[[], Trees] = list
-        if trees:
-            of_learned = normals[learned], families[learned], centre
-            near = Neighbourhood(config.neighbourhood, views, encoders, *of_learned)
-            grow_more = partial(config.distance_trees.grow, near, anomalies, seed)
+        # Its trees learn from no held-out normal, so that they know nothing of those.
+        to_grow = neighbourhood, normals[learned], anomalies, seed
+        grow_more: Callable[[], Trees] = partial(config.distance_trees.grow, *to_grow) if trees else list
         with beside(grow_more) as grown:
             placed = neighbourhood.place(normals[judged])
             distances = neighbourhood.distances(placed, families[judged])
@@ -174,9 +180,9 @@ class DefaultModel:
             if len(anomalies):
                 judges = (neighbourhood, ensemble, placed, distances, families[judged])
                 anomaly_scores = scores_by_others(*judges, anomalies, labels)
-            trees += grown()
+            trees = trees + grown()
         head = TreeHead.of(trees, device) if trees else None
-        by_head = head_odds(head, asked_of(placed.rows, Tails.fit(distances), distances))
+        by_head = head_odds(head, placed.rows, Tails.fit(distances), distances)
         distances = torch.cat([distances, by_head])
         tails = family_tails(distances)
         # Numbers from 0 on: of rows, or of groups.
@@ -184,9 +190,9 @@ class DefaultModel:
         if rows.groups is not None:
             units = torch.unique(families[judged], return_inverse=True)[1]
         normal_scores, by_head = tails.held_out_scores(distances, units).tensor_split([len(SCORES)])
-        finds = partial(finds_others, *examples, labels, placed.rows, config.n_trees, seed)
+        halves = partial(judged_by_halves, *examples, labels, placed.rows, config.n_trees, seed)
         by_normals = (normal_scores, by_head, units, len(normals))
-        weights, anomaly = weigh(*by_normals, anomaly_scores, labels, finds, config.fusion)
+        weights, anomaly = weigh(*by_normals, anomaly_scores, labels, halves, config.fusion)
         if previous:
             history = previous.history.followed_by(history)
         to_calibrate_on = HeldOut(order[judged], -anomaly.double().cpu().numpy())
@@ -239,7 +245,7 @@ class DefaultModel:
         placed = base.place(rows)
         centre = placed.views[VIEWS.index("whitened")].mean(0)
         own = Neighbourhood(base.config.of_adapted(), base.views, base.encoders, rows, families, centre)
-        by_head = head_odds(self._head, asked_of(rows, first.tails, base.distances(placed)))
+        by_head = head_odds(self._head, rows, first.tails, base.distances(placed))
         distances = torch.cat([own.distances(placed, families), by_head])
         tails = family_tails(distances, first.tails)
         fused = fuse(self._weights, tails.held_out_scores(distances, families), self.config.fusion)

@@ -27,19 +27,26 @@ class DistanceTrees:
     # The fewest rows in a leaf: how far out a single row lies is chance.
     leaf: int = 2
 
-    def grow(self, neighbourhood: Neighbourhood, anomalies: Tensor, seed: int) -> Trees:
-        """Grow them; none where all normals are of one family: nothing tells how far those of others lie.
+    def grow(self, neighbourhood: Neighbourhood, normals: Tensor, anomalies: Tensor, seed: int) -> Trees:
+        """Grow them.
+
+        A normal is left out of what it is compared with, but not its group: anomalies keep theirs, if they have any.
 
         Args:
-            neighbourhood: of the normals that are learned from alone, so that the trees know nothing of others.
+            neighbourhood: whose views, encoders and centre count.
+            normals: what is compared with, the first of which are learned from; held-out ones are not among them,
+                so that the trees know nothing of those. Float [n, d].
             anomalies: float [M, d].
             seed: of the trees.
         """
-        normals, families = neighbourhood.normals[: self.normals], neighbourhood.families[: self.normals]
-        near = neighbourhood.distances(neighbourhood.place(normals), families)
-        if near.isnan().any():
+        if not self.n:
             return []
-        far = neighbourhood.distances(neighbourhood.place(anomalies))
+        each = torch.arange(len(normals), device=normals.device)
+        of, centre = neighbourhood, neighbourhood.centre
+        near_to = Neighbourhood(of.config, of.views, of.encoders, normals, each, centre)
+        normals = normals[: self.normals]
+        near = near_to.distances(near_to.place(normals), each[: self.normals])
+        far = near_to.distances(near_to.place(anomalies))
         tails = Tails.fit(near)
         asked = [asked_of(rows, tails, own).cpu().numpy() for rows, own in ((normals, near), (anomalies, far))]
         return grow(asked[0], asked[1], self.n, seed + 1, self.leaf)

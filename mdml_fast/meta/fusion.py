@@ -6,8 +6,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from scipy.special import expit
 from torch import Tensor
@@ -37,11 +39,9 @@ class FusionConfig:
     # The head's weight beside all others: the rows that it learned from can't tell what it is worth on other classes.
     # More finds the seen classes better, and disturbs the order of the unseen ones.
     head: float = 0.4
-    # But where the seen families are missed, where more than this share of the normals lies above them, distances say
-    # little of other classes either: the weight grows with the square of that share, so that the head counts in
-    # proportion to it, up to a most.
-    tolerated: float = 0.1
-    most_head: float = 2.0
+    # But it is doubled, and doubled again, where that lifts rows of the seen classes that the trees did not learn from:
+    # at most so often, and once for each class beyond the first, as one class tells nothing of others.
+    most_doublings: int = 2
     # Whether the anchor alone, or the prior, is the answer where it ranks the seen families as high; by less than this
     # AUROC, one normal in two thousand, none ranks them higher.
     fallback: bool = True
@@ -140,25 +140,58 @@ def missed(weights: Tensor, normals: Tensor, anomalies: Tensor, labels: Names, c
     return float(missed_shares(*scores) @ even_shares(labels))
 
 
-def head_weight(
-    missed_by_distances: float, labels: Names, finds_others: Callable[[], bool], config: FusionConfig
-) -> float:
-    """The head's weight beside those of the distances, which have sum 1: more where these miss the seen families.
+class JudgedHalf(NamedTuple):
+    """Labelled rows, and what the head makes of them by trees that did not learn from them.
 
-    What they miss is taken as if of one more family they had missed nothing, as few families tell little. And the
-    trees have to show that they find more than the rows that they learned from.
+    Attributes:
+        rows: which ones, bool [M].
+        anomalies: their scores, float [rows.sum()].
+        normals: scores of the held-out normals by the same trees [n].
+    """
+
+    rows: npt.NDArray[np.bool_]
+    anomalies: Tensor
+    normals: Tensor
+
+
+def head_weight(
+    normals: Tensor, anomalies: Tensor, labels: Names, halves: Callable[[], list[JudgedHalf]], config: FusionConfig
+) -> float:
+    """The head's weight beside those of the distances, which have sum 1: doubled where rows are found better by that.
+
+    The trees have to show that they find rows which they did not learn from: by two standard errors better than chance.
 
     Args:
-        missed_by_distances: what is `missed` by the weights that were chosen.
-        labels: as in `learn_weights`.
-        finds_others: tells it, where more weight is wanted.
+        normals: fused scores of held-out normals by the distances [n].
+        anomalies: those of labelled anomalies [M], by directions that did not train on their family.
+        labels: their families [M].
+        halves: gives the head's scores of both, each row in one of them; asked where there is a choice.
         config: as in `learn_weights`.
     """
-    n_families = len(np.unique(labels.astype(str)))
-    of_all = missed_by_distances * n_families / (n_families + 1)
-    if of_all > config.tolerated and finds_others():
-        return min(config.head * (of_all / config.tolerated) ** 2, config.most_head)
-    return config.head
+    weights = [config.head * 2**n for n in range(min(len(np.unique(labels.astype(str))), 1 + config.most_doublings))]
+    if len(weights) < 2:
+        return config.head
+    judged, of_families = halves(), even_shares(labels)
+
+    def missed_by(of_distances: float, of_head: float) -> Floats:
+        """The `missed_shares` of the rows [M] by both with these weights."""
+        both, shares = normals.new_tensor([of_distances, of_head]), np.empty(len(labels))
+        for half in judged:
+            own = anomalies[torch.as_tensor(half.rows, device=anomalies.device)]
+            pairs = (normals, half.normals), (own, half.anomalies)
+            shares[half.rows] = missed_shares(*(fuse(both, torch.stack(pair), config) for pair in pairs))
+        return shares
+
+    by_head = missed_by(0.0, 1.0)
+    mean = of_families @ by_head
+    if mean + 2 * np.sqrt(of_families**2 @ (by_head - mean) ** 2) >= 0.5:
+        return config.head
+    best, least = config.head, math.inf
+    for weight in weights:
+        by_both = float(of_families @ missed_by(1.0, weight))
+        if by_both < least - config.least_gain:
+            best, least = weight, by_both
+    return best
 
 
 def choose_and_hold_out(
@@ -195,7 +228,7 @@ def weigh(
     n_normals: int,
     anomalies: Tensor,
     labels: Names,
-    finds_others: Callable[[], bool],
+    halves: Callable[[], list[JudgedHalf]],
     config: FusionConfig,
 ) -> tuple[Tensor, Tensor]:
     """The weights of distances' scores and the head's, and the fused scores that new rows at the normals' places have.
@@ -207,7 +240,7 @@ def weigh(
         n_normals: how many there are in all.
         anomalies: see `learn_weights`.
         labels: likewise.
-        finds_others: see `head_weight`.
+        halves: see `head_weight`.
         config: likewise.
 
     Returns:
@@ -217,7 +250,8 @@ def weigh(
     weights, fused = choose_and_hold_out(normals, families, anomalies, labels, prior, config)
     if not len(by_head):
         return weights, fused
-    of_head = head_weight(missed(weights, normals, anomalies, labels, config), labels, finds_others, config)
+    by_distances = fuse(weights, normals, config), fuse(weights, anomalies, config)
+    of_head = head_weight(*by_distances, labels, halves, config)
     shares = weights.new_tensor([1.0, of_head]) / (1 + of_head)
     return torch.cat([weights * shares[0], shares[1:]]), fuse(shares, torch.cat([fused[None], by_head]), config)
 

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from mdml_fast.data.encoding import Rows
 from mdml_fast.data.labelled import Names
 from mdml_fast.data.views import VIEWS
 from mdml_fast.meta.distance_trees import asked_of
 from mdml_fast.meta.ensemble import HALVES, Ensemble
-from mdml_fast.meta.fusion import FusionConfig, fuse
+from mdml_fast.meta.fusion import FusionConfig, JudgedHalf, fuse
 from mdml_fast.meta.neighbourhood import ANCHORS, SCORES, Neighbourhood, Placed
-from mdml_fast.meta.shares import distance_shares
+from mdml_fast.meta.shares import centre_shares, distance_shares
 from mdml_fast.meta.tails import LEAST_INDEX, Tails
-from mdml_fast.meta.trees import TreeHead, odds
+from mdml_fast.meta.trees import TreeHead, grow, odds
 
 # Trees may find nothing at all in any normal. The head's tail is then this steep, so that one tree's doubt is no alarm.
 LEAST_HEAD_INDEX = 0.5
@@ -71,7 +73,7 @@ class Scorer(NamedTuple):
         """The anomaly score [N] of rows [N, d]."""
         placed = self._place(rows)
         distances = [family.neighbourhood.distances(placed) for family in self.families]
-        by_head = head_odds(self.head, self._asked(rows, distances[0]))
+        by_head = self._by_head(rows, distances[0])
         families = zip(self.families, distances, strict=True)
         fused = [fuse(self.weights, family.scores(own, by_head), self.fusion) for family, own in families]
         scales = [self.scale(family) for family in self.families]
@@ -90,21 +92,24 @@ class Scorer(NamedTuple):
         """
         placed, others = self._place(rows), self._place(normals)
         distances = [family.neighbourhood.distances(placed) for family in self.families]
-        asked = self._asked(rows, distances[0])
-        by_head = head_odds(self.head, asked)
+        first, by_head = self.families[0], self._by_head(rows, distances[0])
         families = zip(self.families, distances, strict=True)
         scored = [self._amounts(family, own, by_head) for family, own in families]
         anomaly, closest = torch.stack([own for own, _ in scored]).min(0)
         centres = torch.stack([family.neighbourhood.centre for family in self.families])[closest]
-        shares = distance_shares(self.families[0].neighbourhood, placed, others, nearest, centres)
+        compared = first.neighbourhood, placed, others, nearest
+        shares = distance_shares(*compared, centres)
         place = torch.arange(len(rows), device=rows.device)
         chosen = torch.stack([amounts for _, amounts in scored])[closest, :, place]
         parts = torch.einsum("nc,cnd->nd", chosen[:, : len(shares)], shares)
         if self.head:
             of_head = chosen[:, -1:]
             heard = of_head[:, 0] > LEAST_PART * anomaly
-            asked_of_normals = self._asked(normals, self.families[0].neighbourhood.distances(others))
-            by_asked = self.head.shares(asked[heard], asked_of_normals, nearest[heard])
+            if len(self.families) > 1:  # the trees ask how far it is from the first family's centre
+                shares[ANCHORS.index("mahalanobis")] = centre_shares(*compared, first.neighbourhood.centre)
+            asked = asked_of(rows[heard], first.tails, distances[0][:, heard])
+            asked_of_normals = asked_of(normals, first.tails, first.neighbourhood.distances(others))
+            by_asked = self.head.shares(asked, asked_of_normals, nearest[heard])
             by_feature, by_distance = by_asked.tensor_split([rows.shape[1]], dim=1)
             by_feature = by_feature + torch.einsum("nc,cnd->nd", by_distance, shares[:, heard])
             parts[heard] += of_head[heard] * by_feature
@@ -118,9 +123,9 @@ class Scorer(NamedTuple):
         """Rows in the views and embeddings, which are those of all families."""
         return self.families[0].neighbourhood.place(rows)
 
-    def _asked(self, rows: Tensor, distances: Tensor) -> Tensor:
-        """What the head's trees may ask of rows at these distances from the first family, the one that they know."""
-        return asked_of(rows, self.families[0].tails, distances)
+    def _by_head(self, rows: Tensor, distances: Tensor) -> Tensor:
+        """`head_odds` of rows at these distances from the first family, the one that the trees know."""
+        return head_odds(self.head, rows, self.families[0].tails, distances)
 
     def _amounts(self, family: NormalFamily, distances: Tensor, by_head: Tensor) -> tuple[Tensor, Tensor]:
         """How anomalous rows are to a family [N], and what each distance and the head add to that [6 or 7, N].
@@ -164,6 +169,34 @@ def scores_by_others(
     return torch.cat([anchors, (judges * scores).sum(0) / judges.sum(0)])
 
 
-def head_odds(head: TreeHead | None, rows: Tensor) -> Tensor:
-    """The head's odds of "anomaly" [1, N] of rows [N, d + 6], see `asked_of`; [0, N] without one."""
-    return odds(head.probability(rows)).unsqueeze(0) if head else rows.new_empty(0, rows.shape[0])
+def head_odds(head: TreeHead | None, rows: Tensor, tails: Tails, distances: Tensor) -> Tensor:
+    """The head's odds of "anomaly" [1, N] of rows [N, d], see `asked_of`; [0, N] without one."""
+    if not head:
+        return rows.new_empty(0, rows.shape[0])
+    return odds(head.probability(asked_of(rows, tails, distances))).unsqueeze(0)
+
+
+def judged_by_halves(
+    normals: Rows, anomalies: Rows, labels: Names, judged: Tensor, n_trees: int, seed: int
+) -> list[JudgedHalf]:
+    """What trees that learned from half of the rows of each class make of the other half, and of held-out normals.
+
+    Args:
+        normals: float32 [n, d].
+        anomalies: float32 [M, d].
+        labels: their classes [M].
+        judged: the held-out normals [k, d].
+        n_trees: how many trees for each half.
+        seed: of the trees.
+    """
+    # Alternately, class by class.
+    half = np.empty(len(labels), dtype=np.intp)
+    half[np.argsort(labels.astype(str), kind="stable")] = np.arange(len(labels)) % 2
+    halves = []
+    for own in (half == 0, half == 1):
+        head = TreeHead.of(grow(normals, anomalies[~own], n_trees, seed), judged.device)
+        rows = torch.as_tensor(anomalies[own], device=judged.device)
+        of_rows, of_normals = (odds(head.probability(some)).unsqueeze(0) for some in (rows, judged))
+        tails = Tails.fit(of_normals, LEAST_HEAD_INDEX)
+        halves.append(JudgedHalf(own, tails.score(of_rows)[0], tails.score(of_normals)[0]))
+    return halves

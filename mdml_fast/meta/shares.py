@@ -28,19 +28,27 @@ def distance_shares(
         nearest: which of them each row is compared with, int [N].
         centres: what each Mahalanobis distance is from, in the whitened view [N, d].
     """
-    views, whitened = neighbourhood.views, VIEWS.index("whitened")
-    seen, others = placed.views, normals.views[:, nearest]
-    steps, weights = seen - others, neighbourhood.encoders.pull_back(seen, seen - others)
-    from_centre = seen[whitened] - centres
-    # |v|² - |u|² is the product of v - u with v + u.
-    around_centre = from_centre + others[whitened] - centres
-    squared = from_centre.square().sum(-1, keepdim=True).clamp(min=TINY)
+    views, seen = neighbourhood.views, placed.views
+    steps = seen - normals.views[:, nearest]
+    weights = neighbourhood.encoders.pull_back(seen, steps)
     shares = [
         _normalised((placed.rows - normals.rows[nearest]).square()),
-        views.by_feature("whitened", steps, around_centre) / squared,
+        centre_shares(neighbourhood, placed, normals, nearest, centres),
     ]
     shares += [_normalised(views.by_feature(view, steps, weight)) for view, weight in zip(VIEWS, weights, strict=True)]
     return torch.stack(shares)
+
+
+def centre_shares(
+    neighbourhood: Neighbourhood, placed: Placed, normals: Placed, nearest: Tensor, centres: Tensor
+) -> Tensor:
+    """That of the Mahalanobis distance alone [N, d]; the centres [N, d], or one for all rows [d]."""
+    views, whitened = neighbourhood.views, VIEWS.index("whitened")
+    steps = placed.views - normals.views[:, nearest]
+    from_centre, from_others = placed.views[whitened] - centres, normals.views[whitened, nearest] - centres
+    # |v|² - |u|² is the product of v - u with v + u.
+    parts = views.by_feature("whitened", steps, from_centre + from_others)
+    return parts / from_centre.square().sum(-1, keepdim=True).clamp(min=TINY)
 
 
 def _normalised(parts: Tensor) -> Tensor:

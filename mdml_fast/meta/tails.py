@@ -93,7 +93,8 @@ class Tails:
     def outlyingness(self, distances: Tensor) -> Tensor:
         """x / (x + the threshold) of the first c ≤ C distances x [c, N]: from 0 to 1, and a half where the tail begins.
 
-        Without a logarithm it is equal to the bit on every machine, so that trees send a row the same way everywhere.
+        Where that is at zero, all above it is 1. Without a logarithm it is equal to the bit on every machine, so
+        that trees send a row the same way everywhere.
         """
         threshold = self.threshold[: len(distances)].clamp(min=torch.finfo(distances.dtype).tiny)
         return distances / (distances + threshold)

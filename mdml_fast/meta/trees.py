@@ -18,8 +18,6 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from mdml_fast.data.encoding import Floats, Rows
-from mdml_fast.data.labelled import Names
-from mdml_fast.meta.fusion import even_shares, missed_shares
 
 Trees = list[BaseDecisionTree]
 
@@ -176,34 +174,6 @@ class TreeHead:
                 changes[children - first, t["feature"][parents]] += t["anomaly"][children] - t["anomaly"][parents]
             level = torch.cat([t["left"][parents], t["right"][parents]])
         return changes
-
-
-def finds_others(normals: Rows, anomalies: Rows, labels: Names, judged: Tensor, n_trees: int, seed: int) -> bool:
-    """Whether trees that learned from half of the rows of each class rank the other half above normals.
-
-    By two standard errors higher than chance; where there is one row, nothing shows that they do.
-
-    Args:
-        normals: float32 [n, d].
-        anomalies: float32 [M, d].
-        labels: their classes [M].
-        judged: other normals [k, d].
-        n_trees: how many trees for each half.
-        seed: of the trees.
-    """
-    if len(labels) < 2:
-        return False
-    # Alternately, class by class.
-    half = np.empty(len(labels), dtype=np.intp)
-    half[np.argsort(labels.astype(str), kind="stable")] = np.arange(len(labels)) % 2
-    missed = np.empty(len(labels))
-    for own in (half == 0, half == 1):
-        head = TreeHead.of(grow(normals, anomalies[own], n_trees, seed), judged.device)
-        others = torch.as_tensor(anomalies[~own], device=judged.device)
-        missed[~own] = missed_shares(head.probability(judged), head.probability(others))
-    share = even_shares(labels)
-    mean = share @ missed
-    return bool(mean + 2 * np.sqrt(share**2 @ (missed - mean) ** 2) < 0.5)
 
 
 def odds(probability: Tensor) -> Tensor:

@@ -21,17 +21,19 @@ from mdml_fast.data.views import VIEWS, Views
 from mdml_fast.evaluation import EvaluationProtocol, evaluate
 from mdml_fast.meta import default
 from mdml_fast.meta.default import DefaultConfig, DefaultModel
+from mdml_fast.meta.distance_trees import DistanceTrees
 from mdml_fast.meta.encoders import Encoders, ResidualEncoder
 from mdml_fast.meta.ensemble import Ensemble, EnsembleConfig
 from mdml_fast.meta.left_out import BOTH, FIRST, NEITHER, SECOND, left_out_by_both, left_out_in_turn
 from mdml_fast.meta.model import TrainingRows
-from mdml_fast.meta.scoring import scores_by_others
+from mdml_fast.meta.scoring import head_odds, scores_by_others
 from mdml_fast.meta.tails import Tails
 
 CPU = torch.device("cpu")
 FAST = DefaultConfig(
     ensemble=EnsembleConfig(hidden=8, n_prototypes=32, n_queries=32, n_anomalies=24, n_synthetic=64, steps=10),
     n_trees=20,
+    distance_trees=DistanceTrees(n=9),
 )
 
 
@@ -100,8 +102,25 @@ def test_the_head_counts_for_more_where_it_finds_what_distances_miss() -> None:
         assert weights.sum() == pytest.approx(1)
         return float(weights[-1] / weights[:-1].sum())
 
-    assert of_head(anomalies) > 2 * FAST.fusion.head
+    assert of_head(anomalies) >= 2 * FAST.fusion.head
     assert of_head(alike) == pytest.approx(FAST.fusion.head)
+
+
+def test_tails_are_of_what_new_rows_are_held_against_them_by() -> None:
+    """Held-out normals, and those that it was adapted to: their odds are the scorer's, their distances without them."""
+    detector = MDMLDetector(FAST, random_state=0).fit(*data(), normal=["ok"])
+    adapted = np.random.default_rng(3).normal(loc=[0, 0, 0, 4, 0, 0], size=(40, 6))
+    scorer = detector.adapt(adapted).model_.scorer
+    first, own = scorer.families
+    held_out = detector.kept_.training().normals[detector.model_.held_out.positions]
+    for family, rows in ((first, torch.as_tensor(held_out)), (own, own.neighbourhood.normals)):
+        placed = family.neighbourhood.place(rows)
+        itself = (rows[:, None] == family.neighbourhood.normals).all(-1).int().argmax(1)
+        distances = family.neighbourhood.distances(placed, family.neighbourhood.families[itself])
+        from_first = distances if family is first else first.neighbourhood.distances(placed)
+        by_head = head_odds(scorer.head, rows, first.tails, from_first)
+        expected = torch.cat([distances, by_head]).sort(dim=1).values
+        torch.testing.assert_close(family.tails.distances, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_nothing_is_learned_from_a_normal_to_calibrate_on() -> None:

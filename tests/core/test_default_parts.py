@@ -1,6 +1,7 @@
 """What the default algorithm is made of: views, neighbours, tails, weights, trees."""
 
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,13 +11,16 @@ from sklearn.covariance import LedoitWolf
 from sklearn.ensemble import ExtraTreesClassifier
 from sklearn.neighbors import NearestNeighbors
 from support import normals_and_two_classes
+from torch import Tensor
 from torch.nn.functional import softplus
 
 from mdml_fast.data.views import VIEWS, Views
+from mdml_fast.meta import distance_trees
 from mdml_fast.meta.distance_trees import DistanceTrees, asked_of
 from mdml_fast.meta.encoders import Encoders
 from mdml_fast.meta.fusion import (
     FusionConfig,
+    JudgedHalf,
     choose_and_hold_out,
     choose_weights,
     fuse,
@@ -28,9 +32,9 @@ from mdml_fast.meta.fusion import (
 )
 from mdml_fast.meta.neighbourhood import Neighbourhood, NeighbourhoodConfig
 from mdml_fast.meta.neighbours import References
-from mdml_fast.meta.scoring import family_tails
+from mdml_fast.meta.scoring import LEAST_HEAD_INDEX, family_tails, judged_by_halves
 from mdml_fast.meta.tails import FOLDS, LEAST_INDEX, Tails
-from mdml_fast.meta.trees import TreeHead, Trees, _rounded_down, finds_others, grow, odds
+from mdml_fast.meta.trees import TreeHead, Trees, _rounded_down, grow, odds
 
 CPU = torch.device("cpu")
 
@@ -209,7 +213,7 @@ def test_weights_go_to_the_score_that_finds_the_families_and_stay_near_the_ancho
 def test_weights_are_those_of_automatic_differentiation() -> None:
     generator = torch.Generator().manual_seed(0)
     normals, anomalies = (torch.rand(6, n, dtype=torch.float64, generator=generator) + 0.01 for n in (203, 30))
-    labels = np.array([f"family {i % 3}" for i in range(30)], dtype=object)
+    labels = np.array(["a"] * 20 + ["b"] * 7 + ["c"] * 3, dtype=object)
     config = FusionConfig(steps=40)
     prior = prior_weights(6, 500, config).double()
     quantiles = torch.tensor(config.quantiles, dtype=torch.float64)
@@ -219,7 +223,8 @@ def test_weights_are_those_of_automatic_differentiation() -> None:
         weights = logits.softmax(0)
         gaps = fuse(weights, normals, config).quantile(quantiles)[:, None] - fuse(weights, anomalies, config)
         optimizer.zero_grad()
-        (softplus(gaps).mean() + config.pull / 3 * (weights @ (weights / prior).log())).backward()
+        loss = torch.stack([softplus(gaps[:, labels == name]).mean() for name in "abc"]).mean()
+        (loss + config.pull / 3 * (weights @ (weights / prior).log())).backward()
         optimizer.step()
     found = learn_weights(normals, anomalies, labels, prior, config)
     torch.testing.assert_close(found, logits.detach().softmax(0), rtol=1e-9, atol=1e-12)
@@ -259,17 +264,27 @@ def test_weights_that_rank_the_families_hardly_higher_than_the_anchor_give_way_t
         assert (weights[0] < 1) == leaves
 
 
-def test_the_head_counts_in_proportion_to_what_distances_miss() -> None:
-    config = FusionConfig()
+def test_the_heads_weight_is_doubled_where_rows_that_its_trees_did_not_learn_from_are_lifted() -> None:
+    config, ranks = FusionConfig(), torch.arange(1.0, 1001) / 100
+    labels = np.array(["a", "b", "c"] * 4, dtype=object)
+    hidden = torch.full((12,), 3.0)  # of the distances, among the normals
 
-    def of_head(missed: float, n_families: int, finds_others: bool = True) -> float:
-        labels = np.array([f"family {place}" for place in range(n_families)] * 2, dtype=object)
-        return head_weight(missed, labels, lambda: finds_others, config)
+    def of_head(by_head: list[float], labels: np.ndarray = labels, by_distances: Tensor = hidden) -> float:
+        sides = np.arange(12) < 6, np.arange(12) >= 6
+        halves = [JudgedHalf(own, torch.tensor(by_head), ranks.flip(0)) for own in sides]
+        return head_weight(ranks, by_distances, labels, lambda: halves, config)
 
-    assert of_head(0.0, 1) == of_head(0.1, 1) == config.head  # of one family, .05 as of two
-    assert of_head(0.24, 3) == pytest.approx(config.head * (0.18 / config.tolerated) ** 2)
-    assert of_head(0.2, 1) < of_head(0.2, 2) < of_head(0.3, 2) < of_head(0.9, 9) == config.most_head
-    assert of_head(0.9, 9, finds_others=False) == config.head
+    assert of_head([8.0] * 6) == 4 * config.head
+    assert of_head([8.0] * 6, by_distances=hidden + 30) == config.head  # all are found
+    assert of_head([6.0] * 6) == 4 * config.head
+    assert of_head([9.0, 9.0, 9.0, 1.0, 1.0, 1.0]) == config.head  # that may be chance
+    two_families, one = (np.array(names * 6, dtype=object) for names in (["a", "b"], ["a", "a"]))
+    assert of_head([8.0] * 6, two_families) == 2 * config.head
+
+    def refuse() -> list[JudgedHalf]:
+        raise AssertionError
+
+    assert head_weight(ranks, hidden, one, refuse, config) == config.head
 
 
 def test_what_is_missed_is_the_share_of_normals_above_equal_ones_by_half() -> None:
@@ -280,19 +295,21 @@ def test_what_is_missed_is_the_share_of_normals_above_equal_ones_by_half() -> No
     assert missed(weights, normals, anomalies, labels, FusionConfig()) == pytest.approx((1 + 0.25) / 2)
 
 
-def test_trees_have_to_find_rows_that_they_did_not_learn_from() -> None:
+def test_each_half_of_a_class_is_judged_by_trees_that_learned_from_the_other() -> None:
     rng = np.random.default_rng(0)
-    normals, judged, found, alike = (rng.normal(size=(n, 4)).astype(np.float32) for n in (200, 200, 12, 12))
-    found[:, 0] += 4
-    labels = np.array(["a"] * 11 + ["b"], dtype=object)
-
-    def finds(rows: np.ndarray) -> bool:
-        return finds_others(normals, rows, labels[: len(rows)], torch.as_tensor(judged), 20, 0)
-
-    assert finds(found)
-    assert finds(found[:2])
-    assert not finds(found[:1])
-    assert not finds(alike)
+    normals, judged, rows = (rng.normal(size=(n, 4)).astype(np.float32) for n in (200, 100, 13))
+    labels = np.array(["a"] * 12 + ["b"], dtype=object)
+    halves = judged_by_halves(normals, rows, labels, torch.as_tensor(judged), 20, 3)
+    assert (np.stack([half.rows for half in halves]).sum(0) == 1).all()
+    assert [int(half.rows[:12].sum()) for half in halves] == [6, 6]
+    for half in halves:
+        head = TreeHead.of(grow(normals, rows[~half.rows], 20, 3), CPU)
+        by_head = [odds(head.probability(torch.as_tensor(some)))[None] for some in (judged, rows[half.rows])]
+        tails = Tails.fit(by_head[0], LEAST_HEAD_INDEX)
+        torch.testing.assert_close(half.normals, tails.score(by_head[0])[0])
+        torch.testing.assert_close(half.anomalies, tails.score(by_head[1])[0])
+    # They look like normals, so that only trees which learned from them would tell them.
+    assert 0.2 < np.concatenate([missed_shares(half.normals, half.anomalies) for half in halves]).mean() < 0.8
 
 
 @pytest.mark.parametrize("n", [1, 2, 41])
@@ -348,7 +365,7 @@ def test_how_far_out_a_distance_is_has_no_unit_and_is_a_half_where_the_tail_begi
     assert copies.outlyingness(torch.tensor([[0.0, 1e-3]]).expand(6, -1)).tolist() == [[0.0, 1.0]] * 6
 
 
-def test_trees_that_may_ask_distances_find_a_class_that_no_tree_has_seen() -> None:
+def test_trees_that_may_ask_distances_find_a_class_that_no_tree_has_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     generator = torch.Generator().manual_seed(0)
     normals, others, seen, unseen = (torch.randn(n, 8, generator=generator) for n in (300, 100, 30, 30))
     seen[:, 0] += 6
@@ -365,11 +382,23 @@ def test_trees_that_may_ask_distances_find_a_class_that_no_tree_has_seen() -> No
         asked = [asked_of(rows, tails, near.distances(near.place(rows))) for rows in (others, unseen)]
         return float(missed_shares(*map(head.probability, asked)).mean())
 
-    assert missed_by(DistanceTrees().grow(near, seen, 0)) < 0.02
+    assert missed_by(DistanceTrees().grow(near, normals, seen, 0)) < 0.02
     assert missed_by(grow(normals.numpy(), seen.numpy(), 100, 0)) > 0.2
-    # Nothing tells how far normals of another family lie.
-    alone = Neighbourhood(NeighbourhoodConfig(), views, encoders, normals, torch.zeros(300), torch.zeros(8))
-    assert DistanceTrees().grow(alone, seen, 0) == []
+    # Of a group a normal is like the anomalies: what is near to it is of its group too.
+    grouped = Neighbourhood(NeighbourhoodConfig(), views, encoders, normals, families // 150, torch.zeros(8))
+    alike = (DistanceTrees(3).grow(of, normals, seen, 0)[0].tree_.threshold.tolist() for of in (near, grouped))
+    assert next(alike) == next(alike)
+
+    learned_from: list[int] = []
+
+    def counted(normals: np.ndarray, *rest: Any) -> Trees:
+        learned_from.append(len(normals))
+        return grow(normals, *rest)
+
+    monkeypatch.setattr(distance_trees, "grow", counted)
+    assert DistanceTrees(n=0).grow(near, normals, seen, 0) == []
+    assert len(DistanceTrees(n=2, normals=50).grow(near, normals, seen, 0)) == 2
+    assert learned_from == [50]
 
 
 def test_trees_walk_as_scikit_learn_does() -> None:

@@ -15,6 +15,7 @@ from mdml_fast import MDMLDetector
 from mdml_fast.data.encoding import FeatureEncoder
 from mdml_fast.known import KnownRows
 from mdml_fast.meta.default import DefaultConfig
+from mdml_fast.meta.distance_trees import asked_of
 from mdml_fast.meta.ensemble import EnsembleConfig
 from mdml_fast.meta.paper import PaperConfig
 from mdml_fast.meta.scoring import head_odds
@@ -156,7 +157,7 @@ def test_the_heads_shares_are_of_what_its_probability_is_above_the_normals() -> 
     scorer, head = detector.model_.scorer, detector.model_._head
     encoded = torch.as_tensor(detector.encoder_.transform(table(seed=1)[0]))
     distances = scorer.families[0].neighbourhood.distances(scorer._place(encoded))
-    rows = scorer._asked(encoded, distances)
+    rows = asked_of(encoded, scorer.families[0].tails, distances)
     assert rows.shape[1] == encoded.shape[1] + 6
     normals = rows[torch.arange(len(rows)) // 2]
     probability, below = head.probability(rows), head.probability(normals)
@@ -174,7 +175,7 @@ def test_what_distances_and_the_head_add_is_the_score_of_each_family() -> None:
     encoded = torch.as_tensor(detector.encoder_.transform(pa.concat_tables([rows, family])))
     placed = scorer._place(encoded)
     distances = [own.neighbourhood.distances(placed) for own in scorer.families]
-    by_head = head_odds(scorer.head, scorer._asked(encoded, distances[0]))
+    by_head = head_odds(scorer.head, encoded, scorer.families[0].tails, distances[0])
     for own, far in zip(scorer.families, distances, strict=True):
         anomaly, amounts = scorer._amounts(own, far, by_head)
         torch.testing.assert_close(amounts.sum(0), anomaly, rtol=1e-5, atol=1e-5)
