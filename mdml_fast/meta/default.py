@@ -170,7 +170,7 @@ class DefaultModel:
         neighbourhood = Neighbourhood(config.neighbourhood, views, encoders, normals, families, centre)
 
         judged = np.flatnonzero(held_out)[: config.judged_normals]
-        # Its trees learn from no held-out normal, so that they know nothing of those.
+        # Trees learn from no held-out normal, so that they judge these as they would judge new ones.
         to_grow = neighbourhood, normals[learned], anomalies, seed
         grow_more: Callable[[], Trees] = partial(config.distance_trees.grow, *to_grow) if trees else list
         with beside(grow_more) as grown:

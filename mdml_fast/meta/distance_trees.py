@@ -34,19 +34,17 @@ class DistanceTrees:
 
         Args:
             neighbourhood: whose views, encoders and centre count.
-            normals: what is compared with, the first of which are learned from; held-out ones are not among them,
-                so that the trees know nothing of those. Float [n, d].
+            normals: what distances are from, the first of them also learned from; none that is held out. Float [n, d].
             anomalies: float [M, d].
             seed: of the trees.
         """
         if not self.n:
             return []
-        each = torch.arange(len(normals), device=normals.device)
-        of, centre = neighbourhood, neighbourhood.centre
-        near_to = Neighbourhood(of.config, of.views, of.encoders, normals, each, centre)
-        normals = normals[: self.normals]
-        near = near_to.distances(near_to.place(normals), each[: self.normals])
-        far = near_to.distances(near_to.place(anomalies))
+        alone, of = torch.arange(len(normals), device=normals.device), neighbourhood
+        learned = Neighbourhood(of.config, of.views, of.encoders, normals, alone, of.centre)
+        normals, alone = normals[: self.normals], alone[: self.normals]
+        near = learned.distances(learned.place(normals), alone)
+        far = learned.distances(learned.place(anomalies))
         tails = Tails.fit(near)
         asked = [asked_of(rows, tails, own).cpu().numpy() for rows, own in ((normals, near), (anomalies, far))]
         return grow(asked[0], asked[1], self.n, seed + 1, self.leaf)

@@ -13,13 +13,14 @@ from support import OPEN_SETS, open_table
 
 from mdml_fast import MDMLDetector
 from mdml_fast.data.encoding import FeatureEncoder
+from mdml_fast.data.views import VIEWS
 from mdml_fast.known import KnownRows
 from mdml_fast.meta.default import DefaultConfig
 from mdml_fast.meta.distance_trees import asked_of
 from mdml_fast.meta.ensemble import EnsembleConfig
 from mdml_fast.meta.paper import PaperConfig
 from mdml_fast.meta.scoring import head_odds
-from mdml_fast.meta.shares import distance_shares
+from mdml_fast.meta.shares import centre_shares, distance_shares
 
 FAST = DefaultConfig(
     ensemble=EnsembleConfig(hidden=8, n_prototypes=32, n_queries=32, n_anomalies=24, n_synthetic=64, steps=10),
@@ -150,6 +151,16 @@ def test_the_squared_distance_of_an_embedding_is_exactly_a_sum_over_features() -
     exact = [0, *range(2, 6)]
     torch.testing.assert_close(sums[exact], torch.ones(5, int(differs.sum())), rtol=1e-3, atol=1e-3)
     assert (shares[:, rows == normals] == 0).all()
+    # Those fall short by what the normal's own distance from the centre is of the row's.
+    centre, whitened = torch.full_like(neighbourhood.centre, 0.3), VIEWS.index("whitened")
+    placed, others = neighbourhood.place(rows), neighbourhood.place(normals)
+    compared = neighbourhood, placed, others, torch.arange(len(rows))
+    from_there = centre_shares(*compared, centre)
+    far, near = ((own.views[whitened] - centre).square().sum(-1) for own in (placed, others))
+    torch.testing.assert_close(from_there.sum(-1), 1 - near / far, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(
+        shares[1], centre_shares(neighbourhood, placed, others, torch.arange(len(rows)), centres)
+    )
 
 
 def test_the_heads_shares_are_of_what_its_probability_is_above_the_normals() -> None:
