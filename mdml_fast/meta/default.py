@@ -60,6 +60,9 @@ class DefaultConfig:
     family_anomalies: int = 1_000
     # Trees that ask features alone; more find the seen classes hardly better, and take longer. 0 leaves the head out.
     n_trees: int = 70
+    # What the head's weight is chosen by takes fewer.
+    weighing_trees: int = 20
+    weighing_normals: int = 1_000
     # Those of the head that may ask distances too: they find other classes as well.
     distance_trees: DistanceTrees = field(default_factory=DistanceTrees)
 
@@ -190,7 +193,8 @@ class DefaultModel:
         if rows.groups is not None:
             units = torch.unique(families[judged], return_inverse=True)[1]
         normal_scores, by_head = tails.held_out_scores(distances, units).tensor_split([len(SCORES)])
-        halves = partial(judged_by_halves, *examples, labels, placed.rows, config.n_trees, seed)
+        few = examples[0][: config.weighing_normals], examples[1]
+        halves = partial(judged_by_halves, *few, labels, placed.rows, config.weighing_trees, seed)
         by_normals = (normal_scores, by_head, units, len(normals))
         weights, anomaly = weigh(*by_normals, anomaly_scores, labels, halves, config.fusion)
         if previous:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 
@@ -18,6 +20,7 @@ from mdml_fast.meta.neighbourhood import ANCHORS, SCORES, Neighbourhood, Placed
 from mdml_fast.meta.shares import centre_shares, distance_shares
 from mdml_fast.meta.tails import LEAST_INDEX, Tails
 from mdml_fast.meta.trees import TreeHead, grow, odds
+from mdml_fast.threads import side_by_side
 
 # Trees may find nothing at all in any normal. The head's tail is then this steep, so that one tree's doubt is no alarm.
 LEAST_HEAD_INDEX = 0.5
@@ -192,11 +195,12 @@ def judged_by_halves(
     # Alternately, class by class.
     half = np.empty(len(labels), dtype=np.intp)
     half[np.argsort(labels.astype(str), kind="stable")] = np.arange(len(labels)) % 2
-    halves = []
-    for own in (half == 0, half == 1):
+
+    def judged_half(own: npt.NDArray[np.bool_]) -> JudgedHalf:
         head = TreeHead.of(grow(normals, anomalies[~own], n_trees, seed), judged.device)
         rows = torch.as_tensor(anomalies[own], device=judged.device)
         of_rows, of_normals = (odds(head.probability(some)).unsqueeze(0) for some in (rows, judged))
         tails = Tails.fit(of_normals, LEAST_HEAD_INDEX)
-        halves.append(JudgedHalf(own, tails.score(of_rows)[0], tails.score(of_normals)[0]))
-    return halves
+        return JudgedHalf(own, tails.score(of_rows)[0], tails.score(of_normals)[0])
+
+    return side_by_side([partial(judged_half, half == which) for which in (0, 1)])
