@@ -20,7 +20,7 @@ from mdml_fast.meta.checkpoint import Checkpoint
 from mdml_fast.meta.distance_trees import DistanceTrees
 from mdml_fast.meta.encoders import Encoders
 from mdml_fast.meta.ensemble import Ensemble, EnsembleConfig, train_ensemble
-from mdml_fast.meta.fusion import FusionConfig, fuse, weigh
+from mdml_fast.meta.fusion import FusionConfig, JudgedHalf, fuse, weigh
 from mdml_fast.meta.history import History
 from mdml_fast.meta.model import HeldOut, TrainingRows, fingerprint, tensors_under
 from mdml_fast.meta.neighbourhood import SCORES, Neighbourhood, NeighbourhoodConfig
@@ -154,8 +154,14 @@ class DefaultModel:
         has_head = bool(len(anomalies) and config.n_trees)
         examples = rows.normals[order[learned[: config.tree_normals]]], rows.anomalies[labelled]
         by_features: Callable[[], Trees] = partial(grow, *examples, config.n_trees, seed) if has_head else list
+        judged = np.flatnonzero(held_out)[: config.judged_normals]
+        few = examples[0][: config.weighing_normals], examples[1], labels, normals[judged]
+        by_halves: Callable[[], list[JudgedHalf]] = partial(judged_by_halves, *few, config.weighing_trees, seed)
+        if not has_head or len(set(labels)) < 2:
+            by_halves = list
         kept = Checkpoint(checkpoint, fingerprint(rows, config, seed, dtype), resume) if checkpoint else None
-        with beside(by_features) as grown:  # training leaves a core idle now and then
+        # Training leaves a core idle now and then.
+        with beside(by_features) as grown, beside(by_halves) as halves:
             ensemble, history = train_ensemble(
                 views.transform(normals[learned]),
                 views.transform(anomalies),
@@ -172,7 +178,6 @@ class DefaultModel:
         encoders = ensemble.encoders.averaged(len(VIEWS))
         neighbourhood = Neighbourhood(config.neighbourhood, views, encoders, normals, families, centre)
 
-        judged = np.flatnonzero(held_out)[: config.judged_normals]
         # Trees learn from no held-out normal, so that they judge these as they would judge new ones.
         to_grow = neighbourhood, normals[learned], anomalies, seed
         grow_more: Callable[[], Trees] = partial(config.distance_trees.grow, *to_grow) if trees else list
@@ -193,8 +198,6 @@ class DefaultModel:
         if rows.groups is not None:
             units = torch.unique(families[judged], return_inverse=True)[1]
         normal_scores, by_head = tails.held_out_scores(distances, units).tensor_split([len(SCORES)])
-        few = examples[0][: config.weighing_normals], examples[1]
-        halves = partial(judged_by_halves, *few, labels, placed.rows, config.weighing_trees, seed)
         by_normals = (normal_scores, by_head, units, len(normals))
         weights, anomaly = weigh(*by_normals, anomaly_scores, labels, halves, config.fusion)
         if previous:
