@@ -20,7 +20,7 @@ from mdml_fast.meta.checkpoint import Checkpoint
 from mdml_fast.meta.distance_trees import DistanceTrees
 from mdml_fast.meta.encoders import Encoders
 from mdml_fast.meta.ensemble import Ensemble, EnsembleConfig, train_ensemble
-from mdml_fast.meta.fusion import FusionConfig, JudgedHalf, fuse, weigh
+from mdml_fast.meta.fusion import FusionConfig, JudgedHalf, fuse, head_weights, weigh
 from mdml_fast.meta.history import History
 from mdml_fast.meta.model import HeldOut, TrainingRows, fingerprint, tensors_under
 from mdml_fast.meta.neighbourhood import SCORES, Neighbourhood, NeighbourhoodConfig
@@ -60,11 +60,11 @@ class DefaultConfig:
     family_anomalies: int = 1_000
     # Trees that ask features alone; more find the seen classes hardly better, and take longer. 0 leaves the head out.
     n_trees: int = 70
-    # What the head's weight is chosen by takes fewer.
-    weighing_trees: int = 20
-    weighing_normals: int = 1_000
     # Those of the head that may ask distances too: they find other classes as well.
     distance_trees: DistanceTrees = field(default_factory=DistanceTrees)
+    # Trees of each half that the head's weight is chosen by, and normals they learn from: more choose little better.
+    weighing_trees: int = 20
+    weighing_normals: int = 1_000
 
     @classmethod
     def from_json(cls, document: Mapping[str, object]) -> DefaultConfig:
@@ -155,10 +155,10 @@ class DefaultModel:
         examples = rows.normals[order[learned[: config.tree_normals]]], rows.anomalies[labelled]
         by_features: Callable[[], Trees] = partial(grow, *examples, config.n_trees, seed) if has_head else list
         judged = np.flatnonzero(held_out)[: config.judged_normals]
-        few = examples[0][: config.weighing_normals], examples[1], labels, normals[judged]
-        by_halves: Callable[[], list[JudgedHalf]] = partial(judged_by_halves, *few, config.weighing_trees, seed)
-        if not has_head or len(set(labels)) < 2:
-            by_halves = list
+        to_judge = examples[0][: config.weighing_normals], examples[1], labels, normals[judged]
+        has_choice = has_head and len(head_weights(labels, config.fusion)) > 1
+        judge = partial(judged_by_halves, *to_judge, config.weighing_trees, seed)
+        by_halves: Callable[[], list[JudgedHalf]] = judge if has_choice else list
         kept = Checkpoint(checkpoint, fingerprint(rows, config, seed, dtype), resume) if checkpoint else None
         # Training leaves a core idle now and then.
         with beside(by_features) as grown, beside(by_halves) as halves:

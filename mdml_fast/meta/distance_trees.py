@@ -40,10 +40,10 @@ class DistanceTrees:
         """
         if not self.n:
             return []
-        alone, of = torch.arange(len(normals), device=normals.device), neighbourhood
-        learned = Neighbourhood(of.config, of.views, of.encoders, normals, alone, of.centre)
-        normals, alone = normals[: self.normals], alone[: self.normals]
-        near = learned.distances(learned.place(normals), alone)
+        each, same = torch.arange(len(normals), device=normals.device), neighbourhood
+        learned = Neighbourhood(same.config, same.views, same.encoders, normals, each, same.centre)
+        normals, each = normals[: self.normals], each[: self.normals]
+        near = learned.distances(learned.place(normals), each)
         far = learned.distances(learned.place(anomalies))
         tails = Tails.fit(near)
         asked = [asked_of(rows, tails, own).cpu().numpy() for rows, own in ((normals, near), (anomalies, far))]

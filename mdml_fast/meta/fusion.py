@@ -154,6 +154,12 @@ class JudgedHalf(NamedTuple):
     normals: Tensor
 
 
+def head_weights(labels: Names, config: FusionConfig) -> list[float]:
+    """What the head's weight may be with labelled rows of these families [M], the least first."""
+    n_families = len(np.unique(labels.astype(str)))
+    return [config.head * 2**doublings for doublings in range(min(n_families, 1 + config.most_doublings))]
+
+
 def head_weight(
     normals: Tensor, anomalies: Tensor, labels: Names, halves: Callable[[], list[JudgedHalf]], config: FusionConfig
 ) -> float:
@@ -168,7 +174,7 @@ def head_weight(
         halves: gives the head's scores of both, each row in one of them; asked where there is a choice.
         config: as in `learn_weights`.
     """
-    weights = [config.head * 2**n for n in range(min(len(np.unique(labels.astype(str))), 1 + config.most_doublings))]
+    weights = head_weights(labels, config)
     if len(weights) < 2:
         return config.head
     judged, of_families = halves(), even_shares(labels)

@@ -100,8 +100,7 @@ class Scorer(NamedTuple):
         scored = [self._amounts(family, own, by_head) for family, own in families]
         anomaly, closest = torch.stack([own for own, _ in scored]).min(0)
         centres = torch.stack([family.neighbourhood.centre for family in self.families])[closest]
-        compared = first.neighbourhood, placed, others, nearest
-        shares = distance_shares(*compared, centres)
+        shares = distance_shares(first.neighbourhood, placed, others, nearest, centres)
         place = torch.arange(len(rows), device=rows.device)
         chosen = torch.stack([amounts for _, amounts in scored])[closest, :, place]
         parts = torch.einsum("nc,cnd->nd", chosen[:, : len(shares)], shares)
@@ -109,7 +108,8 @@ class Scorer(NamedTuple):
             of_head = chosen[:, -1:]
             heard = of_head[:, 0] > LEAST_PART * anomaly
             if len(self.families) > 1:  # the trees ask how far it is from the first family's centre
-                shares[ANCHORS.index("mahalanobis")] = centre_shares(*compared, first.neighbourhood.centre)
+                seen, centre = (placed.views, others.views[:, nearest]), first.neighbourhood.centre
+                shares[ANCHORS.index("mahalanobis")] = centre_shares(first.neighbourhood.views, *seen, centre)
             asked = asked_of(rows[heard], first.tails, distances[0][:, heard])
             asked_of_normals = asked_of(normals, first.tails, first.neighbourhood.distances(others))
             by_asked = self.head.shares(asked, asked_of_normals, nearest[heard])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mdml_fast.data.views import VIEWS
+from mdml_fast.data.views import VIEWS, Views
 from mdml_fast.meta.neighbourhood import Neighbourhood, Placed
 
 # Squared distances below this are of rows that agree.
@@ -28,26 +28,30 @@ def distance_shares(
         nearest: which of them each row is compared with, int [N].
         centres: what each Mahalanobis distance is from, in the whitened view [N, d].
     """
-    views, seen = neighbourhood.views, placed.views
-    steps = seen - normals.views[:, nearest]
+    views, seen, others = neighbourhood.views, placed.views, normals.views[:, nearest]
+    steps = seen - others
     weights = neighbourhood.encoders.pull_back(seen, steps)
     shares = [
         _normalised((placed.rows - normals.rows[nearest]).square()),
-        centre_shares(neighbourhood, placed, normals, nearest, centres),
+        centre_shares(views, seen, others, centres),
     ]
     shares += [_normalised(views.by_feature(view, steps, weight)) for view, weight in zip(VIEWS, weights, strict=True)]
     return torch.stack(shares)
 
 
-def centre_shares(
-    neighbourhood: Neighbourhood, placed: Placed, normals: Placed, nearest: Tensor, centres: Tensor
-) -> Tensor:
-    """That of the Mahalanobis distance alone [N, d]; the centres [N, d], or one for all rows [d]."""
-    views, whitened = neighbourhood.views, VIEWS.index("whitened")
-    steps = placed.views - normals.views[:, nearest]
-    from_centre, from_others = placed.views[whitened] - centres, normals.views[whitened, nearest] - centres
+def centre_shares(views: Views, seen: Tensor, others: Tensor, centres: Tensor) -> Tensor:
+    """The shares in the Mahalanobis distance alone [N, d].
+
+    Args:
+        views: the fitted views.
+        seen: the rows in each [4, N, d].
+        others: the normal that each row is compared with, likewise.
+        centres: as in `distance_shares`, or one for all rows [d].
+    """
+    whitened = VIEWS.index("whitened")
+    from_centre, from_others = seen[whitened] - centres, others[whitened] - centres
     # |v|² - |u|² is the product of v - u with v + u.
-    parts = views.by_feature("whitened", steps, from_centre + from_others)
+    parts = views.by_feature("whitened", seen - others, from_centre + from_others)
     return parts / from_centre.square().sum(-1, keepdim=True).clamp(min=TINY)
 
 

@@ -154,13 +154,10 @@ def test_the_squared_distance_of_an_embedding_is_exactly_a_sum_over_features() -
     # Those fall short by what the normal's own distance from the centre is of the row's.
     centre, whitened = torch.full_like(neighbourhood.centre, 0.3), VIEWS.index("whitened")
     placed, others = neighbourhood.place(rows), neighbourhood.place(normals)
-    compared = neighbourhood, placed, others, torch.arange(len(rows))
-    from_there = centre_shares(*compared, centre)
+    from_there = centre_shares(neighbourhood.views, placed.views, others.views, centre)
     far, near = ((own.views[whitened] - centre).square().sum(-1) for own in (placed, others))
     torch.testing.assert_close(from_there.sum(-1), 1 - near / far, rtol=1e-3, atol=1e-3)
-    torch.testing.assert_close(
-        shares[1], centre_shares(neighbourhood, placed, others, torch.arange(len(rows)), centres)
-    )
+    torch.testing.assert_close(shares[1], centre_shares(neighbourhood.views, placed.views, others.views, centres))
 
 
 def test_the_heads_shares_are_of_what_its_probability_is_above_the_normals() -> None:
