@@ -1,43 +1,16 @@
-"""What the default algorithm is made of: views, neighbours, tails, weights, trees."""
-
-from dataclasses import replace
-from typing import Any
+"""What the default algorithm is made of: views, neighbours, tails, encoders."""
 
 import numpy as np
 import pytest
 import torch
 from mdml_kernels.native import loader
 from sklearn.covariance import LedoitWolf
-from sklearn.ensemble import ExtraTreesClassifier
 from sklearn.neighbors import NearestNeighbors
-from support import normals_and_two_classes
-from torch import Tensor
-from torch.nn.functional import softplus
 
 from mdml_fast.data.views import VIEWS, Views
-from mdml_fast.meta import distance_trees
-from mdml_fast.meta.distance_trees import DistanceTrees, asked_of
 from mdml_fast.meta.encoders import Encoders
-from mdml_fast.meta.fusion import (
-    FusionConfig,
-    JudgedHalf,
-    choose_and_hold_out,
-    choose_weights,
-    fuse,
-    head_weight,
-    learn_weights,
-    missed,
-    missed_shares,
-    prior_weights,
-)
-from mdml_fast.meta.neighbourhood import Neighbourhood, NeighbourhoodConfig
 from mdml_fast.meta.neighbours import References
-from mdml_fast.meta.scoring import LEAST_HEAD_INDEX, family_tails, judged_by_halves
-from mdml_fast.meta.tails import FOLDS, LEAST_INDEX, Tails
-from mdml_fast.meta.trees import TreeHead, Trees, _rounded_down, grow, odds
-
-CPU = torch.device("cpu")
-
+from mdml_fast.meta.tails import FOLDS, Tails
 
 # --- views ---
 
@@ -90,7 +63,7 @@ def test_compiled_views_are_those_of_torch_and_of_each_row_alone(monkeypatch: py
     assert compiled.isnan().any(0).any(1).nonzero().tolist() == [[840]]
 
 
-# --- neighbours, tails, weights, trees ---
+# --- neighbours, tails, encoders ---
 
 
 @pytest.mark.parametrize("n", [3, 40, 1003])
@@ -194,164 +167,6 @@ def test_a_tails_shape_is_taken_only_from_enough_rows_and_changes_no_pareto_law(
         assert torch.equal(alone.threshold, shaped.threshold)
 
 
-def test_weights_go_to_the_score_that_finds_the_families_and_stay_near_the_anchor_otherwise() -> None:
-    rng = np.random.default_rng(0)
-    normals = torch.as_tensor(rng.exponential(size=(6, 500)), dtype=torch.float32)
-    anomalies = torch.as_tensor(rng.exponential(size=(6, 40)), dtype=torch.float32)
-    anomalies[3] += 6
-    labels = np.array([f"family {i % 8}" for i in range(40)], dtype=object)
-    config = FusionConfig()
-    prior = prior_weights(6, 500, config)
-    weights = learn_weights(normals, anomalies, labels, prior, config)
-    assert weights[3] > 0.5
-    assert weights.sum() == pytest.approx(1)
-    one = learn_weights(normals, anomalies[:, :1], labels[:1], prior, config)
-    assert prior[3] < one[3] < weights[3]
-    assert torch.equal(learn_weights(normals, anomalies[:, :0], labels[:0], prior, config), prior)
-
-
-def test_weights_are_those_of_automatic_differentiation() -> None:
-    generator = torch.Generator().manual_seed(0)
-    normals, anomalies = (torch.rand(6, n, dtype=torch.float64, generator=generator) + 0.01 for n in (203, 30))
-    labels = np.array(["a"] * 20 + ["b"] * 7 + ["c"] * 3, dtype=object)
-    config = FusionConfig(steps=40)
-    prior = prior_weights(6, 500, config).double()
-    quantiles = torch.tensor(config.quantiles, dtype=torch.float64)
-    logits = prior.log().requires_grad_()
-    optimizer = torch.optim.Adam([logits], lr=config.rate)
-    for _ in range(config.steps):
-        weights = logits.softmax(0)
-        gaps = fuse(weights, normals, config).quantile(quantiles)[:, None] - fuse(weights, anomalies, config)
-        optimizer.zero_grad()
-        loss = torch.stack([softplus(gaps[:, labels == name]).mean() for name in "abc"]).mean()
-        (loss + config.pull / 3 * (weights @ (weights / prior).log())).backward()
-        optimizer.step()
-    found = learn_weights(normals, anomalies, labels, prior, config)
-    torch.testing.assert_close(found, logits.detach().softmax(0), rtol=1e-9, atol=1e-12)
-    assert (found - prior).abs().max() > 0.05
-
-
-def test_weights_that_rank_the_families_no_higher_than_the_anchor_give_way_to_it() -> None:
-    rng = np.random.default_rng(0)
-    normals = torch.as_tensor(rng.exponential(size=(6, 500)), dtype=torch.float32)
-    labels = np.array([f"family {i % 4}" for i in range(40)], dtype=object)
-    config, alone = FusionConfig(), torch.eye(6)[0]
-    prior = prior_weights(6, 500, config)
-
-    def chosen(*found_by: int) -> torch.Tensor:
-        anomalies = torch.as_tensor(rng.exponential(0.1, size=(6, 40)), dtype=torch.float32)
-        anomalies[list(found_by)] += 3
-        learned = learn_weights(normals, anomalies, labels, prior, config)
-        weights = choose_weights(normals, anomalies, labels, prior, config)
-        assert any(torch.equal(weights, candidate) for candidate in (alone, prior, learned))
-        return weights
-
-    assert torch.equal(chosen(0), alone)  # what only the anchor sees
-    assert chosen(3)[3] > prior[3]
-    anomalies = normals.amax(1, keepdim=True).expand(6, 40) + 1  # all see them: nothing to tell the weights apart by
-    assert torch.equal(choose_weights(normals, anomalies, labels, prior, config), alone)
-    learned = learn_weights(normals, anomalies, labels, prior, config)
-    assert torch.equal(choose_weights(normals, anomalies, labels, prior, replace(config, fallback=False)), learned)
-    assert torch.equal(choose_weights(normals, anomalies[:, :0], labels[:0], prior, config), prior)
-
-
-def test_weights_that_rank_the_families_hardly_higher_than_the_anchor_give_way_to_it() -> None:
-    n, labels, prior = 10_000, np.array(["a", "b"], dtype=object), torch.full((2,), 0.5)
-    normals = torch.rand(2, n, generator=torch.Generator().manual_seed(0))
-    for n_above, leaves in ((2, False), (20, True)):  # of normals above the rows by the anchor; by the other score none
-        anomalies = torch.tensor([float(normals[0].sort(descending=True).values[n_above]), 2.0]).repeat(2, 1).T
-        weights = choose_weights(normals, anomalies, labels, prior, FusionConfig())
-        assert (weights[0] < 1) == leaves
-
-
-def test_the_heads_weight_is_doubled_where_rows_that_its_trees_did_not_learn_from_are_lifted() -> None:
-    config, ranks = FusionConfig(), torch.arange(1.0, 1001) / 100
-    labels = np.array(["a", "b", "c"] * 4, dtype=object)
-    hidden = torch.full((12,), 3.0)  # of the distances, among the normals
-
-    def of_head(by_head: list[float], labels: np.ndarray = labels, by_distances: Tensor = hidden) -> float:
-        sides = np.arange(12) < 6, np.arange(12) >= 6
-        halves = [JudgedHalf(own, torch.tensor(by_head), ranks.flip(0)) for own in sides]
-        return head_weight(ranks, by_distances, labels, lambda: halves, config)
-
-    assert of_head([8.0] * 6) == 4 * config.head
-    assert of_head([8.0] * 6, by_distances=hidden + 30) == config.head  # all are found
-    assert of_head([6.0] * 6) == 4 * config.head
-    assert of_head([9.0, 9.0, 9.0, 1.0, 1.0, 1.0]) == config.head  # that may be chance
-    two_families, one = (np.array(names * 6, dtype=object) for names in (["a", "b"], ["a", "a"]))
-    assert of_head([8.0] * 6, two_families) == 2 * config.head
-
-    def refuse() -> list[JudgedHalf]:
-        raise AssertionError
-
-    assert head_weight(ranks, hidden, one, refuse, config) == config.head
-
-
-def test_what_is_missed_is_the_share_of_normals_above_equal_ones_by_half() -> None:
-    shares = missed_shares(torch.tensor([3.0, 1.0, 2.0, 2.0]), torch.tensor([0.0, 2.0, 2.5, 4.0]))
-    assert shares.tolist() == [1.0, 0.5, 0.25, 0.0]
-    weights, labels = torch.eye(2)[0], np.array(["a", "b", "b"], dtype=object)
-    normals, anomalies = torch.tensor([[1.0, 2.0], [9.0, 9.0]]), torch.tensor([[0.0, 3.0, 1.5], [9.0, 9.0, 9.0]])
-    assert missed(weights, normals, anomalies, labels, FusionConfig()) == pytest.approx((1 + 0.25) / 2)
-
-
-def test_each_half_of_a_class_is_judged_by_trees_that_learned_from_the_other() -> None:
-    rng = np.random.default_rng(0)
-    normals, judged, rows = (rng.normal(size=(n, 4)).astype(np.float32) for n in (200, 100, 13))
-    labels = np.array(["a"] * 12 + ["b"], dtype=object)
-    halves = judged_by_halves(normals, rows, labels, torch.as_tensor(judged), 20, 3)
-    assert (np.stack([half.rows for half in halves]).sum(0) == 1).all()
-    assert [int(half.rows[:12].sum()) for half in halves] == [6, 6]
-    for half in halves:
-        head = TreeHead.of(grow(normals, rows[~half.rows], 20, 3), CPU)
-        by_head = [odds(head.probability(torch.as_tensor(some)))[None] for some in (judged, rows[half.rows])]
-        tails = Tails.fit(by_head[0], LEAST_HEAD_INDEX)
-        torch.testing.assert_close(half.normals, tails.score(by_head[0])[0])
-        torch.testing.assert_close(half.anomalies, tails.score(by_head[1])[0])
-    # They look like normals, so that only trees which learned from them would tell them.
-    assert 0.2 < np.concatenate([missed_shares(half.normals, half.anomalies) for half in halves]).mean() < 0.8
-
-
-@pytest.mark.parametrize("n", [1, 2, 41])
-def test_half_of_a_normals_fused_score_is_by_weights_that_were_chosen_without_it(n: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    normals, anomalies = (torch.rand(6, k, generator=generator) + 0.01 for k in (n, 20))
-    labels, config = np.array(["a"] * 10 + ["b"] * 10, dtype=object), FusionConfig()
-    prior = prior_weights(6, 500, config)
-    others = torch.arange(n) % 2 == 1 if n > 1 else torch.ones(1, dtype=torch.bool)
-    weights, by_others = (
-        choose_weights(normals[:, rows], anomalies, labels, prior, config) for rows in (slice(None), others)
-    )
-    expected = (fuse(weights, normals[:, ::2], config) + fuse(by_others, normals[:, ::2], config)) / 2
-    chosen, fused = choose_and_hold_out(normals, torch.arange(n), anomalies, labels, prior, config)
-    assert torch.equal(chosen, weights)
-    torch.testing.assert_close(fused[::2], expected)
-
-
-def test_the_anchor_rules_where_normals_are_few() -> None:
-    config = FusionConfig()
-    assert prior_weights(6, 10**6, config)[0] == pytest.approx(0.6, abs=1e-3)
-    assert prior_weights(6, 10, config)[0] > 0.9
-    assert prior_weights(6, 10, config).sum() == pytest.approx(1)
-
-
-def test_one_trees_doubt_is_no_alarm_where_the_trees_find_all_normals_normal() -> None:
-    distances = torch.rand(6, 200, generator=torch.Generator().manual_seed(0)) + 1
-    no_doubt = odds(torch.zeros(1, 200))
-    tails = family_tails(torch.cat([distances, no_doubt]))
-    some, certain = (tails.score(torch.cat([distances[:, :1], odds(p)]))[-1] for p in torch.tensor([[[0.01]], [[1.0]]]))
-    assert 3 < some < 6 < 15 < certain < 25
-    torch.testing.assert_close(tails.index[:6], Tails.fit(distances).index)
-    held_out = tails.held_out_scores(torch.cat([distances, no_doubt]), torch.arange(200))
-    assert held_out[-1].max() < 1
-    one_doubt = no_doubt.clone()
-    one_doubt[0, 7] = odds(torch.tensor(0.01))
-    held_out = tails.held_out_scores(torch.cat([distances, one_doubt]), torch.arange(200))
-    assert 3 < held_out[-1, 7] < 6
-    equal = family_tails(torch.ones(6, 200))
-    assert (equal.index == LEAST_INDEX).all()
-
-
 def test_how_far_out_a_distance_is_has_no_unit_and_is_a_half_where_the_tail_begins() -> None:
     distances = torch.rand(6, 200, generator=torch.Generator().manual_seed(0)) + 1
     tails = Tails.fit(distances)
@@ -363,74 +178,6 @@ def test_how_far_out_a_distance_is_has_no_unit_and_is_a_half_where_the_tail_begi
     torch.testing.assert_close(Tails.fit(8 * distances).outlyingness(8 * distances), tails.outlyingness(distances))
     copies = Tails.fit(torch.zeros(6, 200))
     assert copies.outlyingness(torch.tensor([[0.0, 1e-3]]).expand(6, -1)).tolist() == [[0.0, 1.0]] * 6
-
-
-def test_trees_that_may_ask_distances_find_a_class_that_no_tree_has_seen(monkeypatch: pytest.MonkeyPatch) -> None:
-    generator = torch.Generator().manual_seed(0)
-    normals, others, seen, unseen = (torch.randn(n, 8, generator=generator) for n in (300, 100, 30, 30))
-    seen[:, 0] += 6
-    unseen[:, 1] += 6
-    # They start as the identity.
-    sizes = {"inner.weight": (4, 1, 8), "inner.bias": (4, 1), "outer.weight": (4, 8, 1), "log_scale": (4, 8)}
-    encoders = Encoders({name: torch.zeros(size) for name, size in sizes.items()})
-    views, families = Views.fit(normals.numpy()), torch.arange(300)
-    near = Neighbourhood(NeighbourhoodConfig(), views, encoders, normals, families, torch.zeros(8))
-    tails = Tails.fit(near.distances(near.place(normals), families))
-
-    def missed_by(trees: Trees) -> float:
-        head = TreeHead.of(trees, CPU)
-        asked = [asked_of(rows, tails, near.distances(near.place(rows))) for rows in (others, unseen)]
-        return float(missed_shares(*map(head.probability, asked)).mean())
-
-    assert missed_by(DistanceTrees().grow(near, normals, seen, 0)) < 0.02
-    assert missed_by(grow(normals.numpy(), seen.numpy(), 100, 0)) > 0.2
-    # Of a group a normal is like the anomalies: what is near to it is of its group too.
-    grouped = Neighbourhood(NeighbourhoodConfig(), views, encoders, normals, families // 150, torch.zeros(8))
-    alike = (DistanceTrees(3).grow(of, normals, seen, 0)[0].tree_.threshold.tolist() for of in (near, grouped))
-    assert next(alike) == next(alike)
-
-    learned_from: list[int] = []
-
-    def counted(normals: np.ndarray, *rest: Any) -> Trees:
-        learned_from.append(len(normals))
-        return grow(normals, *rest)
-
-    monkeypatch.setattr(distance_trees, "grow", counted)
-    assert DistanceTrees(n=0).grow(near, normals, seen, 0) == []
-    assert len(DistanceTrees(n=2, normals=50).grow(near, normals, seen, 0)) == 2
-    assert learned_from == [50]
-
-
-def test_trees_walk_as_scikit_learn_does() -> None:
-    rows, labels = normals_and_two_classes()
-    rows = rows.astype(np.float32)
-    is_anomaly = labels != "ok"
-    head = TreeHead.of(grow(rows[~is_anomaly], rows[is_anomaly], 30, 5), CPU)
-    new = np.random.default_rng(1).normal(scale=3, size=(400, 6)).astype(np.float32)
-    forest = ExtraTreesClassifier(30, class_weight="balanced", random_state=5).fit(rows, is_anomaly)
-    expected = forest.predict_proba(new)[:, 1]
-    np.testing.assert_allclose(head.probability(torch.as_tensor(new)), expected, atol=1e-6)
-    by_head = odds(head.probability(torch.as_tensor(rows)))
-    torch.testing.assert_close(by_head.aminmax().min, torch.tensor(0.01 / 1.01))
-    torch.testing.assert_close(by_head.aminmax().max, torch.tensor(1.01 / 0.01), rtol=1e-4, atol=0)
-    assert by_head[is_anomaly].min() > 10 > by_head[~is_anomaly].max()
-
-
-def test_compiled_trees_are_those_of_tensor_operations(monkeypatch: pytest.MonkeyPatch) -> None:
-    rows, labels = normals_and_two_classes(n=600, d=20)
-    rows = rows.astype(np.float32)
-    head = TreeHead.of(grow(rows[labels == "ok"], rows[labels != "ok"], 50, 5), CPU)
-    t, generator = head.tensors, torch.Generator().manual_seed(1)
-    t["anomaly"] = torch.rand(t["anomaly"].shape, generator=generator)  # a sum that float32 would round
-    new = 2 * torch.randn(700, 20, generator=generator)
-    new[torch.arange(50), t["feature"][t["roots"]]] = t["threshold"][t["roots"]]  # as large as the first to be met
-    new[::20, 0] = torch.nan
-    assert head._forest(new) is not None, loader.native().reason
-    probability, changes = head.probability(new), head._changes(new)
-    monkeypatch.setattr(loader, "native", lambda: loader.Native(None, "the test wants none"))
-    assert head._forest(new) is None
-    torch.testing.assert_close(head.probability(new), probability, rtol=2**-23, atol=0)
-    torch.testing.assert_close(head._changes(new), changes, rtol=0, atol=1e-6)
 
 
 def test_compiled_encoders_are_pulled_back_through_as_by_tensor_operations(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -449,11 +196,3 @@ def test_compiled_encoders_are_pulled_back_through_as_by_tensor_operations(monke
     small = (slice(None), slice(None, None, 3))
     torch.testing.assert_close(1e7 * encoders.pull_back(rows, steps)[small], 1e7 * found[small], rtol=1e-2, atol=1e-2)
     assert not torch.equal(encoders.pull_back(rows, steps), found)
-
-
-def test_thresholds_in_float32_compare_as_in_float64() -> None:
-    thresholds = np.array([0.1, np.nextafter(1.0, 2), -0.3])
-    rounded = _rounded_down(thresholds)
-    assert rounded.dtype == np.float32
-    near = np.concatenate([rounded, np.nextafter(rounded, np.float32(9)), np.nextafter(rounded, np.float32(-9))])
-    np.testing.assert_array_equal(near[:, None] <= rounded, near[:, None].astype(np.float64) <= thresholds)
