@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from mdml_kernels import SoftmaxMarginLoss
@@ -80,9 +81,20 @@ class MetaEngine:
         self.n_directions = n_directions
         if n_directions is not None:
             self.modules = _stacked(self.modules, n_directions)
-        self._path = (FusedPath if self.choice.path == "fused" else GenericPath)(self.modules, self.settings)
+        self._path = self._new_path()
         self.compile: Compile = compile if self.choice.path == "generic" else False
         self.is_to_be_compiled = self.compile is True
+
+    def _new_path(self) -> FusedPath | GenericPath:
+        return (FusedPath if self.choice.path == "fused" else GenericPath)(self.modules, self.settings)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the path's workings, which threads keep; they are made anew where it is unpickled or copied."""
+        return {name: value for name, value in vars(self).items() if name != "_path"}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._path, self.is_to_be_compiled = self._new_path(), self.compile is True
 
     def parameters(self) -> dict[str, nn.Parameter]:
         """The meta-parameters by name: `encoder.…`, `head.…`, …; the keys of `MetaGradients.grads`."""

@@ -1,3 +1,7 @@
+import copy
+import pickle
+from collections.abc import Callable
+
 import pytest
 import torch
 from mdml_kernels import SoftmaxMarginLoss
@@ -34,6 +38,21 @@ def test_meta_gradients_equal_a_loop_over_episodes(
     for name, expected in grads.items():
         assert expected.norm() > 0, name
         assert (out.grads[name] - expected).norm() <= tolerance * expected.norm(), name
+
+
+@pytest.mark.parametrize("path", ["fused", "generic"])
+@pytest.mark.parametrize("n_directions", [None, 6])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda engine: pickle.loads(pickle.dumps(engine))])
+def test_a_copy_is_an_engine_of_its_own(
+    path: str, n_directions: int | None, copied: Callable[[MetaEngine], MetaEngine]
+) -> None:
+    engine = MetaEngine(*networks(), path=path, n_directions=n_directions)
+    expected = engine.meta_gradients(*episodes())
+    other = copied(engine)
+    torch.testing.assert_close(other.meta_gradients(*episodes()), expected, rtol=0, atol=0)
+    for param in engine.parameters().values():
+        param.data.zero_()
+    torch.testing.assert_close(other.meta_gradients(*episodes()), expected, rtol=0, atol=0)
 
 
 def test_first_and_second_order_differ() -> None:

@@ -18,6 +18,7 @@ from sklearn.utils.estimator_checks import parametrize_with_checks
 from mdml_fast import InputError, MDMLDetector
 from mdml_fast.meta.default import DefaultConfig
 from mdml_fast.meta.ensemble import EnsembleConfig
+from mdml_fast.meta.paper import PaperConfig
 
 FAST = DefaultConfig(
     ensemble=EnsembleConfig(hidden=4, n_prototypes=16, n_queries=16, n_anomalies=8, n_synthetic=32, steps=2),
@@ -91,8 +92,10 @@ def test_a_clone_is_unfitted_and_has_the_settings(fitted: MDMLDetector) -> None:
     assert not hasattr(copy, "model_")
 
 
-def test_a_pickled_detector_scores_the_same(fitted: MDMLDetector) -> None:
+@pytest.mark.parametrize("preset", [FAST, PaperConfig(outer_steps=2)], ids=["default", "paper"])
+def test_a_pickled_detector_scores_the_same(preset: DefaultConfig | PaperConfig) -> None:
     frame, _ = table(seed=1)
+    fitted = MDMLDetector(preset, normal=["ok"], random_state=0).fit(*table())
     copy = pickle.loads(pickle.dumps(fitted))
     np.testing.assert_array_equal(copy.score_samples(frame), fitted.score_samples(frame))
 
