@@ -45,12 +45,13 @@ class EnsembleConfig:
     # The synthetic anomalies are drawn once for each view; episodes pick from so many.
     n_synthetic: int = 4096
     # The encoder starts as the identity, that is, at the neighbour distances of its view; so many steps move it away
-    # from them slowly. A network rate of 3e-3 tears low-dimensional tables apart.
-    steps: int = 100
+    # from them slowly. A network rate of 3e-3 tears low-dimensional tables apart. A hundred steps at rates of 1e-2 and
+    # 1e-3 find letters better by 0.002 AUROC and no other table, and take a sixth more time in all.
+    steps: int = 70
     # Steps on further rows, from the weights that there are.
-    further_steps: int = 25
-    scale_rate: float = 1e-2
-    network_rate: float = 1e-3
+    further_steps: int = 18
+    scale_rate: float = 1.4e-2
+    network_rate: float = 1.4e-3
     # Pulls the encoder back to the identity: this times mean(s²) + sum(B²).
     shrinkage: float = 0.01
     # Where an episode's normals are told apart from anything else at the start: this share of them is outside.

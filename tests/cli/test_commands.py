@@ -33,7 +33,7 @@ def test_train_without_arguments_learns_the_digits(mdml_fast: Run, tmp_path: Pat
     assert "the model is in mdml-model" in result.stdout
     assert "training" in result.stderr
     assert "engine: fused path (an MLP in float32" in result.stderr
-    assert "800 episodes in" in result.stderr
+    assert "560 episodes in" in result.stderr
     document = json.loads((tmp_path / "mdml-model" / "model.json").read_text())
     assert document["normal_classes"] == list("01234")
     assert 0.5 < document["metrics"]["unseen"]["auroc"]["mean"] < 1
