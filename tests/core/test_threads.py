@@ -40,6 +40,17 @@ def test_what_is_done_is_given_before_a_job_that_may_be_long_in_coming() -> None
     assert given == [0, 1, 2]
 
 
+def test_on_a_gpu_workers_take_the_stream_of_the_thread_that_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    own, taken = object(), []
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda: own)
+    monkeypatch.setattr(torch.cuda, "set_stream", lambda stream: taken.append((threading.get_ident(), stream)))
+    with workers(1) as pool:
+        worker = pool.submit(threading.get_ident).result()
+    assert taken == [(worker, own)]
+    assert worker != threading.get_ident()
+
+
 def test_a_helper_does_what_nobody_begins() -> None:
     begun, release = threading.Event(), threading.Event()
 
