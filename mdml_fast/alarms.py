@@ -77,10 +77,10 @@ class AlarmsMixin:
                 f"a false-alarm rate of {rate:g} can't be promised with {len(calibration.scores)} calibration normals; "
                 f"the lowest attainable is {lowest:.2g}"
             )
-        if calibration.groups is not None and 1 / ((n_groups := len(set(calibration.groups))) + 1) > rate:
-            notes.append(
-                f"calibrated on {n_groups} groups: in a new group a rate of {rate:g} holds as far as groups are alike"
-            )
+        n_groups = 0 if calibration.groups is None else len(set(calibration.groups))
+        if n_groups and 1 / (n_groups + 1) > rate:
+            of = f"{n_groups} group{'s' * (n_groups > 1)}"
+            notes.append(f"calibrated on {of}: in a new group a rate of {rate:g} holds as far as groups are alike")
         return notes
 
     def alarm_level(self, p_values: Floats | None = None, counts: Counts | None = None) -> float:
@@ -89,7 +89,11 @@ class AlarmsMixin:
         Args:
             p_values: of the whole batch [N]; only the promise ``fdr`` depends on them.
             counts: how many rows have each of them [N]; one, where not given.
+
+        Raises:
+            InputError: the settings can't be used.
         """
+        self.check_settings()
         values = np.empty(0) if p_values is None else p_values
         promise = Promise(self.promise)
         return self.calibration_.alarm_level(values, self.false_alarm_rate, promise, self.confidence, counts)

@@ -139,14 +139,11 @@ class MDMLDetector(AlarmsMixin, OutlierMixin, BaseEstimator):  # type: ignore[mi
         else:
             parts[normals] = left_out_in_turn(group_names[normals], seed)
         scaled_by = np.flatnonzero(parts != BOTH) if len(normals) >= FEW_NORMALS else None
-        self.encoder_ = FeatureEncoder.fit(table, is_normal, scaled_by)
+        encoder = FeatureEncoder.fit(table, is_normal, scaled_by)
+        kept = KeptRows.draw(encoder.transform(table), labels, parts, group_names, self.contamination, seed)
+        self._learn(kept, encoder, normal_classes, config, seed, checkpoint=checkpoint, resume=resume, **how)
         self.feature_names_in_ = np.array(table.column_names, dtype=object)
         self.n_features_in_ = table.num_columns
-        self.normal_classes_ = list(normal_classes)
-
-        rows = self.encoder_.transform(table)
-        kept = KeptRows.draw(rows, labels, parts, group_names, self.contamination, seed)
-        self._learn(kept, config, seed, checkpoint=checkpoint, resume=resume, **how)
         return self
 
     def partial_fit(
@@ -187,10 +184,9 @@ class MDMLDetector(AlarmsMixin, OutlierMixin, BaseEstimator):  # type: ignore[mi
             raise InputError("groups must be given to partial_fit if they were to fit, and only then")
         seed = int(check_random_state(self.random_state).randint(2**31)) + sum(self.kept_.n_seen)
 
-        self.normal_classes_ = list(normal_classes)
         is_normal = np.isin(labels.astype(str), normal_classes)
         kept = self.kept_.with_further(rows, labels, is_normal, group_names, self.contamination, seed)
-        self._learn(kept, self.model_.config, seed, self.model_, **how)
+        self._learn(kept, self.encoder_, normal_classes, self.model_.config, seed, self.model_, **how)
         return self
 
     def _how(self, progress: Progress | None) -> dict[str, Any]:
@@ -198,11 +194,23 @@ class MDMLDetector(AlarmsMixin, OutlierMixin, BaseEstimator):  # type: ignore[mi
         self.check_settings()
         return {"device": resolve_device(self.device), "dtype": resolve_dtype(self.dtype), "progress": progress}
 
-    def _learn(self, rows: KeptRows, config: Config, seed: int, previous: Model | None = None, **how: Any) -> None:
-        """Train the model on the rows, from the previous one if there is one, and calibrate it."""
+    def _learn(
+        self,
+        rows: KeptRows,
+        encoder: FeatureEncoder,
+        normal_classes: Sequence[str],
+        config: Config,
+        seed: int,
+        previous: Model | None = None,
+        **how: Any,
+    ) -> None:
+        """Train the model on the rows, from the previous one if there is one, and calibrate it.
+
+        Only then anything of this detector changes: a training that is broken off leaves it as it was.
+        """
         model, held_out = self._trained(rows, config, seed, previous, **how)
         labels, anomalies = rows.labels.astype(str), rows.parts == ANOMALY
-        normals = np.isin(labels, self.normal_classes_)
+        normals = np.isin(labels, normal_classes)
         known_normals = KnownRows.sample(rows.rows[normals], rows.labels[normals], seed)
         for name in self._adapted() if previous else ():
             family = self.known_normals_.rows[self.known_normals_.names == name]
@@ -210,7 +218,8 @@ class MDMLDetector(AlarmsMixin, OutlierMixin, BaseEstimator):  # type: ignore[mi
             known_normals = known_normals.with_family(family, name)
         groups = None if rows.groups is None else rows.groups[rows.parts != ANOMALY][held_out.positions]
         self.calibration_ = ConformalCalibration(held_out.scores, groups)
-        self.model_, self.kept_ = model, rows.bounded()
+        self.encoder_, self.model_, self.kept_ = encoder, model, rows.bounded()
+        self.normal_classes_ = list(normal_classes)
         self.known_normals_: KnownRows = known_normals
         self.known_anomalies_ = KnownRows.sample(rows.rows[anomalies], rows.labels[anomalies], seed)
         self.anomaly_classes_ = np.unique(labels[anomalies]).tolist()
@@ -264,9 +273,10 @@ class MDMLDetector(AlarmsMixin, OutlierMixin, BaseEstimator):  # type: ignore[mi
             groups: the group of each [N], for alarms calibrated by group.
 
         Raises:
-            InputError: there are fewer than 20 rows.
+            InputError: there are fewer than 20 rows, or the settings can't be used.
         """
         check_is_fitted(self)
+        self.check_settings()
         rows = self._encoded(X)
         check_count(len(rows), "calibrate on")
         scores, names = self.model_.score(rows), named_groups(groups, len(rows))

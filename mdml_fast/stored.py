@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import asdict
+from numbers import Integral
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +36,8 @@ def save_detector(detector: MDMLDetector, path: Path, metrics: Mapping[str, Any]
         "algorithm": algorithm(model.config),
         "config": asdict(model.config),
         **{name: getattr(detector, name) for name in SETTINGS},
+        "normal": detector.normal if isinstance(detector.normal, str) else detector.normal_classes_,
+        "random_state": int(detector.random_state) if isinstance(detector.random_state, Integral) else None,
         "normal_classes": detector.normal_classes_,
         "anomaly_classes": detector.anomaly_classes_,
         "columns": detector.feature_names_in_.tolist(),
@@ -64,7 +67,8 @@ def load_detector(kind: type[MDMLDetector], path: Path, device: str) -> MDMLDete
         named = document["preset"] != "custom"
         detector = kind(
             document["preset"] if named else config,
-            normal=document["normal_classes"],
+            normal=document.get("normal", document["normal_classes"]),
+            random_state=document.get("random_state"),
             device=device,
             **{name: document[name] for name in SETTINGS},
         )

@@ -93,6 +93,17 @@ def test_training_goes_on_from_where_it_was_and_is_short(config: DefaultConfig |
     assert len(detector.losses_) == len(earlier) + further
 
 
+def test_a_loaded_detector_goes_on_as_the_saved_one_would(tmp_path: Path) -> None:
+    rows, _ = rows_of(("ok", 200))
+    detector = MDMLDetector(FAST, normal="all", random_state=3).fit(rows, ["one", "two"] * 100)
+    detector.save(tmp_path / "model")
+    loaded = MDMLDetector.load(tmp_path / "model")
+    for each in (detector, loaded):
+        each.partial_fit(rows_of(("ok", 60), seed=1)[0], ["three"] * 60)
+    assert loaded.normal_classes_ == detector.normal_classes_ == ["one", "two", "three"]
+    np.testing.assert_array_equal(loaded.score_samples(rows), detector.score_samples(rows))
+
+
 def test_without_further_steps_the_encoders_stay_as_they_are() -> None:
     detector = fitted(replace(FAST, ensemble=replace(FAST.ensemble, further_steps=0)))
     before = detector.model_.to_tensors()
