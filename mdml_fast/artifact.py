@@ -71,15 +71,20 @@ def load_artifact(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 
 def check_replaceable(path: Path) -> None:
-    """Raise InputError when `path` holds something that is neither a model of ours nor an empty folder."""
+    """Raise InputError when `path` holds something that is neither a model of ours alone nor an empty folder."""
     if not path.exists():
         return
-    if path.is_dir():
-        if not any(path.iterdir()):
-            return
-        try:
-            if json.loads((path / DOCUMENT).read_text()).get("format") == FORMAT:
-                return
-        except (OSError, ValueError, AttributeError):
-            pass
-    raise InputError(f"{path} exists and is no model of mdml-fast; choose another --out or move it away")
+    if path.resolve() == Path.cwd():
+        raise InputError(f"{path} is the folder that you are in; give a folder for the model alone")
+    names = sorted(file.name for file in path.iterdir()) if path.is_dir() else None
+    if names is None or (names and not _is_model(path)):
+        raise InputError(f"{path} exists and is no model of mdml-fast; choose another --out or move it away")
+    if others := [name for name in names if name not in (WEIGHTS, DOCUMENT)]:
+        raise InputError(f"{path / others[0]} would be lost with the earlier model; move it away")
+
+
+def _is_model(path: Path) -> bool:
+    try:
+        return bool(json.loads((path / DOCUMENT).read_text()).get("format") == FORMAT)
+    except (OSError, ValueError, AttributeError):
+        return False

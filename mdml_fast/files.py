@@ -9,10 +9,24 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+from mdml_fast.errors import InputError
+
+
+def check_file(path: Path) -> None:
+    """Raise InputError where no file can be written, or something that is no file would be replaced."""
+    if not path.parent.is_dir():
+        raise InputError(f"no such folder: {path.parent}")
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}; give a file")
+
 
 @contextlib.contextmanager
 def replace_file(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path`; what was written there replaces `path` when the block ends without error."""
+    """A temporary path beside `path`; what was written there replaces `path` when the block ends without error.
+
+    A link stays one: what it leads to is replaced.
+    """
+    path = path.resolve()
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     os.close(handle)
     temporary = Path(name)
@@ -28,7 +42,8 @@ def replace_file(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replace_folder(path: Path) -> Iterator[Path]:
-    """A temporary folder beside `path`; it replaces `path` when the block ends without error."""
+    """A temporary folder beside `path`; it replaces `path`, as in `replace_file`, when the block ends without error."""
+    path = path.resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
     try:

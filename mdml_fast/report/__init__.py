@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mdml_fast.errors import InputError
-from mdml_fast.files import replace_file
+from mdml_fast.files import check_file, replace_file
 
 if TYPE_CHECKING:
     import pyarrow as pa
@@ -28,16 +27,13 @@ def write_report(
         title: names the model.
 
     Raises:
-        InputError: there is no such folder, or the rows can't be scored.
+        InputError: no file can be written there, or the rows can't be scored.
         OSError: it cannot be written.
     """
     from mdml_fast.report.content import report_content
     from mdml_fast.report.page import render
 
-    if not path.parent.is_dir():
-        raise InputError(f"no such folder: {path.parent}")
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; give a file")
+    check_file(path)
     page = render(report_content(detector, rows, labels), title)
     with replace_file(path) as temporary:
         temporary.write_text(page, encoding="utf-8")

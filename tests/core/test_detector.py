@@ -1,5 +1,7 @@
+import copy
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 from sklearn.base import clone
+from sklearn.exceptions import NotFittedError
 from sklearn.metrics import roc_auc_score
 
 from mdml_fast import ArtifactError, InputError, MDMLDetector
@@ -164,6 +167,54 @@ def test_what_is_no_model_is_never_replaced(fitted: MDMLDetector, tmp_path: Path
         with pytest.raises(InputError, match="exists and is no model"):
             fitted.save(path)
     assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+def test_what_lies_beside_a_model_in_its_folder_is_not_lost(fitted: MDMLDetector, tmp_path: Path) -> None:
+    fitted.save(tmp_path / "model")
+    (tmp_path / "model" / "notes.txt").write_text("precious")
+    with pytest.raises(InputError, match=r"notes\.txt would be lost"):
+        fitted.save(tmp_path / "model")
+    assert (tmp_path / "model" / "notes.txt").read_text() == "precious"
+
+
+def test_the_folder_that_one_is_in_is_not_replaced(
+    fitted: MDMLDetector, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(InputError, match="the folder that you are in"):
+        fitted.save(".")
+
+
+def test_a_training_that_is_broken_off_leaves_the_detector_as_it_was() -> None:
+    def break_off(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    rows, labels = data()
+    detector = MDMLDetector(FAST, normal=["ok"], random_state=0).fit(rows, labels)
+    before = detector.score_samples(rows)
+    with pytest.raises(KeyboardInterrupt):
+        detector.fit(1000 * rows[:, :1], labels, progress=break_off)
+    with pytest.raises(KeyboardInterrupt):
+        detector.partial_fit(rows, labels, normal=["further"], progress=break_off)
+    np.testing.assert_array_equal(detector.score_samples(rows), before)
+    assert detector.n_features_in_ == rows.shape[1]
+    assert detector.normal_classes_ == ["ok"]
+    with pytest.raises(KeyboardInterrupt):
+        (unfitted := MDMLDetector(FAST, normal=["ok"])).fit(rows, labels, progress=break_off)
+    with pytest.raises(NotFittedError):
+        unfitted.score_samples(rows)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"false_alarm_rate": 5}, {"confidence": 0}, {"contamination": 2}, {"promise": "none"}]
+)
+def test_settings_that_are_changed_are_checked_where_they_count(fitted: MDMLDetector, settings: dict[str, Any]) -> None:
+    detector, (rows, _) = copy.deepcopy(fitted).set_params(**settings), data(seed=1)
+    calibration = detector.calibration_
+    for use in (detector.predict, detector.recalibrate):
+        with pytest.raises(InputError, match=f"{next(iter(settings))} must be"):
+            use(rows)
+    assert detector.calibration_ is calibration
 
 
 def test_a_failed_save_leaves_the_old_model(
