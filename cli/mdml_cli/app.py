@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import sys
 import traceback
 
@@ -26,11 +27,18 @@ for command in (train, score, evaluate, export, report, bench, doctor):
     app.command()(command)
 
 # Writing failed for a reason outside the program, which only the user can mend.
-_STORAGE_ERRORS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+_STORAGE_ERRORS = {
+    *(errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM),
+    *(errno.EEXIST, errno.ENOTDIR, errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP),
+}
+STOPPED = 130
 
 
 def main() -> None:
     """Run the command line and exit."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # what the terminal can't show is no reason to fail
     sys.exit(run(sys.argv[1:]))
 
 
@@ -48,7 +56,10 @@ def _run(args: list[str]) -> int:
     from mdml_fast.errors import InputError
 
     try:
-        return int(app(args or ["--help"], prog_name="mdml-fast", standalone_mode=False) or 0)
+        exit_code = int(app(args or ["--help"], prog_name="mdml-fast", standalone_mode=False) or 0)
+        if exit_code == STOPPED:  # by Ctrl-C, which typer has caught
+            log.failed("stopped")
+        return exit_code
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)
         where = context.command_path if context else "mdml-fast"
@@ -62,7 +73,7 @@ def _run(args: list[str]) -> int:
         return _refuse(f"cannot write: {error.strerror}{f': {error.filename}' if error.filename else ''}")
     except (KeyboardInterrupt, typer.Abort):
         log.failed("stopped")
-        return 130
+        return STOPPED
     except Exception:
         return _fail()
 

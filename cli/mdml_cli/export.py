@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from mdml_cli import output
+from mdml_cli import log, output
 from mdml_cli.options import JsonOption
 
 
@@ -46,6 +46,8 @@ def export(
         detector.set_params(false_alarm_rate=false_alarm_rate)
     detector.check_settings()
     write(detector, ExportFormat(form.value), out)
+    for line in detector.attainable_notes():
+        log.note(line)
     if json:
         output.print_json({"out": str(out), "format": form.value, "false_alarm_rate": detector.false_alarm_rate})
     else:

@@ -71,18 +71,29 @@ def open_log(quiet: bool, file: Path | None) -> None:
 def close_log(exit_code: int) -> None:
     """Say in the file how the command ended."""
     record("end", exit_code=exit_code)
-    if _log.file is not None:
-        _log.file.close()
+    _close_file()
     _log.notes.close()
-    _log.file, _log.quiet = None, False
+    _log.quiet = False
+
+
+def _close_file() -> None:
+    file, _log.file = _log.file, None
+    if file is not None:
+        with contextlib.suppress(OSError):  # a line that could not be written is tried once more
+            file.close()
 
 
 def record(event: str, **fields: Any) -> None:
     """A line in the file, where there is one: the time, the event and its fields."""
-    if _log.file is not None:
-        entry = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}
+    if _log.file is None:
+        return
+    entry = {"time": datetime.now(UTC).isoformat(timespec="milliseconds"), "event": event, **fields}
+    try:
         _log.file.write(json.dumps(entry) + "\n")
         _log.file.flush()
+    except OSError as error:  # what the command is for goes on
+        _close_file()
+        note(f"the log file ends here, it cannot be written: {error.strerror}")
 
 
 def note(message: str) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -72,10 +74,11 @@ def train(
     check_replaceable(out)
     table = load_data(data, label, normal, ignore, group, max_normals=max_normals, seed=seed)
     detector = MDMLDetector(preset.value, normal=table.normal, random_state=seed, device=device, dtype=dtype)
+    out.parent.mkdir(parents=True, exist_ok=True)
     checkpoint = out.with_name(f"{out.name}.checkpoint")
 
     start = time.perf_counter()
-    with log.curves(tensorboard) as curve:
+    with _resumable(checkpoint), log.curves(tensorboard) as curve:
         with log.engine_notes(), log.progress("training") as update:
 
             def progress(step: int, n_steps: int, loss: float) -> None:
@@ -107,6 +110,17 @@ def train(
     if check:
         output.print_results(check["results"])
     typer.echo(f"trained in {fit_seconds:.1f} s on {len(table)} rows; the model is in {out}")
+
+
+@contextlib.contextmanager
+def _resumable(checkpoint: Path) -> Iterator[None]:
+    """Say on Ctrl-C what there is to go on from."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if checkpoint.exists():
+            log.note(f"the training so far is in {checkpoint}; the same command with --resume goes on")
+        raise
 
 
 def _check(table: LabelledTable, preset: Preset, device: Device, dtype: Dtype) -> dict[str, Any] | None:

@@ -277,12 +277,34 @@ def test_a_killed_run_leaves_no_model_and_resumes_to_the_same_bytes(
 
 
 def test_ctrl_c_ends_with_130(tmp_path: Path) -> None:
-    process = subprocess.Popen([COMMAND, "train"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    while not (tmp_path / "mdml-model.checkpoint").exists() and process.poll() is None:
+    process = subprocess.Popen(
+        [COMMAND, "train", "--out", "new/model"], cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    while not (tmp_path / "new" / "model.checkpoint").exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=60) == 130
-    assert not (tmp_path / "mdml-model").exists()
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert b"note: the training so far is in new/model.checkpoint; the same command with --resume goes on" in said
+    assert said.endswith(b"mdml-fast: stopped\n")
+    assert not (tmp_path / "new" / "model").exists()
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+def test_a_log_file_that_cannot_be_written_stops_nothing(in_process: Run, small_csv: Path, tmp_path: Path) -> None:
+    result = in_process("train", small_csv, *SMALL, "--out", "m", "--log-file", "/dev/full")
+    assert result.returncode == 0
+    assert result.stderr.count("the log file ends here, it cannot be written: No space left on device") == 1
+    assert (tmp_path / "m").exists()
+
+
+def test_what_the_terminal_cannot_show_is_no_failure(
+    mdml_fast: Run, small_csv: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    result = mdml_fast("train", small_csv, *SMALL, "--out", "m")
+    assert result.returncode == 0, result.stderr
+    assert " ? " in result.stdout
 
 
 @pytest.mark.parametrize("quiet", [False, True])
