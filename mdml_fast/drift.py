@@ -93,5 +93,5 @@ def _float16_codes(scores: Floats) -> np.ndarray:
     """Integers in [0, 65536) in the order of the scores rounded to float16; beyond its range they are infinite."""
     with np.errstate(over="ignore"):
         # Adding 0 makes one zero of the two.
-        bits = (scores.astype(np.float16) + np.float16(0)).view(np.uint16).astype(np.int64)
+        bits = (np.asarray(scores).astype(np.float16) + np.float16(0)).view(np.uint16).astype(np.int64)
     return np.where(bits < 2**15, bits + 2**15, 2**16 - 1 - bits)

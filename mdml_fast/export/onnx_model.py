@@ -15,6 +15,7 @@ from mdml_fast.calibration import TIE, gaps
 from mdml_fast.data.encoding import SOFT_CLIP, CategoricalColumn, FeatureEncoder, NumericColumn
 from mdml_fast.data.views import CLIP, VIEWS, Views
 from mdml_fast.detector import MDMLDetector
+from mdml_fast.errors import InputError
 from mdml_fast.export.graph import BOOL, DOUBLE, FLOAT, STRING, Graph
 from mdml_fast.meta.default import DefaultModel
 from mdml_fast.meta.neighbourhood import SCORES
@@ -24,6 +25,8 @@ from mdml_fast.meta.scoring import NormalFamily, Scorer
 from mdml_fast.meta.tails import Tails
 from mdml_fast.meta.trees import VOTE, TreeHead
 
+OUTPUTS = ("score", "p_value", "is_anomaly")
+
 
 def onnx_model(detector: MDMLDetector) -> Any:
     """The detector as an `onnx.ModelProto`.
@@ -31,7 +34,15 @@ def onnx_model(detector: MDMLDetector) -> Any:
     Its inputs are the used columns by name, each [N]: numbers as float64, a missing one as NaN; text as strings, a
     missing one as any text that is no category (see `onnx_inputs`). Its outputs are `score` and `p_value`, float64
     [N], and `is_anomaly`, bool [N]. Memory grows with N: give it some hundred rows at once.
+
+    Raises:
+        InputError: a column has the name of an output, or none.
     """
+    for column in detector.encoder_.columns:
+        if column.name in ("", *OUTPUTS):
+            raise InputError(
+                f"ONNX can't take a column named {column.name!r} beside its outputs; rename it and train again"
+            )
     graph = Graph()
     rows = _encode(graph, detector.encoder_)
     model = detector.model_
@@ -41,9 +52,9 @@ def onnx_model(detector: MDMLDetector) -> Any:
         assert isinstance(model, PaperModel)
         score = _paper_score(graph, model, rows)
     p_value = _p_value(graph, detector.calibration_.scores, score)
-    graph.output("score", score, DOUBLE)
-    graph.output("p_value", p_value, DOUBLE)
-    graph.output("is_anomaly", graph.op("LessOrEqual", p_value, np.float64(detector.fixed_level())), BOOL)
+    is_anomaly = graph.op("LessOrEqual", p_value, np.float64(detector.fixed_level()))
+    for name, value, kind in zip(OUTPUTS, (score, p_value, is_anomaly), (DOUBLE, DOUBLE, BOOL), strict=True):
+        graph.output(name, value, kind)
     metadata = {"normal_classes": detector.normal_classes_, "anomaly_classes": detector.anomaly_classes_}
     return graph.model(
         "mdml-fast: score (higher is more normal), conformal p-value, alarm",

@@ -204,6 +204,14 @@ def test_counting_below_is_searchsorted(n: int, side: str) -> None:
 # --- refusals ---
 
 
+@pytest.mark.parametrize("name", ["score", ""])
+def test_columns_that_onnx_cannot_name_are_refused(name: str, tmp_path: Path) -> None:
+    rows = pa.table({name: np.random.default_rng(0).normal(size=50), "other": np.arange(50.0)})
+    detector = MDMLDetector(FAST, normal="all").fit(rows)
+    with pytest.raises(InputError, match=f"a column named '{name}'"):
+        export(detector, ExportFormat.ONNX, tmp_path / "m.onnx")
+
+
 def test_what_cannot_be_exported_is_refused(fitted: MDMLDetector, tmp_path: Path, monkeypatch) -> None:
     fitted.set_params(promise="fdr")
     with pytest.raises(InputError, match="depends on all rows"):
