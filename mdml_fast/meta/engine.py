@@ -50,8 +50,8 @@ class MetaEngine:
             scheduler knows. The fused path has kernels of its own.
 
     Raises:
-        ValueError: a module can't be batched over episodes, the path can't serve, a layer of an MLP takes another width
-            than the one before it gives, or a number is out of range.
+        ValueError: a module can't be batched over episodes, a parameter does not require a gradient, the path can't
+            serve, a layer of an MLP takes another width than the one before it gives, or a number is out of range.
     """
 
     def __init__(

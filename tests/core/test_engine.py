@@ -292,6 +292,16 @@ def test_logits_are_of_the_episodes_that_were_adapted(path: str, n_directions: i
             engine.logits(wrong, query)
 
 
+@pytest.mark.parametrize("module", ["encoder", "head"])
+def test_parameters_that_shall_not_be_trained_are_refused(module: str) -> None:
+    modules = dict(zip(("encoder", "head"), networks(), strict=True))
+    modules[module].requires_grad_(False)
+    with pytest.raises(
+        ValueError, match=rf"{module}\..*weight has requires_grad=False, but all parameters are trained"
+    ):
+        MetaEngine(**modules)
+
+
 def test_the_fused_path_knows_how_wide_rows_are() -> None:
     engine = MetaEngine(nn.Sequential(nn.Linear(13, 8), nn.ReLU(), nn.Linear(8, 6)), nn.Linear(6, 5), path="fused")
     with pytest.raises(ValueError, match="the 13 features of the encoder"):
