@@ -23,11 +23,16 @@ _CHANGES_ROWS = "works in place on its rows, which later steps read: let it copy
 
 
 def check_batchable(modules: nn.ModuleDict) -> None:
-    """Refuse now what would fail, or mix episodes, deep inside a batched computation.
+    """Refuse now what would fail, mix episodes, or be trained unasked, deep inside a batched computation.
 
     Raises:
-        ValueError: one line with the module's name and the remedy.
+        ValueError: one line with the module's or parameter's name and the remedy.
     """
+    for name, param in modules.named_parameters():
+        if not param.requires_grad:
+            raise ValueError(
+                f"{name} has requires_grad=False, but all parameters are trained: set it True, or make it a buffer"
+            )
     for name, module in modules.named_modules():
         if getattr(module, "track_running_stats", False):
             raise ValueError(f"{name} keeps running statistics, which episodes can't share: use LayerNorm")

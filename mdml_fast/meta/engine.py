@@ -16,7 +16,7 @@ from mdml_fast.meta.fused import FusedPath
 from mdml_fast.meta.generic import Batch, GenericPath
 from mdml_fast.meta.gradients import GROUP, GradientSums, MeanGradients, MetaGradients
 from mdml_fast.meta.paths import Path, choose_path
-from mdml_fast.meta.settings import EngineSettings, Parameters, check_rows
+from mdml_fast.meta.settings import ADAPTED, EngineSettings, Parameters, check_rows
 
 
 class MetaEngine:
@@ -50,7 +50,8 @@ class MetaEngine:
             scheduler knows. The fused path has kernels of its own.
 
     Raises:
-        ValueError: a module can't be batched over episodes, the path can't serve, or a number is out of range.
+        ValueError: a module can't be batched over episodes, a parameter does not require a gradient, the path can't
+            serve, a layer of an MLP takes another width than the one before it gives, or a number is out of range.
     """
 
     def __init__(
@@ -124,10 +125,14 @@ class MetaEngine:
 
         Args:
             support: normal rows [E, n, d].
-            direction: of each episode, int64 [E]; with directions only, and then None where E is D: episode i is of i.
+            direction: of each episode, in 0 … D - 1, int64 [E]; with directions only, and then None where E is D:
+                episode i is of i.
 
         Returns:
             The adapted parameters by name, each [E, …]; no graph leads back to the shared ones.
+
+        Raises:
+            ValueError: rows or directions are of another shape, dtype or range.
         """
         values = self.values()
         self._check_rows(values, support=support)
@@ -144,11 +149,16 @@ class MetaEngine:
             rows: [E, n, d].
             support: normal rows [E, m, d]; for a head that takes them.
             direction: as in `adapt`.
+
+        Raises:
+            ValueError: adapted parameters are missing or of other episodes, the head's support rows are missing, or
+                something is of another shape, dtype or range.
         """
         if self._path.takes_support and support is None:
             raise ValueError("this engine's head needs the support rows: give support=")
         values = self.values()
         self._check_rows(values, rows=rows, **({} if support is None else {"support": support}))
+        self._check_adapted(adapted, len(rows))
         direction = self._direction(direction, len(rows))
         return self._path.logits(adapted, _of_directions(values, direction), rows, support, direction is not None)
 
@@ -162,6 +172,9 @@ class MetaEngine:
             query: rows of the outer loss [E, q, d].
             is_ood: which query rows are anomalous, bool [E, q].
             direction: as in `adapt`.
+
+        Raises:
+            ValueError: something is of another shape, dtype or range.
         """
         if self.is_to_be_compiled:
             self.compile_for(support, query, is_ood, direction)
@@ -189,6 +202,8 @@ class MetaEngine:
         self._check_rows(values, support=support, query=query)
         if is_ood.dtype != torch.bool or is_ood.shape != query.shape[:2]:
             raise ValueError(f"is_ood must be bool {list(query.shape[:2])}, got {is_ood.dtype} {list(is_ood.shape)}")
+        if is_ood.device != query.device:
+            raise ValueError(f"is_ood is on {is_ood.device}, and the query on {query.device}: move one of them")
         direction = self._direction(direction, len(support))
         group = GROUP if direction is None else 1
         values = _of_directions(values, direction)
@@ -228,7 +243,22 @@ class MetaEngine:
 
     def _check_rows(self, values: Parameters, **given: Tensor) -> None:
         dtype = None if self.settings.dtype else next((value.dtype for value in values.values()), None)
-        check_rows(given, dtype, self._path.n_features)
+        device = next((value.device for value in values.values()), next(iter(given.values())).device)
+        check_rows(given, device, dtype, self._path.n_features)
+
+    def _check_adapted(self, adapted: Parameters, n_episodes: int) -> None:
+        stacked = self.n_directions is not None
+        for name, param in self.parameters().items():
+            if not name.startswith(ADAPTED):
+                continue
+            if name not in adapted:
+                raise ValueError(f"adapted lacks {name}: give what adapt() returned, whole")
+            shape = (n_episodes, *param.shape[stacked:])
+            if adapted[name].shape != shape:
+                raise ValueError(
+                    f"adapted {name} must be {list(shape)}, got {list(adapted[name].shape)}: give rows of the episodes "
+                    "that adapt() had, or expand what it gave"
+                )
 
     def _batch(self, support: Tensor, query: Tensor, is_ood: Tensor, direction: Tensor | None) -> tuple[Batch, bool]:
         """As the generic path takes it, and whether the values are stacked."""
@@ -245,8 +275,14 @@ class MetaEngine:
             if n_episodes != self.n_directions:
                 raise ValueError(f"{n_episodes} episodes of {self.n_directions} directions: give direction=, int [E]")
             return torch.arange(n_episodes, device=self.device)
+        if not isinstance(direction, Tensor):
+            raise ValueError(f"direction must be a tensor, int64 [{n_episodes}], got a {type(direction).__name__}")
         if direction.shape != (n_episodes,) or direction.dtype != torch.int64:
             raise ValueError(f"direction must be int64 [{n_episodes}], got {direction.dtype} {list(direction.shape)}")
+        # On a GPU only indexing looks at it: this would wait for the device.
+        if direction.device.type == "cpu" and bool(((direction < 0) | (direction >= self.n_directions)).any()):
+            found = f"{int(direction.min())} to {int(direction.max())}"
+            raise ValueError(f"direction must be in 0 to {self.n_directions - 1}, got {found}")
         return direction
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import threading
 
 import torch
@@ -13,7 +14,7 @@ from torch import Tensor, nn
 from mdml_fast.meta.fused_episodes import EpisodeKernels, takes_kernels
 from mdml_fast.meta.fused_folding import GRADIENTS, Folding, read_folding
 from mdml_fast.meta.fused_heads import batched_head, read_head
-from mdml_fast.meta.fused_layers import BatchedNetwork, Buffers, read_encoder
+from mdml_fast.meta.fused_layers import BatchedNetwork, Buffers, Layer, read_encoder
 from mdml_fast.meta.fused_program import Program, Recipe
 from mdml_fast.meta.fused_prototypes import PrototypeKernels, takes_prototypes
 from mdml_fast.meta.on_gpu import Replayed
@@ -24,13 +25,18 @@ KEPT_PROGRAMS = 4
 
 
 class FusedPath:
-    """As `GenericPath`, for what `paths.choose_path` lets through."""
+    """As `GenericPath`, for what `paths.choose_path` lets through.
+
+    Raises:
+        ValueError: a layer takes another width than the one before it gives.
+    """
 
     def __init__(self, modules: nn.ModuleDict, settings: EngineSettings) -> None:
         network, head, loss = read_encoder(modules["encoder"]), read_head(modules["head"]), modules["loss"]
         assert network is not None
         assert head is not None
         assert isinstance(loss, SoftmaxMarginLoss)
+        _check_widths((*network.layers, head) if isinstance(head, Layer) else network.layers, modules)
         trained = [name for name, _ in modules.named_parameters()]
         self._recipe = Recipe(network, head, loss, settings, trained, read_folding(network, head, modules))
         self.takes_support = self._recipe.takes_support
@@ -126,3 +132,14 @@ class FusedPath:
             programs[key] = Program(self._recipe, values, support, n_query, stacked)
         programs[key].load(values)
         return programs[key]
+
+
+def _check_widths(layers: tuple[Layer, ...], modules: nn.ModuleDict) -> None:
+    """Of layers in a row: no kernel looks whether there is what it reads."""
+    for below, above in itertools.pairwise(layers):
+        given, taken = (modules.get_parameter(layer.weight).shape for layer in (below, above))
+        if given[-2] != taken[-1]:
+            names = [layer.weight.removesuffix(".weight") for layer in (below, above)]
+            raise ValueError(
+                f"{names[0]} gives {given[-2]} features, and {names[1]} takes {taken[-1]}: make them equal"
+            )

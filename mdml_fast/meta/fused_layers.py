@@ -122,7 +122,8 @@ class BatchedLayer:
             self.weight if self._exact else buffers.take("grad weight", (n_episodes, n_out, n_in), self.weight.dtype)
         )
         self.rows = self.grad_rows
-        self._native = self._exact and native.serves(*(v for v in (self.weight, self.bias) if v is not None))
+        given = [value for value in (self.weight, self.bias) if value is not None]
+        self._native = self._exact and native.serves(*given) and all(value.is_contiguous() for value in given)
 
     @property
     def _exact(self) -> bool:
@@ -176,7 +177,7 @@ class BatchedLayer:
         if self._native:
             by_weight = grad.new_empty(len(grad), *self.weight.shape[-2:])
             by_bias = grad.new_empty(len(grad), self.weight.shape[-2]) if self.layer.bias else None
-            layers.step(grad, rows, 1.0, (None, None), (by_weight, by_bias))
+            layers.step(grad, rows, 1.0, (None, None), (by_weight, None if by_bias is None else by_bias.unsqueeze(1)))
             return by_weight, by_bias
         if group == 1:
             by_weight = torch.bmm(grad.mT, rows)

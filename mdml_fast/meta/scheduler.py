@@ -97,6 +97,9 @@ class MetaScheduler:
             n_steps: steps of the whole run.
             episodes_per_step: episodes of each.
             done: steps that are left out, because they were done before.
+
+        Raises:
+            ValueError: a step has no episode.
         """
         if done >= n_steps:
             return
@@ -174,6 +177,8 @@ class MetaScheduler:
 
     def _cuts(self, source: EpisodeSource, first: int, n_episodes: int) -> list[tuple[int, int]]:
         """How the episodes of a step are cut into chunks, as `chunks.cuts`."""
+        if n_episodes < 1:
+            raise ValueError(f"there must be 1 episode or more in a step, got {n_episodes}")
         sample = source.batch(first, 1)
         shape = chunks.Shape(sample.support.shape[1], *sample.query.shape[1:])
         if (shape, n_episodes) not in self._chunks:

@@ -35,11 +35,14 @@ class EngineSettings:
             raise ValueError(f"inner_lr must be positive, got {self.inner_lr}")
 
 
-def check_rows(given: Mapping[str, Tensor], dtype: torch.dtype | None, n_features: int | None) -> None:
+def check_rows(
+    given: Mapping[str, Tensor], device: torch.device, dtype: torch.dtype | None, n_features: int | None
+) -> None:
     """Of rows [E, n, d] by name.
 
     Args:
-        given: rows of as many episodes each, as wide as each other.
+        given: rows of as many episodes each, as wide as each other, of one dtype.
+        device: where they must be.
         dtype: what they must be; None: any.
         n_features: d; None: any, also more than one dim.
 
@@ -54,5 +57,9 @@ def check_rows(given: Mapping[str, Tensor], dtype: torch.dtype | None, n_feature
             raise ValueError(f"{name} {list(rows.shape)} must be of the episodes and features of {list(first.shape)}")
         if n_features is not None and rows.shape[2:] != (n_features,):
             raise ValueError(f"{name} must have the {n_features} features of the encoder, got {list(rows.shape)}")
+        if rows.device != device:
+            raise ValueError(f"{name} is on {rows.device}, and the parameters on {device}: move one of them")
         if dtype is not None and rows.dtype != dtype:
             raise ValueError(f"{name} is {rows.dtype}, and the parameters are {dtype}: convert one of them")
+        if rows.dtype != first.dtype:
+            raise ValueError(f"{name} is {rows.dtype}, and the other rows are {first.dtype}: convert one of them")

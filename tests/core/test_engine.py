@@ -249,6 +249,59 @@ def test_rows_that_do_not_fit_are_refused(path: str, change: dict[str, object], 
         engine.meta_gradients(**given | {name: how(given[name]) for name, how in change.items()})
 
 
+@pytest.mark.parametrize("path", ["fused", "generic"])
+def test_rows_elsewhere_are_refused(path: str) -> None:
+    engine = MetaEngine(*networks(), path=path)
+    support, query, is_ood = episodes()
+    adapted = engine.adapt(support)
+    for call in (
+        lambda: engine.adapt(support.to("meta")),
+        lambda: engine.logits(adapted, query.to("meta")),
+        lambda: engine.meta_gradients(support, query, is_ood.to("meta")),
+    ):
+        with pytest.raises(ValueError, match=r"(support|rows|is_ood) is on meta, and the .* on cpu: move one"):
+            call()
+
+
+def test_rows_are_of_one_dtype_whatever_computes() -> None:
+    support, query, is_ood = episodes()
+    engine = MetaEngine(*networks(), dtype=torch.bfloat16)
+    with pytest.raises(ValueError, match=r"query is torch.float64, and the other rows are torch.float32"):
+        engine.meta_gradients(support, query.double(), is_ood)
+
+
+@pytest.mark.parametrize("path", ["fused", "generic"])
+@pytest.mark.parametrize("n_directions", [None, 6])
+def test_logits_are_of_the_episodes_that_were_adapted(path: str, n_directions: int | None) -> None:
+    engine = MetaEngine(*networks(), path=path, n_directions=n_directions)
+    support, query, _ = episodes()
+    adapted = engine.adapt(support)
+    first = {name: value[:1] for name, value in adapted.items()}
+    expanded = {name: value.expand(6, *value.shape[1:]) for name, value in first.items()}
+    if n_directions is None:
+        torch.testing.assert_close(engine.logits(expanded, query)[:1], engine.logits(first, query[:1]))
+    narrow = {name: value[..., :3] for name, value in adapted.items()}
+    without = {name: value for name, value in adapted.items() if name != "encoder.2.bias"}
+    for wrong, match in (
+        (first, r"adapted encoder.0.weight must be \[6, 24, 12\], got \[1, 24, 12\]: give rows of the episodes"),
+        (narrow, r"adapted encoder.0.weight must be \[6, 24, 12\], got \[6, 24, 3\]"),
+        (without, r"adapted lacks encoder.2.bias: give what adapt\(\) returned, whole"),
+        ({}, "adapted lacks encoder.0.weight"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            engine.logits(wrong, query)
+
+
+@pytest.mark.parametrize("module", ["encoder", "head"])
+def test_parameters_that_shall_not_be_trained_are_refused(module: str) -> None:
+    modules = dict(zip(("encoder", "head"), networks(), strict=True))
+    modules[module].requires_grad_(False)
+    with pytest.raises(
+        ValueError, match=rf"{module}\..*weight has requires_grad=False, but all parameters are trained"
+    ):
+        MetaEngine(**modules)
+
+
 def test_the_fused_path_knows_how_wide_rows_are() -> None:
     engine = MetaEngine(nn.Sequential(nn.Linear(13, 8), nn.ReLU(), nn.Linear(8, 6)), nn.Linear(6, 5), path="fused")
     with pytest.raises(ValueError, match="the 13 features of the encoder"):

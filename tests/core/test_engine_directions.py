@@ -111,6 +111,11 @@ def test_as_many_episodes_as_directions_need_no_names() -> None:
         engine.meta_gradients(*episodes())
     with pytest.raises(ValueError, match=r"direction must be int64 \[5\]"):
         engine.meta_gradients(*episodes(), direction=DIRECTION.float())
+    with pytest.raises(ValueError, match=r"direction must be a tensor, int64 \[5\], got a list"):
+        engine.meta_gradients(*episodes(), direction=DIRECTION.tolist())
+    for moved, match in ((-1, "got -1 to 1"), (1, "got 1 to 3")):
+        with pytest.raises(ValueError, match=f"direction must be in 0 to 2, {match}"):
+            engine.meta_gradients(*episodes(), direction=DIRECTION + moved)
     with pytest.raises(ValueError, match="leave direction out"):
         prototype_engine().meta_gradients(*episodes(), direction=DIRECTION)
     with pytest.raises(ValueError, match="n_directions must be 1 or more"):

@@ -220,6 +220,38 @@ def test_biases_of_another_dtype_are_no_weights() -> None:
         one.meta_gradients(*episodes(3, torch.float32))
 
 
+@pytest.mark.parametrize(
+    ("encoder", "head", "match"),
+    [
+        ((6, 9, 8, 4), 4, "encoder.0 gives 9 features, and encoder.2 takes 8"),
+        ((6, 9, 10, 4), 4, "encoder.0 gives 9 features, and encoder.2 takes 10"),
+        ((6, 9, 9, 4), 5, "encoder.2 gives 4 features, and head takes 5"),
+    ],
+)
+@pytest.mark.parametrize("n_directions", [None, 2])
+def test_layers_that_do_not_fit_are_refused(
+    encoder: tuple[int, ...], head: int, match: str, n_directions: int | None
+) -> None:
+    a, b, c, d = encoder
+    with pytest.raises(ValueError, match=match):
+        MetaEngine(
+            nn.Sequential(nn.Linear(a, b), nn.ReLU(), nn.Linear(c, d)), nn.Linear(head, 3), n_directions=n_directions
+        )
+
+
+@pytest.mark.parametrize("encoder", ["relu", "gelu, three layers"])
+def test_weights_may_lie_in_any_order(encoder: str) -> None:
+    one = engine(encoder, "linear", "hinge, fixed", 2, torch.float32, path="fused")
+    support, query, _ = episodes(3, torch.float32)
+    adapted = one.adapt(support)
+    expected = one.logits(adapted, query)
+    turned = {name: value.mT.contiguous().mT if value.ndim == 3 else value for name, value in adapted.items()}
+    torch.testing.assert_close(one.logits(turned, query), expected)
+    head = one.parameters()["head.weight"]
+    head.data = head.data.T.contiguous().T
+    torch.testing.assert_close(one.logits(adapted, query), expected)
+
+
 def test_results_are_not_overwritten_by_the_next_call() -> None:
     fused = engine("relu", "linear", "hinge", 2, torch.float32, path="fused")
     support, query, is_ood = episodes(9, torch.float32)

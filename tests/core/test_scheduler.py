@@ -224,6 +224,11 @@ def test_numbers_out_of_range_are_refused() -> None:
     for name in ("chunk", "threads", "memory"):
         with pytest.raises(ValueError, match=f"{name} must be 1 or more, got 0"):
             MetaScheduler(engine(), **{name: 0})
+    scheduler = MetaScheduler(engine())
+    with pytest.raises(ValueError, match="1 episode or more in a step, got 0"):
+        mean_of(scheduler, 0)
+    with pytest.raises(ValueError, match="1 episode or more in a step, got 0"):
+        scheduler.meta_gradients(*(part[:0] for part in Source().batch(0, 1)[:3]))
 
 
 @given(

@@ -11,7 +11,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mdml_kernels import softmax_margin_loss
-from mdml_kernels.native import calls, encoders, episodes, layers, loader, rows
+from mdml_kernels.native import calls, encoders, episodes, layers, loader, prototypes, rows, views
+from mdml_kernels.native.neighbours import NeighbourSearch
 
 WIDTHS = st.integers(1, 40)
 
@@ -120,6 +121,87 @@ def test_a_layer_steps_in_place():
     expected = weight + 0.1 * grad.mT @ x
     layers.step(grad, x, 0.1, (weight, None), (weight, None))
     torch.testing.assert_close(weight, expected)
+
+
+def test_a_layer_whose_shapes_do_not_fit_is_refused():
+    x, grad, weight, bias = (torch.randn(shape) for shape in ((2, 7, 5), (2, 7, 3), (2, 3, 5), (2, 1, 3)))
+    for change in (
+        {"weight": weight[..., :4]},
+        {"weight": weight[:1]},
+        {"weight": torch.randn(3, 6)},
+        {"bias": bias[:1]},
+        {"bias": torch.randn(1, 4)},
+        {"rows": x.half()},
+        {"rows": torch.randn(2, 8, 5)},
+    ):
+        given = {"rows": x, "weight": weight, "bias": bias} | change
+        with pytest.raises(ValueError, match="must be"):
+            layers.forward(**given, rectify=True, out=grad)
+    for given in ((grad, weight[:1], None, x), (grad, weight, x[:1], x), (grad[:, :6], weight, None, x)):
+        with pytest.raises(ValueError, match="must be"):
+            layers.pull(*given)
+    for old, new in (
+        ((weight[:1], bias), (weight, bias)),
+        ((weight, bias[..., :2]), (weight, bias)),
+        ((None, None), (weight[:1], None)),
+        ((None, None), (weight, bias.squeeze(1))),
+    ):
+        with pytest.raises(ValueError, match="must be"):
+            layers.step(grad, x, 1.0, old, new)
+    with pytest.raises(ValueError, match="rows must be"):
+        layers.step(grad, x[:1], 1.0, (None, None), (weight, None))
+
+
+def test_episodes_whose_shapes_do_not_fit_are_refused():
+    rows, is_ood, inner = torch.randn(2, 5, 4), torch.zeros(2, 5, dtype=torch.bool), episodes.InnerLoop(1, 0.1, "max")
+    first, head = (
+        episodes.MlpLayer(torch.randn(6, 4), torch.randn(1, 6), True),
+        episodes.MlpLayer(torch.randn(3, 6), None, False),
+    )
+    given = {"support": rows, "query": rows, "is_ood": is_ood, "tau": None, "background": None}
+    for made, change in (
+        ([head], {}),
+        ([first, first], {}),
+        ([first._replace(bias=torch.randn(1, 5)), head], {}),
+        ([first, head._replace(weight=torch.randn(3, 3, 6))], {}),
+        ([first, head._replace(metric=torch.randn(2, 2))], {}),
+        ([first, head], {"query": rows[:1]}),
+        ([first, head], {"query": rows.half()}),
+        ([first, head], {"is_ood": is_ood[:, :4]}),
+        ([first, head], {"tau": torch.ones(1)}),
+        ([first, head], {"background": torch.ones(1)}),
+    ):
+        with pytest.raises(ValueError, match="must be"):
+            episodes.meta_gradients(made, inner, **(given | change), margin=0.5, group=1)
+
+
+def test_encoders_and_views_whose_shapes_do_not_fit_are_refused():
+    shapes = {"inner": (2, 6, 4), "bias": (2, 6), "outer": (2, 4, 6), "log_scale": (2, 4)}
+    parts, rows = {name: torch.randn(shape) for name, shape in shapes.items()}, torch.randn(2, 5, 4)
+    settings = {"variance": torch.ones(2), "tau": None, "background": torch.zeros(2)}
+    is_ood = torch.zeros(2, 5, dtype=torch.bool)
+    for name in shapes:
+        fewer = parts | {name: parts[name][:1]}
+        if name != "inner":
+            with pytest.raises(ValueError, match=f"{name} must be"):
+                encoders.residual_encoders(rows, **fewer)
+            with pytest.raises(ValueError, match=f"{name} must be"):
+                encoders.pull_back(rows, rows, **fewer)
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            prototypes.gradients(
+                prototypes.ResidualEncoder(**fewer), support=rows, query=rows, is_ood=is_ood, **settings
+            )
+    whole = prototypes.ResidualEncoder(**parts)
+    for change in ({"query": rows[:1]}, {"is_ood": is_ood[:1]}, {"variance": torch.ones(1)}, {"tau": torch.ones(1)}):
+        with pytest.raises(ValueError, match="must be"):
+            prototypes.gradients(whole, **({"support": rows, "query": rows, "is_ood": is_ood} | settings | change))
+    fitted = {"knots": (4, 8), "levels": (4, 8), "mean": (4,), "whitening": (4, 4), "scales": (4,)}
+    tensors = {name: torch.rand(shape) for name, shape in fitted.items()}
+    for name in fitted:
+        with pytest.raises(ValueError, match="must"):
+            views.views(rows[0], **tensors | {name: tensors[name][:2]}, clip=3.0)
+    with pytest.raises(ValueError, match="references must be"):
+        NeighbourSearch(rows[0].half())
 
 
 @pytest.mark.parametrize("n_classes", [1, 2, 15, 16, 17, 63, 64, 65, 300])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mdml_kernels.native import loader
@@ -39,6 +40,32 @@ def call(name: str, n: int, size: int, worthwhile: int, *arguments: Any, held: t
 def address(tensor: Tensor | None) -> int | None:
     """Of a tensor's memory; None for null."""
     return None if tensor is None else tensor.data_ptr()
+
+
+def check(name: str, values: Tensor | None, *shape: int, dtype: torch.dtype = torch.float32) -> None:
+    """Refuse what a kernel would read beyond: values of another shape or dtype. None is let through.
+
+    Raises:
+        ValueError: they are of another one.
+    """
+    if values is not None and (values.shape != shape or values.dtype != dtype):
+        raise ValueError(f"{name} must be {dtype} {list(shape)}, got {values.dtype} {list(values.shape)}")
+
+
+def stride(name: str, parameter: Tensor | None, n_episodes: int, *shape: int) -> int:
+    """From one episode's parameter [n_episodes, *shape] to the next's; 0 where they share one [*shape], or have none.
+
+    Raises:
+        ValueError: it is of another shape.
+    """
+    if parameter is None:
+        return 0
+    given, own = parameter.shape, (n_episodes, *shape)
+    if given == own:
+        return parameter.stride(0)
+    if given == shape:
+        return 0
+    raise ValueError(f"{name} must be {list(shape)} or {list(own)}, got {list(given)}")
 
 
 def whole(values: Tensor | None) -> Tensor | None:

@@ -1,7 +1,7 @@
 """Whole episodes of an MLP with a linear head by the compiled kernels: one after the other, all of it in the cache.
 
 Letters: C episodes, n support and q query rows of d features; O and I features out of and into a layer; K logits.
-Everything is float32 on a CPU, and parameters are contiguous.
+Everything is float32 on a CPU, and parameters are contiguous; shapes that don't fit are refused by a ValueError.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mdml_kernels.native.calls import address, call, whole
+from mdml_kernels.native.calls import address, call, check, stride, whole
 from mdml_kernels.reference import Confidence
 
 # Fewer products than this are not worth a thread of their own.
@@ -132,6 +132,8 @@ def meta_gradients(
     support, query, is_ood = support.contiguous(), query.contiguous(), is_ood.contiguous()
     tau, background = whole(tau), whole(background)
     n_episodes, n_groups = len(support), len(support) // group
+    check("query", query, n_episodes, query.shape[1], support.shape[2])
+    check("is_ood", is_ood, n_episodes, query.shape[1], dtype=torch.bool)
     loss = support.new_empty(n_episodes)
     by_background = None if background is None else torch.empty_like(loss)
     sizes = [math.prod(shape) for shape in gradient_shapes(layers, inner)]
@@ -142,7 +144,7 @@ def meta_gradients(
     if layers[-1].metric is not None and inner.n_steps:
         program.cross = next(starts)
     program.group_stride = by_layer.shape[1]
-    program.query, program.is_ood, program.n_query = query.data_ptr(), is_ood.data_ptr(), query.shape[1]
+    program.query, program.is_ood, program.n_query = address(query), address(is_ood), query.shape[1]
     program.loss, program.by_background = loss.data_ptr(), address(by_background)
     program.margin, program.group = margin, group
     n_products = _products(layers, support.shape[1]) * inner.n_steps + _products(layers, query.shape[1])
@@ -186,37 +188,43 @@ def _program(
 ) -> _Program:
     """The tensors that go in must outlive it; by_layer are the addresses of each layer's gradients."""
     by_layer = by_layer or [(None, None)] * len(layers)
-    filled = [_layer(layer, *by) for layer, by in zip(layers, by_layer, strict=True)]
+    n_episodes, n_support, width = support.shape
+    check("support", support, n_episodes, n_support, width)
+    check("tau", tau, n_episodes)
+    check("background", background, n_episodes)
+    filled = []
+    for layer, by in zip(layers, by_layer, strict=True):
+        filled.append(_layer(layer, n_episodes, width, *by))
+        width = layer.weight.shape[-2]
     metric = layers[-1].metric
     return _Program(
         n_layers=len(layers),
-        n_support=support.shape[1],
+        n_support=n_support,
         n_steps=inner.n_steps,
         mass=inner.confidence == "mass",
         bfloat16=inner.bfloat16,
         fixed_bias=layers[-1].fixed_bias,
         layers=(_Layer * len(layers))(*filled),
-        support=support.data_ptr(),
+        support=address(support),
         tau=address(tau),
         background=address(background),
         metric=address(metric),
-        metric_stride=_stride(metric),
+        metric_stride=stride("metric", metric, n_episodes, width, width),
         lr=inner.lr,
     )
 
 
-def _layer(layer: MlpLayer, by_weight: int | None, by_bias: int | None) -> _Layer:
+def _layer(layer: MlpLayer, n_episodes: int, n_in: int, by_weight: int | None, by_bias: int | None) -> _Layer:
+    """The layer, of rows of n_in features."""
     own_weight, own_bias = layer.own or (None, None)
-    n_out, n_in = layer.weight.shape[-2:]
-    strides = [_stride(value) for value in (layer.weight, layer.bias)]
+    n_out = layer.weight.shape[-2]
+    strides = (
+        stride("weight", layer.weight, n_episodes, n_out, n_in),
+        stride("bias", layer.bias, n_episodes, 1, n_out),
+    )
     pointers = [address(value) for value in (layer.weight, layer.bias)]
     own = address(own_weight), address(own_bias)
     return _Layer(n_in, n_out, layer.rectify, *pointers, *strides, *own, by_weight, by_bias)
-
-
-def _stride(parameter: Tensor | None) -> int:
-    """From one episode's to the next's; 0 where they share it."""
-    return 0 if parameter is None or parameter.ndim == 2 else parameter.stride(0)
 
 
 def _products(layers: Sequence[MlpLayer], n_rows: int) -> int:

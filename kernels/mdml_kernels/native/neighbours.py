@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from mdml_kernels.native.calls import call
+from mdml_kernels.native.calls import call, check
 from mdml_kernels.native.loader import multiplies_bfloat16
 
 # Neighbours that the kernel has room for.
@@ -47,9 +47,13 @@ class NeighbourSearch:
 
     Attributes:
         width: how many coarse coordinates are compared.
+
+    Raises:
+        ValueError: references are not float32 [n, d] on a CPU.
     """
 
     def __init__(self, references: Tensor) -> None:
+        check("references", references, len(references), references.shape[-1])
         chosen = torch.randperm(len(references), generator=torch.Generator().manual_seed(0))[: _SAMPLE + _JUDGED]
         sample = references[chosen]
         sample = sample[sample.square().sum(1) < _LONG]

@@ -1,6 +1,7 @@
 """Whole episodes of a residual encoder with a prototype head by the compiled kernels, all of it in the cache.
 
-Letters: C episodes, n support and q query rows of d features, h hidden units. Everything is float32 on a CPU.
+Letters: C episodes, n support and q query rows of d features, h hidden units. Everything is float32 on a CPU;
+shapes that don't fit are refused by a ValueError.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mdml_kernels.native.calls import address, call, whole
+from mdml_kernels.native.calls import address, call, check, whole
 
 # Fewer products than this are not worth a thread of their own.
 _LEAST_PRODUCTS = 1 << 20
@@ -73,7 +74,14 @@ def gradients(
     grads = ResidualEncoder(*(torch.empty_like(value) for value in encoder))
     loss = support.new_empty(len(support))
     by_background = None if background is None else torch.empty_like(loss)
-    (n_episodes, n_support, d), n_query, h = support.shape, query.shape[1], encoder.bias.shape[1]
+    (n_episodes, n_support, d), n_query, h = support.shape, query.shape[1], encoder.bias.shape[-1]
+    check("support", support, n_episodes, n_support, d)
+    check("query", query, n_episodes, n_query, d)
+    check("is_ood", is_ood, n_episodes, n_query, dtype=torch.bool)
+    for name, value, shape in zip(encoder._fields, encoder, ((d,), (h, d), (h,), (d, h)), strict=True):
+        check(name, value, n_episodes, *shape)
+    for name, setting in (("variance", variance), ("tau", tau), ("background", background)):
+        check(name, setting, n_episodes)
     inputs = (support, query, is_ood, *encoder, variance, tau, background)
     outputs = (loss, *grads, by_background)
     program = _Program(n_support, n_query, d, h, bfloat16, *map(address, (*inputs, *outputs)))
