@@ -135,7 +135,7 @@ class FusedPath:
 
 
 def _check_widths(layers: tuple[Layer, ...], modules: nn.ModuleDict) -> None:
-    """Of layers in a row: no kernel looks whether there is what it reads."""
+    """Refuse a layer that takes another width than the one below it gives."""
     for below, above in itertools.pairwise(layers):
         given, taken = (modules.get_parameter(layer.weight).shape for layer in (below, above))
         if given[-2] != taken[-1]:
