@@ -20,7 +20,7 @@ import pyarrow.parquet as pa_parquet
 
 from mdml_fast.data.csv_blocks import csv_batches
 from mdml_fast.data.pipes import PATIENCE, Pipe
-from mdml_fast.data.tables import Wanted, check_names, check_readable, chosen, read_table, suffix_of
+from mdml_fast.data.tables import Wanted, check_names, check_readable, chosen, read_table, suffix_of, without_views
 from mdml_fast.errors import InputError, first_line
 from mdml_fast.files import replace_file
 
@@ -215,7 +215,7 @@ def _resized(found: _Found, n_rows: int, source: str) -> Iterator[pa.Table]:
         for batch in found.batches:
             if not n_waiting:
                 since = time.monotonic()
-            waiting.append(pa.Table.from_batches([batch]))
+            waiting.append(without_views(pa.Table.from_batches([batch])))
             n_waiting += batch.num_rows
             is_empty = is_empty and not n_waiting
             if n_waiting >= n_rows:

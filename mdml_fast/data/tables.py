@@ -109,7 +109,28 @@ def _checked(table: pa.Table, source: str) -> pa.Table:
     check_names(table.column_names, source)
     if table.num_rows == 0:
         raise InputError(f"{source} has no rows")
-    return table
+    return without_views(table)
+
+
+def without_views(table: pa.Table) -> pa.Table:
+    """A table with `string` and `binary` where it has views of them, as from polars: pyarrow does little with these."""
+    schema = pa.schema([field.with_type(_without_views(field.type)) for field in table.schema], table.schema.metadata)
+    return table if schema.equals(table.schema) else table.cast(schema)
+
+
+def _without_views(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_string_view(kind):
+        return pa.string()
+    if pa.types.is_binary_view(kind):
+        return pa.binary()
+    if pa.types.is_dictionary(kind):
+        return pa.dictionary(kind.index_type, _without_views(kind.value_type), kind.ordered)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        of = pa.list_ if pa.types.is_list(kind) else pa.large_list
+        return of(kind.value_field.with_type(_without_views(kind.value_type)))
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_without_views(field.type)) for field in kind.fields])
+    return kind
 
 
 def plain(values: pa.ChunkedArray) -> pa.ChunkedArray:

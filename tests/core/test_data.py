@@ -15,6 +15,7 @@ from sklearn.preprocessing import RobustScaler, StandardScaler
 
 from mdml_fast import InputError
 from mdml_fast.data import FeatureEncoder, as_table, label_table, read_table, write_table
+from mdml_fast.data.batches import open_table
 from mdml_fast.data.encoding import row_ids, soft_clip
 from mdml_fast.errors import MissingValuesWarning
 
@@ -44,6 +45,26 @@ def test_row_labels_that_pandas_stored_are_no_column(tmp_path: Path) -> None:
 def test_frames_and_arrays_become_the_same_table() -> None:
     assert as_table(pd.DataFrame({"n": [1.0, 2.0]}, index=[7, 3])).equals(as_table(pl.DataFrame({"n": [1.0, 2.0]})))
     assert as_table(np.ones((2, 3))).column_names == ["x0", "x1", "x2"]
+
+
+def views() -> pl.DataFrame:
+    """Text and bytes as polars has them: views, which pyarrow can do little with."""
+    frame = pl.DataFrame(
+        {"s": ["a", None, "b"], "b": [b"a", None, b"c"], "l": [["a"], ["b"], []], "t": [{"q": "a"}, {"q": "b"}, None]}
+    )
+    return frame.with_columns(c=pl.col("s").cast(pl.Categorical), e=pl.col("s").cast(pl.Enum(["a", "b"])))
+
+
+def test_views_of_text_and_bytes_become_what_pyarrow_can_take(tmp_path: Path) -> None:
+    frame = views()
+    frame.write_ipc(tmp_path / "t.arrow", compat_level=pl.CompatLevel.newest())
+    assert "_view" in str(pa.ipc.open_file(tmp_path / "t.arrow").schema)
+    with open_table(tmp_path / "t.arrow", None, 2) as source:
+        tables = [as_table(frame), read_table(tmp_path / "t.arrow"), pa.concat_tables(source.batches)]
+    for table in tables:
+        assert "_view" not in str(table.schema.remove_metadata())
+        assert table.to_pylist() == frame.to_dicts()
+        assert table["s"].take(pa.array([2, 0])).to_pylist() == ["b", "a"]
 
 
 @pytest.mark.parametrize(
