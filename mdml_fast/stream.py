@@ -19,7 +19,15 @@ import torch
 
 from mdml_fast.artifact import DOCUMENT
 from mdml_fast.calibration import Promise
-from mdml_fast.data.batches import STANDARD, WRITABLE, TableStream, check_writable, open_table, write_tables
+from mdml_fast.data.batches import (
+    STANDARD,
+    WRITABLE,
+    TableStream,
+    check_writable,
+    open_table,
+    with_types,
+    write_tables,
+)
 from mdml_fast.data.csv_blocks import type_of_names
 from mdml_fast.data.encoding import NumericColumn
 from mdml_fast.data.labelled import class_names
@@ -130,7 +138,8 @@ def score_file(
         raise InputError("a run between standard input and output can't be resumed; leave out --resume, or name files")
     by_batch = Promise(detector.promise) is Promise.FDR
     live = task.out == STANDARD and not by_batch
-    with open_table(task.data, _wanted(detector, task), BATCH_ROWS, live) as table:
+    # The first rows of a CSV don't tell the types of what is kept in another format.
+    with open_table(task.data, with_types(task.data, _wanted(detector, task)), BATCH_ROWS, live) as table:
         _check_columns(table, task)
         if live:
             scored = _scored(detector, task, table, 0, progress)

@@ -68,16 +68,21 @@ def label_table(
     Raises:
         InputError: a column or a class does not occur, a value is missing, or fewer than 20 rows are normal.
     """
-    for role, column in [("label", label), ("group", group), *(("ignored", name) for name in ignore)]:
-        if column is not None and column not in table.column_names:
-            raise InputError(f"there is no {role} column {column!r}; the columns are {_listed(table.column_names)}")
+    check_columns(table.column_names, label, ignore, group)
     features = table.drop_columns([name for name in {label, group, *ignore} if name is not None])
-    if not features.num_columns:
-        raise InputError("no feature column is left; give a table with more columns or ignore fewer")
     groups = None if group is None else class_names(table[group], f"group column {group!r}")
     labels = class_names(table[label], f"label column {label!r}")
     check_normals(labels, normal)
     return LabelledTable(features, labels, tuple(normal), groups)
+
+
+def check_columns(names: Sequence[str], label: str, ignore: Sequence[str], group: str | None) -> None:
+    """Raise InputError unless these columns have what `label_table` takes them for, and others are left as features."""
+    for role, column in [("label", label), ("group", group), *(("ignored", name) for name in ignore)]:
+        if column is not None and column not in names:
+            raise InputError(f"there is no {role} column {column!r}; the columns are {_listed(names)}")
+    if not set(names) - {label, group, *ignore}:
+        raise InputError("no feature column is left; give a table with more columns or ignore fewer")
 
 
 def class_names(values: Any, what: str) -> Names:

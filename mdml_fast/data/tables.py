@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -146,9 +146,9 @@ def _is_text(kind: pa.DataType) -> bool:
     return any(check(kind) for check in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
 
 
-def chosen(names: list[str], wanted: Wanted) -> list[str]:
+def chosen(names: list[str], wanted: Wanted, ignore: Collection[str] = ()) -> list[str]:
     """Those of the columns that are to be read."""
-    return names if wanted is None else [name for name in names if name in wanted]
+    return [name for name in names if (wanted is None or name in wanted) and name not in ignore]
 
 
 def check_names(names: list[str], source: str) -> None:

@@ -111,6 +111,8 @@ def test_what_is_kept_of_a_csv_stands_in_a_csv_as_it_stood(
     text = read_csv(task.out, convert_options=ConvertOptions(column_types={"code": pa.string()}))
     assert text["code"].to_pylist() == codes
     assert text["x"].to_pylist() == [i // 20 + i % 2 for i in range(21)]
+    score_file(fitted[0], replace(task, out=tmp_path / "late.parquet"))  # of numbers, a fraction last
+    assert read_table(tmp_path / "late.parquet")["code"].to_pylist() == [7] * 20 + [1.5]
     (tmp_path / "data.csv").write_text("\n".join(["code,x,y,z,kind", *lines[:20]]))
     score_file(fitted[0], replace(task, out=tmp_path / "out.parquet"))
     assert read_table(tmp_path / "out.parquet")["code"].to_pylist() == [7] * 20
