@@ -35,7 +35,7 @@ from mdml_fast.data.parts import Parts
 from mdml_fast.data.tables import Wanted, plain, suffix_of
 from mdml_fast.detector import MDMLDetector
 from mdml_fast.drift import DriftMonitor
-from mdml_fast.errors import InputError
+from mdml_fast.errors import InputError, rows_of
 from mdml_fast.explanation import KIND, why_names
 from mdml_fast.inputs import resolve_device
 from mdml_fast.meta.default import ORDERED_ROWS
@@ -214,13 +214,10 @@ def _scored(
     """
 
     def score(start: int, batch: pa.Table) -> pa.Table:
-        try:
+        with rows_of(task.data, start, batch.num_rows):
             explanation = detector.explain(batch) if task.explain else None
             scores = explanation.scores if explanation else detector.score_samples(batch)
             groups = None if task.group is None else class_names(batch[task.group], f"group column {task.group!r}")
-        except InputError as error:
-            where = f"in rows {start + 1} to {start + batch.num_rows} of {task.data}: " if start else ""
-            raise InputError(f"{where}{error}") from error
         p_values = detector.p_value_at(scores, groups)
         columns = {name: plain(batch[name]) for name in task.keep} | {"score": scores, "p_value": p_values}
         return pa.table(columns | (explanation.why(task.explain) if explanation else {}))

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from sklearn.preprocessing import RobustScaler, StandardScaler
 
 from mdml_fast.data.tables import plain
-from mdml_fast.errors import InputError, MissingValuesWarning
+from mdml_fast.errors import InputError, MissingValuesWarning, RowError
 
 Floats = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.float32]
@@ -189,6 +189,14 @@ class FeatureEncoder:
         return cls(tuple(map(_column_from_json, document["columns"])), tuple(document["constant"]))
 
 
+def check_finite(table: pa.Table) -> None:
+    """Raise RowError where a column of numbers holds infinities."""
+    for field in table.schema:
+        kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+            _column(table, field.name)
+
+
 def soft_clip(values: Floats) -> Floats:
     """Values within ±10 as they are, and what lies beyond on a log scale: monotone, so nothing is made equal."""
     size = np.abs(values)
@@ -262,9 +270,8 @@ def _column(table: pa.Table, name: str) -> pa.ChunkedArray:
     values = values.cast(pa.float64(), safe=False).fill_null(np.nan)
     infinite = np.flatnonzero(np.abs(values.to_numpy()) > LARGEST)
     if len(infinite):
-        first = int(infinite[0]) + 1
-        what = f"{len(infinite)} infinite values (first in row {first})"
-        raise InputError(f"column {name!r} has {what}, or some beyond {LARGEST:g}; replace them")
+        what = f"column {name!r} has {len(infinite)} infinite values"
+        raise RowError(what, int(infinite[0]) + 1, f", or some beyond {LARGEST:g}; replace them")
     return values
 
 

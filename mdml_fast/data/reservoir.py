@@ -10,9 +10,10 @@ import pyarrow as pa
 
 from mdml_fast.data.batches import STANDARD, open_table, with_types
 from mdml_fast.data.csv_blocks import LateTypeError
-from mdml_fast.data.encoding import Floats
+from mdml_fast.data.encoding import Floats, check_finite
 from mdml_fast.data.labelled import LabelledTable, check_columns, check_normals, class_names, label_table
 from mdml_fast.data.tables import Wanted
+from mdml_fast.errors import rows_of
 
 BATCH_ROWS = 65_536
 
@@ -105,9 +106,9 @@ def sample_table(
             check_columns(source.names, label, ignore, group)
             n_read = 0
             for batch in source.batches:
-                if not normal:
-                    check_normals(class_names(batch[label], f"label column {label!r}"), normal)
-                reservoir.add(batch)
+                with rows_of(path, n_read, batch.num_rows):
+                    _check_rows(batch, label, normal, group)
+                    reservoir.add(batch)
                 n_read += batch.num_rows
                 if progress and n_read > BATCH_ROWS:
                     progress(n_read, source.rows_in_all(n_read))
@@ -120,3 +121,12 @@ def sample_table(
             raise
         reservoir = drawn(with_types(path, None, ignore))
     return label_table(reservoir.table(), label, normal, group=group), reservoir.n_normals
+
+
+def _check_rows(batch: pa.Table, label: str, normal: Sequence[str], group: str | None) -> None:
+    """Refuse what `label_table` would, also in rows that won't stay: chance shall not tell what is refused."""
+    if not normal:
+        check_normals(class_names(batch[label], f"label column {label!r}"), normal)
+    if group is not None:
+        class_names(batch[group], f"group column {group!r}")
+    check_finite(batch.drop_columns([name for name in {label, group} if name is not None]))

@@ -1,5 +1,6 @@
 import gzip
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -223,7 +224,10 @@ def test_values_that_are_missing_as_none_were_in_training_are_told() -> None:
         assert len(told) == 1
 
 
-def test_missing_labels_are_refused() -> None:
-    table = pa.table({"n": [1.0, 2.0], "c": ["ok", None]})
-    with pytest.raises(InputError, match=r"1 missing values \(first in row 2\)"):
-        label_table(table, "c", ["ok"])
+@pytest.mark.parametrize("labels", [["ok", None], [1.0, float("nan")], [1.0, None]])
+def test_missing_labels_are_refused(labels: list[object]) -> None:
+    arrow = pa.array(labels)
+    for column in (arrow, arrow.dictionary_encode(), pa.array(pl.Series(labels))):
+        with pytest.raises(InputError, match=r"1 missing values \(first in row 2\)") as caught:
+            label_table(pa.table({"n": [1.0, 2.0], "c": column}), "c", ["ok"])
+        assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # as from another process

@@ -111,3 +111,25 @@ def test_wrong_columns_are_refused_at_the_first_batch(path: Path) -> None:
     assert not seen
     with pytest.raises(InputError, match="no row of the normal class 'fine'"):
         sample_table(path, "class", ["fine"], max_normals=50)
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "says"),
+    [
+        ("class", None, r"label column 'class' has 1 missing values \(first in row 4322\)"),
+        ("class", float("nan"), r"label column 'class' has 1 missing values \(first in row 4322\)"),
+        ("group", None, r"group column 'group' has 1 missing values \(first in row 4322\)"),
+        ("x", float("inf"), r"column 'x' has 1 infinite values \(first in row 4322\)"),
+    ],
+)
+def test_a_bad_row_is_named_as_it_stands_in_the_file_whether_it_would_be_drawn_or_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, column: str, value: float | None, says: str
+) -> None:
+    monkeypatch.setattr(reservoir, "BATCH_ROWS", 300)
+    values = {name: [float(i % n) for i in range(N_ROWS)] for name, n in (("x", 7), ("class", 50), ("group", 3))}
+    values[column][4321] = value
+    write_table(pa.table(values), tmp_path / "t.parquet")
+    with pytest.raises(InputError, match=rf"^in rows 4201 to 4500 of \S+t\.parquet: {says}"):
+        sample_table(tmp_path / "t.parquet", "class", ["1", "2"], group="group", max_normals=20)
+    with pytest.raises(InputError, match=f"^{says}"):
+        label_table(read_table(tmp_path / "t.parquet"), "class", ["1", "2"], group="group")

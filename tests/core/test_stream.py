@@ -175,7 +175,8 @@ def test_bad_rows_far_down_are_named_and_nothing_is_left(
     x[700] = np.inf
     bad = replace(task, data=task.out.with_name("bad.parquet"))
     write_table(data.set_column(1, "x", pa.array(x)), bad.data)
-    with pytest.raises(InputError, match=r"in rows 641 to 704 of .*bad.parquet: column 'x' has 1 infinite values"):
+    says = r"in rows 641 to 704 of .*bad.parquet: column 'x' has 1 infinite values \(first in row 701\), "
+    with pytest.raises(InputError, match=says):
         score_file(fitted[0], bad)
     assert [path.name for path in task.out.parent.iterdir()] == ["bad.parquet"]
 
