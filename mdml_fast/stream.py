@@ -144,7 +144,7 @@ def score_file(
         if live:
             scored = _scored(detector, task, table, 0, progress)
             return _write(detector, task, table, scored, detector.alarm_level(), on_drift)
-        with _parts(task, resume) as parts:
+        with _parts(task, by_batch, resume) as parts:
             resumed_rows = parts.n_rows
             parts.fill(_scored(detector, task, table, resumed_rows, progress), PART_ROWS)
             level = detector.alarm_level(*_p_value_counts(parts)) if by_batch else detector.alarm_level()
@@ -176,13 +176,13 @@ def _check_columns(table: TableStream, task: ScoreTask) -> None:
             raise InputError(f"{task.data} has no column {name!r}; it has {', '.join(table.names)}")
 
 
-def _parts(task: ScoreTask, resume: bool) -> contextlib.AbstractContextManager[Parts]:
+def _parts(task: ScoreTask, by_batch: bool, resume: bool) -> contextlib.AbstractContextManager[Parts]:
     if task.out == STANDARD:
         return _temporary_parts()
     if task.data == STANDARD:
         return Parts.begin(task.partial)
     begin = Parts.resume if resume else Parts.begin
-    return begin(task.partial, _identity(task))
+    return begin(task.partial, _identity(task, by_batch))
 
 
 @contextlib.contextmanager
@@ -191,14 +191,15 @@ def _temporary_parts() -> Iterator[Parts]:
         yield parts
 
 
-def _identity(task: ScoreTask) -> dict[str, Any]:
-    """What must agree for two runs to score the same rows in the same way."""
+def _identity(task: ScoreTask, by_batch: bool) -> dict[str, Any]:
+    """What must agree for two runs to score the same rows in the same way; p-values by batch are of whole ranks."""
     status = task.data.stat()
     return {
         "model": hashlib.sha256((task.model / DOCUMENT).read_bytes()).hexdigest(),
         "keep": list(task.keep),
         "group": task.group,
         "explain": task.explain,
+        "by_batch": by_batch,
         "data": str(task.data.resolve()),
         "bytes": status.st_size,
         "changed": status.st_mtime_ns,

@@ -158,6 +158,9 @@ def test_without_resume_a_run_starts_anew_and_another_run_is_not_resumed(
         score_file(detector, task, progress=cut_off(500))
     with pytest.raises(InputError, match=r"other data or columns; leave out --resume"):
         score_file(detector, replace(task, keep=("id",)), resume=True)
+    fdr = MDMLDetector.load(task.model).set_params(promise="fdr")
+    with pytest.raises(InputError, match=r"is of another model, promise, other data or columns"):
+        score_file(fdr, task, resume=True)
     assert task.partial.exists()
     assert score_file(detector, task).resumed_rows == 0
     task.partial.mkdir()
