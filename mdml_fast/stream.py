@@ -23,6 +23,7 @@ from mdml_fast.data.batches import (
     STANDARD,
     WRITABLE,
     TableStream,
+    as_writable,
     check_writable,
     open_table,
     with_types,
@@ -214,18 +215,24 @@ def _scored(
     Which rows are alarms is not known yet: the kind of anomaly is there for all.
     """
 
+    def kept_columns(batch: pa.Table) -> pa.Table:
+        return as_writable(pa.table({name: plain(batch[name]) for name in task.keep}), task.out, table.is_text)
+
     def score(start: int, batch: pa.Table) -> pa.Table:
         with rows_of(task.data, start, batch.num_rows):
+            kept = kept_columns(batch)
             explanation = detector.explain(batch) if task.explain else None
             scores = explanation.scores if explanation else detector.score_samples(batch)
             groups = None if task.group is None else class_names(batch[task.group], f"group column {task.group!r}")
         p_values = detector.p_value_at(scores, groups)
-        columns = {name: plain(batch[name]) for name in task.keep} | {"score": scores, "p_value": p_values}
+        columns = dict(zip(kept.column_names, kept.columns, strict=True)) | {"score": scores, "p_value": p_values}
         return pa.table(columns | (explanation.why(task.explain) if explanation else {}))
 
     def jobs() -> Iterator[Callable[[], pa.Table] | None]:
         start = 0
         for batch in table.batches:
+            if not start:
+                kept_columns(batch.slice(0, 0))  # refuse what can't be written before anything is scored
             if start >= skipped_rows and batch.num_rows:
                 yield partial(score, start, batch)
             if batch.num_rows < BATCH_ROWS:

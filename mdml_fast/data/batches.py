@@ -133,11 +133,38 @@ def write_tables(tables: Iterable[pa.Table], path: Path, text: bool = False) -> 
         OSError: it cannot be written.
     """
     if path == STANDARD:
-        _write(tables, pa.PythonFile(sys.stdout.buffer, mode="w"), ".csv" if text else ".stream")
+        _write(tables, pa.PythonFile(sys.stdout.buffer, mode="w"), _format(path, text))
         sys.stdout.buffer.flush()
         return
     with replace_file(path) as temporary, pa.OSFile(str(temporary), "wb") as sink:
-        _write(tables, sink, suffix_of(path, WRITABLE))
+        _write(tables, sink, _format(path, text))
+
+
+def as_writable(table: pa.Table, path: Path, text: bool = False) -> pa.Table:
+    """A table that `write_tables` can write there: for CSV with text in place of bytes.
+
+    Raises:
+        InputError: the format has no place for a column's type, or bytes are no text.
+    """
+    suffix = _format(path, text)
+    for place, field in enumerate(table.schema):
+        try:
+            if suffix == ".csv" and _is_binary(field.type):
+                table = table.set_column(place, field.name, table[place].cast(pa.string()))
+            _write([pa.schema([field]).empty_table()], pa.BufferOutputStream(), suffix)
+        except pa.ArrowException as error:
+            says = f"column {field.name!r} holds {field.type}, which {suffix} has no place for ({first_line(error)})"
+            others = ", ".join(other for other in WRITABLE if other != suffix)
+            raise InputError(f"{says}; leave it out, or write {others}") from error
+    return table
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return any(check(kind) for check in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary))
+
+
+def _format(path: Path, text: bool) -> str:
+    return suffix_of(path, WRITABLE) if path != STANDARD else ".csv" if text else ".stream"
 
 
 def write_table(table: pa.Table, path: Path | str) -> None:

@@ -239,6 +239,33 @@ def test_output_is_refused_before_anything_is_scored(fitted: tuple[MDMLDetector,
     assert not list(task.out.parent.iterdir())
 
 
+def test_what_the_format_has_no_place_for_is_refused_before_anything_is_scored(
+    fitted: tuple[MDMLDetector, ScoreTask], task: ScoreTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = {
+        "list": pa.array([[1]] * N_ROWS),
+        "struct": pa.array([{"a": 1}] * N_ROWS),
+        "bytes": pa.array([b"\xff"] * N_ROWS),
+        "text": pa.array([b"a"] * N_ROWS),
+    }
+    data = read_table(task.data)
+    for name, values in kept.items():
+        data = data.append_column(name, values)
+    task = replace(task, data=task.out.with_name("data.parquet"), keep=tuple(kept))
+    write_table(data, task.data)
+    score_file(fitted[0], task)
+    assert read_table(task.out).select(list(kept)).equals(data.select(list(kept)))
+    task = replace(task, out=task.out.with_suffix(".csv"))
+    score_file(fitted[0], replace(task, keep=("text",)))
+    assert read_table(task.out)["text"].to_pylist() == ["a"] * N_ROWS
+    monkeypatch.setattr(MDMLDetector, "score_samples", None)
+    for name, kind in [("list", r"list<.*>"), ("struct", r"struct<.*>"), ("bytes", "binary")]:
+        says = rf"^column '{name}' holds {kind}, which \.csv has no place for .*; leave it out, or write \.parquet"
+        with pytest.raises(InputError, match=says):
+            score_file(fitted[0], replace(task, keep=(name, name)))
+    assert not task.partial.exists()
+
+
 def test_the_data_are_not_overwritten(fitted: tuple[MDMLDetector, ScoreTask], task: ScoreTask) -> None:
     before = task.data.read_bytes()
     with pytest.raises(InputError, match="is the data to score: write to another file"):
