@@ -30,7 +30,6 @@ from mdml_fast.data.batches import (
     write_tables,
 )
 from mdml_fast.data.csv_blocks import type_of_names
-from mdml_fast.data.encoding import NumericColumn
 from mdml_fast.data.labelled import class_names
 from mdml_fast.data.parts import Parts
 from mdml_fast.data.tables import Wanted, plain, suffix_of
@@ -155,14 +154,10 @@ def score_file(
 
 
 def _wanted(detector: MDMLDetector, task: ScoreTask) -> Wanted:
-    features = {
-        column.name: pa.float64() if isinstance(column, NumericColumn) else pa.string()
-        for column in detector.encoder_.columns
-    }
     # From CSV to CSV as text: 007 stays 007, and 0 is no whole number where the first fraction is still to come.
     kept = dict.fromkeys(task.keep, pa.string() if task.writes_csv else None)
     group = {task.group: _type_of_groups(detector)} if task.group else {}
-    return kept | group | features  # a column that is several of these is read as the last
+    return kept | group | detector.encoder_.types()  # a column that is several of these is read as the last
 
 
 def _type_of_groups(detector: MDMLDetector) -> pa.DataType:

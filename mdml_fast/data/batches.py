@@ -29,6 +29,8 @@ STANDARD = Path("-")
 
 WRITABLE = (".parquet", ".csv", ".arrow", ".feather")
 
+# Rows of a batch, where the whole is wanted.
+WHOLE_ROWS = 65_536
 # Bytes that a Parquet column is read ahead; without a bound a whole row group is.
 PARQUET_BUFFER_BYTES = 2**18
 # An Arrow file begins with these (and two more bytes), an Arrow stream with those.
@@ -82,8 +84,22 @@ def open_table(
             is_pipe = path == STANDARD
             found = _standard_input(wanted, ignore, live) if is_pipe else _file(path, wanted, ignore, stack)
         check_names(found.names, source)
+        if not chosen(found.names, wanted, ignore):
+            raise InputError(
+                f"{source} has no column to read of {', '.join(wanted or ())}; it has {', '.join(found.names)}"
+            )
         batches = _resized(found, n_rows, source)
         yield TableStream(found.names, batches, found.rows_in_all, found.is_text)
+
+
+def read_wanted(path: Path, wanted: Wanted) -> pa.Table:
+    """Those columns of a table that are wanted, whole, of CSV with the types wanted; see `open_table`.
+
+    Raises:
+        InputError: there is no such file, it is no table or has no rows.
+    """
+    with open_table(path, with_types(path, wanted), WHOLE_ROWS) as source:
+        return pa.concat_tables(source.batches)
 
 
 def with_types(path: Path, wanted: Wanted, ignore: Collection[str] = ()) -> Wanted:

@@ -169,6 +169,12 @@ class FeatureEncoder:
         """The names of the d features."""
         return [feature for column in self.columns for feature in column.feature_names]
 
+    def types(self) -> dict[str, pa.DataType]:
+        """The columns used, and as what a text format shall be read for them."""
+        return {
+            column.name: pa.float64() if isinstance(column, NumericColumn) else pa.string() for column in self.columns
+        }
+
     def notes(self) -> list[str]:
         """What was done to the columns that a user should know, a line each."""
         missing = [column.name for column in self.columns if isinstance(column, NumericColumn) and column.has_missing]

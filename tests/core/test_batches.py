@@ -231,6 +231,7 @@ def test_labels_of_rows_that_pandas_stored_are_no_column(tmp_path: Path) -> None
         ("t.csv", b"", "is empty"),
         ("t.csv", b"x\n", "has no rows"),
         ("t.csv", b"x,x\n1,2\n", "several columns named 'x'"),
+        ("t.csv", b"y,z\n1,2\n", "has no column to read of x; it has y, z"),
         ("t.csv", b"x\n\xff\xfe\n", "is not a table that can be read"),
         ("t.csv.gz", gzip.compress(b"x\n1\n" * 500, mtime=0)[:30], "is not a table that can be read"),
         ("t.txt", b"x\n1\n", "must end in"),
