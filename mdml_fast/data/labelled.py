@@ -98,7 +98,7 @@ def class_names(values: Any, what: str) -> Names:
     if isinstance(values, (pa.Array, pa.ChunkedArray)):
         column = plain(values if isinstance(values, pa.ChunkedArray) else pa.chunked_array([values]))
     else:
-        array = np.asarray(values)
+        array = values if isinstance(values, np.ma.MaskedArray) else np.asarray(values)
         if array.ndim != 1:
             raise InputError(f"{what} must hold one label per row, got an array of shape {list(array.shape)}")
         try:

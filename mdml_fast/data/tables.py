@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,13 @@ def as_table(data: Any, names: Sequence[str] | None = None) -> pa.Table:
     Raises:
         InputError: data is none of these, or its columns cannot be represented.
     """
+    is_column = len(getattr(data, "shape", ())) == 1  # a series, or an array of one dimension
     try:
         if isinstance(data, pa.Table):
             table = data
-        elif type(data).__module__.partition(".")[0] == "pandas":
+        elif type(data).__module__.partition(".")[0] == "pandas" and not is_column:
             table = pa.Table.from_pandas(data, preserve_index=False)
-        elif hasattr(data, "__arrow_c_stream__"):
+        elif hasattr(data, "__arrow_c_stream__") and not is_column:
             table = pa.table(data)
         else:
             table = _from_array(_dense(data), names)
@@ -84,7 +86,8 @@ def as_table(data: Any, names: Sequence[str] | None = None) -> pa.Table:
 def _dense(data: Any) -> np.ndarray[Any, Any]:
     if hasattr(data, "toarray"):
         raise InputError("sparse input is not supported: give the rows as a dense array, by .toarray()")
-    array = np.asarray(data)
+    # Arrow takes what is masked for missing; other subclasses of arrays have rules of their own.
+    array = data if isinstance(data, np.ma.MaskedArray) else np.asarray(data)
     if np.iscomplexobj(array):
         raise InputError("Complex data not supported: give its parts as columns of their own")
     return array
@@ -171,9 +174,10 @@ def csv_values(**options: Any) -> pa_csv.ConvertOptions:
     return pa_csv.ConvertOptions(strings_can_be_null=True, **options)
 
 
-def _read_csv(path: Path) -> pa.Table:
+def _read_csv(path: Path, compression: str | None = None) -> pa.Table:
     within_quotes, large = pa_csv.ParseOptions(newlines_in_values=True), pa_csv.ReadOptions(block_size=CSV_ROW_BYTES)
-    return pa_csv.read_csv(path, large, within_quotes, csv_values())
+    with pa.input_stream(str(path), compression) as source:
+        return pa_csv.read_csv(source, large, within_quotes, csv_values())
 
 
 def _read_npz(path: Path) -> pa.Table:
@@ -193,7 +197,7 @@ def _read_npz(path: Path) -> pa.Table:
 _READERS = {
     ".parquet": _read_parquet,
     ".csv": _read_csv,
-    ".csv.gz": _read_csv,
+    ".csv.gz": partial(_read_csv, compression="gzip"),
     ".arrow": pa_feather.read_table,
     ".feather": pa_feather.read_table,
     ".npz": _read_npz,
