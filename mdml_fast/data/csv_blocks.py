@@ -75,7 +75,7 @@ def csv_batches(
             try:
                 rows = _typed(block, types, names)
             except pa.ArrowInvalid as error:
-                raise _refusal(block, types, names, n_rows, guessed, source) from error
+                raise _refusal(error, block, types, names, n_rows, source, guessed) from error
             n_rows += rows.num_rows
             yield from rows.to_batches()
 
@@ -109,7 +109,7 @@ def csv_types(path: Path, wanted: Wanted, ignore: Collection[str] = ()) -> dict[
                     try:
                         n_rows += _typed(block, as_bytes, names).num_rows
                     except pa.ArrowInvalid:
-                        raise _refusal(block, as_bytes, names, n_rows, (), str(path)) from error
+                        raise _refusal(error, block, as_bytes, names, n_rows, str(path)) from error
                     types = {name: _widened(block, name, kind, names) for name, kind in types.items()}
         if types == before:  # else rows before those that widened a type have to convert to it, too
             return types
@@ -129,13 +129,16 @@ def _headed_blocks(
     """The blocks, each with the names of its columns where its first row does not tell them; and what the first is.
 
     Raises:
-        InputError: there is nothing to read, or names are used twice.
+        InputError: there is nothing to read, a row is none, or names are used twice.
     """
     blocks = _whole_rows(read)
     first, found = b"", None
     for block in blocks:
         first += block
-        found = _parsed(first, csv_values()) if first else None
+        try:
+            found = _parsed(first, csv_values()) if first else None
+        except pa.ArrowInvalid as error:
+            raise _refusal(error, first, {}, None, 0, source) from error
         if found is not None and found.num_rows:
             break  # names alone tell no types
     if found is None:
@@ -161,18 +164,20 @@ def _widened(block: bytes, name: str, kind: pa.DataType, names: list[str] | None
 
 
 def _refusal(
+    error: pa.ArrowInvalid,
     block: bytes,
     types: Mapping[str, pa.DataType],
     names: list[str] | None,
     n_before: int,
-    guessed: Collection[str],
     source: str,
+    guessed: Collection[str] = (),
 ) -> InputError:
     """What to say of a block that can't be parsed, which so many rows come before."""
+    says = first_line(error)
     try:
         _typed(block, types, names, use_threads=False)  # only one thread counts rows
-    except pa.ArrowInvalid as error:
-        says = first_line(error)
+    except pa.ArrowInvalid as counted:
+        says = first_line(counted)
     refused = f"{source} is not a table that can be read"
     header = 0 if names else 1
     says = re.sub(r"Row #(\d+)", lambda row: f"row {int(row[1]) - header + n_before}", says)

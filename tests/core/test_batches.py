@@ -131,6 +131,7 @@ def test_a_row_that_is_none_is_named_wherever_it_stands(
     monkeypatch.setattr(csv_blocks, "CSV_BLOCK_BYTES", size)
     for bad, says in [
         (b"1", "row 42: Expected 2 columns, got 1"),
+        (b"1\n2,b\n", "row 42: Expected 2 columns, got 1"),
         (b"1,\xff", "column 'name' has invalid UTF8 data for string in row 42; replace it"),
     ]:
         (tmp_path / "t.csv").write_bytes(b"x,name\n" + b"1,a\n\n2,b\n" * 20 + b"3,c\n" + bad)
