@@ -1,8 +1,40 @@
 """What goes wrong for reasons that the user can mend."""
 
+import contextlib
+from collections.abc import Iterator
+
 
 class InputError(ValueError):
     """Bad input: one line that says what is wrong, where, and what to do."""
+
+
+class RowError(InputError):
+    """Bad input that is first met in one row.
+
+    Args:
+        what: is wrong, and where.
+        row: the first, counted from 1.
+        advice: the rest of the line.
+    """
+
+    def __init__(self, what: str, row: int, advice: str) -> None:
+        super().__init__(what, row, advice)
+        self.what, self.row, self.advice = what, row, advice
+
+    def __str__(self) -> str:
+        return f"{self.what} (first in row {self.row}){self.advice}"
+
+
+@contextlib.contextmanager
+def rows_of(source: object, n_before: int, n_rows: int) -> Iterator[None]:
+    """Bad input within is in this batch of rows of a source; the rows that it names are counted in that."""
+    try:
+        yield
+    except InputError as error:
+        if isinstance(error, RowError):
+            error = RowError(error.what, n_before + error.row, error.advice)
+        where = f"in rows {n_before + 1} to {n_before + n_rows} of {source}: " if n_before else ""
+        raise InputError(f"{where}{error}") from error
 
 
 class ArtifactError(InputError):

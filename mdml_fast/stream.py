@@ -19,15 +19,23 @@ import torch
 
 from mdml_fast.artifact import DOCUMENT
 from mdml_fast.calibration import Promise
-from mdml_fast.data.batches import STANDARD, WRITABLE, TableStream, check_writable, open_table, write_tables
+from mdml_fast.data.batches import (
+    STANDARD,
+    WRITABLE,
+    TableStream,
+    as_writable,
+    check_writable,
+    open_table,
+    with_types,
+    write_tables,
+)
 from mdml_fast.data.csv_blocks import type_of_names
-from mdml_fast.data.encoding import NumericColumn
 from mdml_fast.data.labelled import class_names
 from mdml_fast.data.parts import Parts
 from mdml_fast.data.tables import Wanted, plain, suffix_of
 from mdml_fast.detector import MDMLDetector
 from mdml_fast.drift import DriftMonitor
-from mdml_fast.errors import InputError
+from mdml_fast.errors import InputError, rows_of
 from mdml_fast.explanation import KIND, why_names
 from mdml_fast.inputs import resolve_device
 from mdml_fast.meta.default import ORDERED_ROWS
@@ -130,12 +138,13 @@ def score_file(
         raise InputError("a run between standard input and output can't be resumed; leave out --resume, or name files")
     by_batch = Promise(detector.promise) is Promise.FDR
     live = task.out == STANDARD and not by_batch
-    with open_table(task.data, _wanted(detector, task), BATCH_ROWS, live) as table:
+    # The first rows of a CSV don't tell the types of what is kept in another format.
+    with open_table(task.data, with_types(task.data, _wanted(detector, task)), BATCH_ROWS, live) as table:
         _check_columns(table, task)
         if live:
             scored = _scored(detector, task, table, 0, progress)
             return _write(detector, task, table, scored, detector.alarm_level(), on_drift)
-        with _parts(task, resume) as parts:
+        with _parts(task, by_batch, resume) as parts:
             resumed_rows = parts.n_rows
             parts.fill(_scored(detector, task, table, resumed_rows, progress), PART_ROWS)
             level = detector.alarm_level(*_p_value_counts(parts)) if by_batch else detector.alarm_level()
@@ -145,14 +154,10 @@ def score_file(
 
 
 def _wanted(detector: MDMLDetector, task: ScoreTask) -> Wanted:
-    features = {
-        column.name: pa.float64() if isinstance(column, NumericColumn) else pa.string()
-        for column in detector.encoder_.columns
-    }
     # From CSV to CSV as text: 007 stays 007, and 0 is no whole number where the first fraction is still to come.
     kept = dict.fromkeys(task.keep, pa.string() if task.writes_csv else None)
     group = {task.group: _type_of_groups(detector)} if task.group else {}
-    return kept | group | features  # a column that is several of these is read as the last
+    return kept | group | detector.encoder_.types()  # a column that is several of these is read as the last
 
 
 def _type_of_groups(detector: MDMLDetector) -> pa.DataType:
@@ -167,13 +172,13 @@ def _check_columns(table: TableStream, task: ScoreTask) -> None:
             raise InputError(f"{task.data} has no column {name!r}; it has {', '.join(table.names)}")
 
 
-def _parts(task: ScoreTask, resume: bool) -> contextlib.AbstractContextManager[Parts]:
+def _parts(task: ScoreTask, by_batch: bool, resume: bool) -> contextlib.AbstractContextManager[Parts]:
     if task.out == STANDARD:
         return _temporary_parts()
     if task.data == STANDARD:
         return Parts.begin(task.partial)
     begin = Parts.resume if resume else Parts.begin
-    return begin(task.partial, _identity(task))
+    return begin(task.partial, _identity(task, by_batch))
 
 
 @contextlib.contextmanager
@@ -182,14 +187,15 @@ def _temporary_parts() -> Iterator[Parts]:
         yield parts
 
 
-def _identity(task: ScoreTask) -> dict[str, Any]:
-    """What must agree for two runs to score the same rows in the same way."""
+def _identity(task: ScoreTask, by_batch: bool) -> dict[str, Any]:
+    """What must agree for two runs to score the same rows in the same way; p-values by batch are of whole ranks."""
     status = task.data.stat()
     return {
         "model": hashlib.sha256((task.model / DOCUMENT).read_bytes()).hexdigest(),
         "keep": list(task.keep),
         "group": task.group,
         "explain": task.explain,
+        "by_batch": by_batch,
         "data": str(task.data.resolve()),
         "bytes": status.st_size,
         "changed": status.st_mtime_ns,
@@ -204,21 +210,24 @@ def _scored(
     Which rows are alarms is not known yet: the kind of anomaly is there for all.
     """
 
+    def kept_columns(batch: pa.Table) -> pa.Table:
+        return as_writable(pa.table({name: plain(batch[name]) for name in task.keep}), task.out, table.is_text)
+
     def score(start: int, batch: pa.Table) -> pa.Table:
-        try:
+        with rows_of(task.data, start, batch.num_rows):
+            kept = kept_columns(batch)
             explanation = detector.explain(batch) if task.explain else None
             scores = explanation.scores if explanation else detector.score_samples(batch)
             groups = None if task.group is None else class_names(batch[task.group], f"group column {task.group!r}")
-        except InputError as error:
-            where = f"in rows {start + 1} to {start + batch.num_rows} of {task.data}: " if start else ""
-            raise InputError(f"{where}{error}") from error
         p_values = detector.p_value_at(scores, groups)
-        columns = {name: plain(batch[name]) for name in task.keep} | {"score": scores, "p_value": p_values}
+        columns = dict(zip(kept.column_names, kept.columns, strict=True)) | {"score": scores, "p_value": p_values}
         return pa.table(columns | (explanation.why(task.explain) if explanation else {}))
 
     def jobs() -> Iterator[Callable[[], pa.Table] | None]:
         start = 0
         for batch in table.batches:
+            if not start:
+                kept_columns(batch.slice(0, 0))  # refuse what can't be written before anything is scored
             if start >= skipped_rows and batch.num_rows:
                 yield partial(score, start, batch)
             if batch.num_rows < BATCH_ROWS:

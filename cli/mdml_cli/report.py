@@ -25,8 +25,8 @@ def report(
     json: JsonOption = False,
 ) -> None:
     """Write one HTML file, open to anybody without a network: the model, its separation, its alarms and why."""
+    from mdml_fast.data.batches import read_wanted
     from mdml_fast.data.labelled import class_names
-    from mdml_fast.data.tables import read_table
     from mdml_fast.detector import MDMLDetector
     from mdml_fast.errors import InputError
     from mdml_fast.report import write_report
@@ -34,7 +34,8 @@ def report(
     log.open_log(quiet=False, file=None)
     set_threads(threads)
     detector = MDMLDetector.load(model, "cpu")
-    table = None if data is None else read_table(data)
+    wanted = ({} if label is None else {label: None}) | detector.encoder_.types()
+    table = None if data is None else read_wanted(data, wanted)
     if label is not None and (table is None or label not in table.column_names):
         raise InputError(f"--label: {'give DATA with it' if table is None else f'{data} has no column {label!r}'}")
     labels = None if label is None or table is None else class_names(table[label], f"label column {label!r}")

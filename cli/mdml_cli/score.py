@@ -92,6 +92,8 @@ def score(
     settings = {"false_alarm_rate": false_alarm_rate, "promise": promise, "confidence": confidence}
     detector.set_params(**{name: value for name, value in settings.items() if value is not None})
     detector.check_settings()
+    if group is not None and detector.calibration_.groups is None:
+        log.note(f"--group {group} changes nothing: the model was trained without groups")
 
     def on_drift(row: int) -> None:
         log.note(

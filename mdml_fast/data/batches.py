@@ -8,7 +8,7 @@ import itertools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,9 +18,9 @@ import pyarrow.csv as pa_csv
 import pyarrow.dataset as pa_dataset
 import pyarrow.parquet as pa_parquet
 
-from mdml_fast.data.csv_blocks import csv_batches
+from mdml_fast.data.csv_blocks import csv_batches, csv_types, open_csv
 from mdml_fast.data.pipes import PATIENCE, Pipe
-from mdml_fast.data.tables import Wanted, check_names, check_readable, chosen, read_table, suffix_of
+from mdml_fast.data.tables import Wanted, check_names, check_readable, chosen, read_table, suffix_of, without_views
 from mdml_fast.errors import InputError, first_line
 from mdml_fast.files import replace_file
 
@@ -29,6 +29,8 @@ STANDARD = Path("-")
 
 WRITABLE = (".parquet", ".csv", ".arrow", ".feather")
 
+# Rows of a batch, where the whole is wanted.
+WHOLE_ROWS = 65_536
 # Bytes that a Parquet column is read ahead; without a bound a whole row group is.
 PARQUET_BUFFER_BYTES = 2**18
 # An Arrow file begins with these (and two more bytes), an Arrow stream with those.
@@ -56,7 +58,9 @@ class TableStream:
 
 
 @contextlib.contextmanager
-def open_table(path: Path, wanted: Wanted, n_rows: int, live: bool = False) -> Iterator[TableStream]:
+def open_table(
+    path: Path, wanted: Wanted, n_rows: int, live: bool = False, ignore: Collection[str] = ()
+) -> Iterator[TableStream]:
     """A table to read in batches of `n_rows` rows: a file as `read_table` takes, or ``-`` for standard input.
 
     Standard input is Arrow IPC (stream or file) or CSV, by its first bytes. An .npz is read whole.
@@ -65,19 +69,58 @@ def open_table(path: Path, wanted: Wanted, n_rows: int, live: bool = False) -> I
         path: of the table.
         wanted: the columns to read.
         n_rows: of a batch.
-        live: of standard input, give rows that have come without waiting for `n_rows` of them. A column of CSV without
-            a type in `wanted` then has to stay as the first rows suggest. (Compressed CSV is not read so.)
+        live: of standard input, give rows that have come without waiting for `n_rows` of them. (Compressed CSV is not
+            read so.)
+        ignore: columns that are not read.
 
     Raises:
+        LateTypeError: while batches are read, a column of CSV without a type in `wanted` is not as its first rows
+            suggest; `with_types` gives it the type of them all.
         InputError: there is no such file, it is no table or has no rows; also while its batches are read.
     """
     source = "standard input" if path == STANDARD else str(path)
     with contextlib.ExitStack() as stack:
         with _explained(source):
-            found = _standard_input(wanted, live) if path == STANDARD else _file(path, wanted, stack)
+            is_pipe = path == STANDARD
+            found = _standard_input(wanted, ignore, live) if is_pipe else _file(path, wanted, ignore, stack)
         check_names(found.names, source)
+        if not chosen(found.names, wanted, ignore):
+            raise InputError(
+                f"{source} has no column to read of {', '.join(wanted or ())}; it has {', '.join(found.names)}"
+            )
         batches = _resized(found, n_rows, source)
         yield TableStream(found.names, batches, found.rows_in_all, found.is_text)
+
+
+def read_wanted(path: Path, wanted: Wanted) -> pa.Table:
+    """Those columns of a table that are wanted, whole, of CSV with the types wanted; see `open_table`.
+
+    Raises:
+        InputError: there is no such file, it is no table or has no rows.
+    """
+    with open_table(path, with_types(path, wanted), WHOLE_ROWS) as source:
+        return pa.concat_tables(source.batches)
+
+
+def with_types(path: Path, wanted: Wanted, ignore: Collection[str] = ()) -> Wanted:
+    """The columns to read, those of a CSV file with the types that all of its rows suggest where `wanted` gives none.
+
+    That takes reading the file, and can't be told of a pipe. Binary formats say themselves what they hold.
+
+    Args:
+        path: of the table.
+        wanted: the columns to read.
+        ignore: columns that are not read.
+
+    Raises:
+        InputError: there is no such file, or it is no table.
+    """
+    if path == STANDARD or not check_readable(path).startswith(".csv"):
+        return wanted
+    untyped = None if wanted is None else {name: None for name, kind in wanted.items() if kind is None}
+    with _explained(str(path)):
+        types = {} if untyped == {} else csv_types(path, untyped, ignore)
+    return {**(wanted or {}), **types}
 
 
 def check_writable(path: Path) -> None:
@@ -106,11 +149,38 @@ def write_tables(tables: Iterable[pa.Table], path: Path, text: bool = False) -> 
         OSError: it cannot be written.
     """
     if path == STANDARD:
-        _write(tables, pa.PythonFile(sys.stdout.buffer, mode="w"), ".csv" if text else ".stream")
+        _write(tables, pa.PythonFile(sys.stdout.buffer, mode="w"), _format(path, text))
         sys.stdout.buffer.flush()
         return
     with replace_file(path) as temporary, pa.OSFile(str(temporary), "wb") as sink:
-        _write(tables, sink, suffix_of(path, WRITABLE))
+        _write(tables, sink, _format(path, text))
+
+
+def as_writable(table: pa.Table, path: Path, text: bool = False) -> pa.Table:
+    """A table that `write_tables` can write there: for CSV with text in place of bytes.
+
+    Raises:
+        InputError: the format has no place for a column's type, or bytes are no text.
+    """
+    suffix = _format(path, text)
+    for place, field in enumerate(table.schema):
+        try:
+            if suffix == ".csv" and _is_binary(field.type):
+                table = table.set_column(place, field.name, table[place].cast(pa.string()))
+            _write([pa.schema([field]).empty_table()], pa.BufferOutputStream(), suffix)
+        except pa.ArrowException as error:
+            says = f"column {field.name!r} holds {field.type}, which {suffix} has no place for ({first_line(error)})"
+            others = ", ".join(other for other in WRITABLE if other != suffix)
+            raise InputError(f"{says}; leave it out, or write {others}") from error
+    return table
+
+
+def _is_binary(kind: pa.DataType) -> bool:
+    return any(check(kind) for check in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary))
+
+
+def _format(path: Path, text: bool) -> str:
+    return suffix_of(path, WRITABLE) if path != STANDARD else ".csv" if text else ".stream"
 
 
 def write_table(table: pa.Table, path: Path | str) -> None:
@@ -147,44 +217,44 @@ class _Found:
     paused: Callable[[], bool] | None = None
 
 
-def _file(path: Path, wanted: Wanted, stack: contextlib.ExitStack) -> _Found:
+def _file(path: Path, wanted: Wanted, ignore: Collection[str], stack: contextlib.ExitStack) -> _Found:
     suffix = check_readable(path)
     if suffix == ".parquet":
         file = pa_parquet.ParquetFile(path, buffer_size=PARQUET_BUFFER_BYTES, pre_buffer=False)
-        return _parquet(stack.enter_context(file), wanted)
+        return _parquet(stack.enter_context(file), wanted, ignore)
     if suffix in (".arrow", ".feather"):
-        return _arrow_file(path, wanted, stack)
+        return _arrow_file(path, wanted, ignore, stack)
     if suffix == ".npz":
         table = read_table(path)
         return _Found(table.column_names, table.to_batches(), lambda _: table.num_rows)
-    raw = stack.enter_context(path.open("rb"))
-    text: Any = gzip.GzipFile(fileobj=raw) if suffix == ".csv.gz" else raw
+    read, tell = stack.enter_context(open_csv(path))
     size = path.stat().st_size
-    names, batches = csv_batches(text.read, wanted, str(path))
-    return _Found(names, batches, lambda read: round(read * size / max(raw.tell(), 1)), is_text=True)
+    names, batches = csv_batches(read, wanted, str(path), ignore)
+    return _Found(names, batches, lambda n_rows: round(n_rows * size / max(tell(), 1)), is_text=True)
 
 
-def _parquet(file: pa_parquet.ParquetFile, wanted: Wanted) -> _Found:
+def _parquet(file: pa_parquet.ParquetFile, wanted: Wanted, ignore: Collection[str]) -> _Found:
     schema = file.schema_arrow
     # pandas may have stored its row labels as a column; they are no feature.
     pandas = json.loads((schema.metadata or {}).get(b"pandas", b"{}"))
     stored = [name for name in pandas.get("index_columns", []) if isinstance(name, str)]
     names = [name for name in schema.names if name not in stored]
     n_rows = file.metadata.num_rows
-    return _Found(names, file.iter_batches(columns=chosen(names, wanted), use_threads=False), lambda _: n_rows)
+    columns = chosen(names, wanted, ignore)
+    return _Found(names, file.iter_batches(columns=columns, use_threads=False), lambda _: n_rows)
 
 
-def _arrow_file(path: Path, wanted: Wanted, stack: contextlib.ExitStack) -> _Found:
+def _arrow_file(path: Path, wanted: Wanted, ignore: Collection[str], stack: contextlib.ExitStack) -> _Found:
     # Mapped, so that one batch as large as the file need not fit in memory.
     mapped = stack.enter_context(pa.memory_map(str(path)))
     names = pa.ipc.open_file(mapped).schema.names
-    fields = [names.index(name) for name in chosen(names, wanted)]
+    fields = [names.index(name) for name in chosen(names, wanted, ignore)]
     reader = pa.ipc.open_file(mapped, options=pa.ipc.IpcReadOptions(included_fields=fields, use_threads=False))
     n_rows = pa_dataset.dataset(str(path), format="ipc").count_rows()
     return _Found(names, map(reader.get_batch, range(reader.num_record_batches)), lambda _: n_rows)
 
 
-def _standard_input(wanted: Wanted, live: bool) -> _Found:
+def _standard_input(wanted: Wanted, ignore: Collection[str], live: bool) -> _Found:
     if sys.stdin is None:
         raise InputError("standard input is closed; pipe a table into it, or name a file")
     pipe = Pipe(sys.stdin.buffer)
@@ -194,14 +264,14 @@ def _standard_input(wanted: Wanted, live: bool) -> _Found:
             pipe.read(8)  # what follows is a stream
         reader = pa.ipc.open_stream(pipe)
         names = reader.schema.names
-        batches = (batch.select(chosen(names, wanted)) for batch in reader)
+        batches = (batch.select(chosen(names, wanted, ignore)) for batch in reader)
         return _Found(names, batches, _nobody_knows, paused=pipe.paused if live else None)
     if start.startswith(PARQUET):
         raise InputError("standard input is Parquet, which is read from its end: name the file instead")
     read: Callable[[int], bytes] = pipe.read_ready if live else pipe.read
     if start.startswith(GZIP):
         read, live = gzip.GzipFile(fileobj=pipe).read, False
-    names, rows = csv_batches(read, wanted, "standard input")
+    names, rows = csv_batches(read, wanted, "standard input", ignore)
     return _Found(names, rows, _nobody_knows, is_text=True, paused=pipe.paused if live else None)
 
 
@@ -215,7 +285,7 @@ def _resized(found: _Found, n_rows: int, source: str) -> Iterator[pa.Table]:
         for batch in found.batches:
             if not n_waiting:
                 since = time.monotonic()
-            waiting.append(pa.Table.from_batches([batch]))
+            waiting.append(without_views(pa.Table.from_batches([batch])))
             n_waiting += batch.num_rows
             is_empty = is_empty and not n_waiting
             if n_waiting >= n_rows:

@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 from sklearn.preprocessing import RobustScaler, StandardScaler
 
 from mdml_fast.data.tables import plain
-from mdml_fast.errors import InputError, MissingValuesWarning
+from mdml_fast.errors import InputError, MissingValuesWarning, RowError
 
 Floats = npt.NDArray[np.float64]
 Rows = npt.NDArray[np.float32]
@@ -169,6 +169,12 @@ class FeatureEncoder:
         """The names of the d features."""
         return [feature for column in self.columns for feature in column.feature_names]
 
+    def types(self) -> dict[str, pa.DataType]:
+        """The columns used, and as what a text format shall be read for them."""
+        return {
+            column.name: pa.float64() if isinstance(column, NumericColumn) else pa.string() for column in self.columns
+        }
+
     def notes(self) -> list[str]:
         """What was done to the columns that a user should know, a line each."""
         missing = [column.name for column in self.columns if isinstance(column, NumericColumn) and column.has_missing]
@@ -187,6 +193,14 @@ class FeatureEncoder:
     def from_json(cls, document: dict[str, Any]) -> FeatureEncoder:
         """The inverse of `to_json`."""
         return cls(tuple(map(_column_from_json, document["columns"])), tuple(document["constant"]))
+
+
+def check_finite(table: pa.Table) -> None:
+    """Raise RowError where a column of numbers holds infinities."""
+    for field in table.schema:
+        kind = field.type.value_type if pa.types.is_dictionary(field.type) else field.type
+        if pa.types.is_floating(kind) or pa.types.is_decimal(kind):
+            _column(table, field.name)
 
 
 def soft_clip(values: Floats) -> Floats:
@@ -262,9 +276,8 @@ def _column(table: pa.Table, name: str) -> pa.ChunkedArray:
     values = values.cast(pa.float64(), safe=False).fill_null(np.nan)
     infinite = np.flatnonzero(np.abs(values.to_numpy()) > LARGEST)
     if len(infinite):
-        first = int(infinite[0]) + 1
-        what = f"{len(infinite)} infinite values (first in row {first})"
-        raise InputError(f"column {name!r} has {what}, or some beyond {LARGEST:g}; replace them")
+        what = f"column {name!r} has {len(infinite)} infinite values"
+        raise RowError(what, int(infinite[0]) + 1, f", or some beyond {LARGEST:g}; replace them")
     return values
 
 

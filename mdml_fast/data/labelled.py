@@ -9,9 +9,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
+from mdml_fast.data.encoding import check_finite
 from mdml_fast.data.tables import plain
-from mdml_fast.errors import InputError
+from mdml_fast.errors import InputError, RowError
 
 MIN_NORMALS = 20
 
@@ -66,18 +68,25 @@ def label_table(
         group: a column whose values must not be on both sides of a split; no feature either.
 
     Raises:
-        InputError: a column or a class does not occur, a value is missing, or fewer than 20 rows are normal.
+        InputError: a column or a class does not occur, a label or group is missing, a feature is infinite, or fewer
+            than 20 rows are normal.
     """
-    for role, column in [("label", label), ("group", group), *(("ignored", name) for name in ignore)]:
-        if column is not None and column not in table.column_names:
-            raise InputError(f"there is no {role} column {column!r}; the columns are {_listed(table.column_names)}")
+    check_columns(table.column_names, label, ignore, group)
     features = table.drop_columns([name for name in {label, group, *ignore} if name is not None])
-    if not features.num_columns:
-        raise InputError("no feature column is left; give a table with more columns or ignore fewer")
+    check_finite(features)
     groups = None if group is None else class_names(table[group], f"group column {group!r}")
     labels = class_names(table[label], f"label column {label!r}")
     check_normals(labels, normal)
     return LabelledTable(features, labels, tuple(normal), groups)
+
+
+def check_columns(names: Sequence[str], label: str, ignore: Sequence[str], group: str | None) -> None:
+    """Raise InputError unless these columns have what `label_table` takes them for, and others are left as features."""
+    for role, column in [("label", label), ("group", group), *(("ignored", name) for name in ignore)]:
+        if column is not None and column not in names:
+            raise InputError(f"there is no {role} column {column!r}; the columns are {_listed(names)}")
+    if not set(names) - {label, group, *ignore}:
+        raise InputError("no feature column is left; give a table with more columns or ignore fewer")
 
 
 def class_names(values: Any, what: str) -> Names:
@@ -89,16 +98,16 @@ def class_names(values: Any, what: str) -> Names:
     if isinstance(values, (pa.Array, pa.ChunkedArray)):
         column = plain(values if isinstance(values, pa.ChunkedArray) else pa.chunked_array([values]))
     else:
-        array = np.asarray(values)
+        array = values if isinstance(values, np.ma.MaskedArray) else np.asarray(values)
         if array.ndim != 1:
             raise InputError(f"{what} must hold one label per row, got an array of shape {list(array.shape)}")
         try:
             column = pa.array(array, from_pandas=True)
         except (pa.ArrowException, TypeError) as error:
             raise InputError(f"{what} must hold labels of one kind: numbers or text") from error
-    if column.null_count:
-        first = int(np.flatnonzero(np.asarray(column.is_null()))[0])
-        raise InputError(f"{what} has {column.null_count} missing values (first in row {first + 1}); drop those rows")
+    missing = np.flatnonzero(pc.is_null(column, nan_is_null=True))
+    if len(missing):
+        raise RowError(f"{what} has {len(missing)} missing values", int(missing[0]) + 1, "; drop those rows")
     if pa.types.is_nested(column.type):
         raise InputError(f"{what} holds {column.type}; labels must be numbers or text")
     return np.asarray(column.cast(pa.string()).to_pylist(), dtype=object)

@@ -70,7 +70,7 @@ class Parts:
         _check_ours(folder)
         if json.loads((folder / IDENTITY).read_text()) != identity:
             raise ArtifactError(
-                f"{folder} is of another model, other data or columns; leave out --resume to start anew"
+                f"{folder} is of another model, promise, other data or columns; leave out --resume to start anew"
             )
         with _removed_at_the_end(cls(folder)) as parts:
             yield parts

@@ -8,9 +8,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 
-from mdml_fast.data.batches import open_table
-from mdml_fast.data.encoding import Floats
-from mdml_fast.data.labelled import LabelledTable, class_names, label_table
+from mdml_fast.data.batches import STANDARD, open_table, with_types
+from mdml_fast.data.csv_blocks import LateTypeError
+from mdml_fast.data.encoding import Floats, check_finite
+from mdml_fast.data.labelled import LabelledTable, check_columns, check_normals, class_names, label_table
+from mdml_fast.data.tables import Wanted
+from mdml_fast.errors import rows_of
 
 BATCH_ROWS = 65_536
 
@@ -96,22 +99,34 @@ def sample_table(
     Raises:
         InputError: the file or its columns can't be used.
     """
-    reservoir, n_read = Reservoir(label, normal, max_normals, seed), 0
-    with open_table(path, None, BATCH_ROWS) as source:
-        for batch in source.batches:
-            if not n_read:
-                _check_columns(batch, label, normal, ignore, group)
-            reservoir.add(batch)
-            n_read += batch.num_rows
-            if progress and n_read > BATCH_ROWS:
-                progress(n_read, source.rows_in_all(n_read))
-    return label_table(reservoir.table(), label, normal, ignore, group), reservoir.n_normals
+
+    def drawn(wanted: Wanted) -> Reservoir:
+        reservoir = Reservoir(label, normal, max_normals, seed)
+        with open_table(path, wanted, BATCH_ROWS, ignore=ignore) as source:
+            check_columns(source.names, label, ignore, group)
+            n_read = 0
+            for batch in source.batches:
+                with rows_of(path, n_read, batch.num_rows):
+                    _check_rows(batch, label, normal, group)
+                    reservoir.add(batch)
+                n_read += batch.num_rows
+                if progress and n_read > BATCH_ROWS:
+                    progress(n_read, source.rows_in_all(n_read))
+        return reservoir
+
+    try:
+        reservoir = drawn(None)
+    except LateTypeError:
+        if path == STANDARD:
+            raise
+        reservoir = drawn(with_types(path, None, ignore))
+    return label_table(reservoir.table(), label, normal, group=group), reservoir.n_normals
 
 
-def _check_columns(
-    first: pa.Table, label: str, normal: Sequence[str], ignore: Sequence[str], group: str | None
-) -> None:
-    """Refuse before all rows are read what `label_table` would refuse after."""
-    missing = {label, *ignore, *([group] if group else [])} - set(first.column_names)
-    if missing or not normal:
-        label_table(first, label, normal, ignore, group)
+def _check_rows(batch: pa.Table, label: str, normal: Sequence[str], group: str | None) -> None:
+    """Refuse what `label_table` would, also in rows that won't stay: chance shall not tell what is refused."""
+    if not normal:
+        check_normals(class_names(batch[label], f"label column {label!r}"), normal)
+    if group is not None:
+        class_names(batch[group], f"group column {group!r}")
+    check_finite(batch.drop_columns([name for name in {label, group} if name is not None]))

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gzip
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -67,12 +68,13 @@ def as_table(data: Any, names: Sequence[str] | None = None) -> pa.Table:
     Raises:
         InputError: data is none of these, or its columns cannot be represented.
     """
+    is_column = len(getattr(data, "shape", ())) == 1  # a series, or an array of one dimension
     try:
         if isinstance(data, pa.Table):
             table = data
-        elif type(data).__module__.partition(".")[0] == "pandas":
+        elif type(data).__module__.partition(".")[0] == "pandas" and not is_column:
             table = pa.Table.from_pandas(data, preserve_index=False)
-        elif hasattr(data, "__arrow_c_stream__"):
+        elif hasattr(data, "__arrow_c_stream__") and not is_column:
             table = pa.table(data)
         else:
             table = _from_array(_dense(data), names)
@@ -84,7 +86,8 @@ def as_table(data: Any, names: Sequence[str] | None = None) -> pa.Table:
 def _dense(data: Any) -> np.ndarray[Any, Any]:
     if hasattr(data, "toarray"):
         raise InputError("sparse input is not supported: give the rows as a dense array, by .toarray()")
-    array = np.asarray(data)
+    # Arrow takes what is masked for missing; other subclasses of arrays have rules of their own.
+    array = data if isinstance(data, np.ma.MaskedArray) else np.asarray(data)
     if np.iscomplexobj(array):
         raise InputError("Complex data not supported: give its parts as columns of their own")
     return array
@@ -109,7 +112,28 @@ def _checked(table: pa.Table, source: str) -> pa.Table:
     check_names(table.column_names, source)
     if table.num_rows == 0:
         raise InputError(f"{source} has no rows")
-    return table
+    return without_views(table)
+
+
+def without_views(table: pa.Table) -> pa.Table:
+    """A table with `string` and `binary` where it has views of them, as from polars: pyarrow does little with these."""
+    schema = pa.schema([field.with_type(_without_views(field.type)) for field in table.schema], table.schema.metadata)
+    return table if schema.equals(table.schema) else table.cast(schema)
+
+
+def _without_views(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_string_view(kind):
+        return pa.string()
+    if pa.types.is_binary_view(kind):
+        return pa.binary()
+    if pa.types.is_dictionary(kind):
+        return pa.dictionary(kind.index_type, _without_views(kind.value_type), kind.ordered)
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        of = pa.list_ if pa.types.is_list(kind) else pa.large_list
+        return of(kind.value_field.with_type(_without_views(kind.value_type)))
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_without_views(field.type)) for field in kind.fields])
+    return kind
 
 
 def plain(values: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -125,9 +149,9 @@ def _is_text(kind: pa.DataType) -> bool:
     return any(check(kind) for check in (pa.types.is_string, pa.types.is_large_string, pa.types.is_string_view))
 
 
-def chosen(names: list[str], wanted: Wanted) -> list[str]:
+def chosen(names: list[str], wanted: Wanted, ignore: Collection[str] = ()) -> list[str]:
     """Those of the columns that are to be read."""
-    return names if wanted is None else [name for name in names if name in wanted]
+    return [name for name in names if (wanted is None or name in wanted) and name not in ignore]
 
 
 def check_names(names: list[str], source: str) -> None:
@@ -150,9 +174,10 @@ def csv_values(**options: Any) -> pa_csv.ConvertOptions:
     return pa_csv.ConvertOptions(strings_can_be_null=True, **options)
 
 
-def _read_csv(path: Path) -> pa.Table:
+def _read_csv(path: Path, compression: str | None = None) -> pa.Table:
     within_quotes, large = pa_csv.ParseOptions(newlines_in_values=True), pa_csv.ReadOptions(block_size=CSV_ROW_BYTES)
-    return pa_csv.read_csv(path, large, within_quotes, csv_values())
+    with pa.input_stream(str(path), compression) as source:
+        return pa_csv.read_csv(source, large, within_quotes, csv_values())
 
 
 def _read_npz(path: Path) -> pa.Table:
@@ -172,7 +197,7 @@ def _read_npz(path: Path) -> pa.Table:
 _READERS = {
     ".parquet": _read_parquet,
     ".csv": _read_csv,
-    ".csv.gz": _read_csv,
+    ".csv.gz": partial(_read_csv, compression="gzip"),
     ".arrow": pa_feather.read_table,
     ".feather": pa_feather.read_table,
     ".npz": _read_npz,

@@ -11,6 +11,7 @@ import pyarrow.parquet
 import pytest
 
 from mdml_fast import InputError, MDMLDetector
+from mdml_fast.data import write_table
 from mdml_fast.evaluation import class_metrics
 from mdml_fast.meta.default import DefaultConfig
 from mdml_fast.meta.ensemble import EnsembleConfig
@@ -157,6 +158,9 @@ def test_the_command_writes_it(mdml_fast, in_process, detector: MDMLDetector, tm
     pa.parquet.write_table(rows.set_column(2, "other", gaps), tmp_path / "gaps.parquet")
     noted = mdml_fast("report", "m", "gaps.parquet", "--out", "gaps.html")
     assert noted.stderr.count("note: values are missing in column 'other'") == 1
+    # CSV is read as for score, by the model's types: text that looks like a number here is text.
+    write_table(rows.set_column(1, "kind", pa.array(["080"] * rows.num_rows)), tmp_path / "codes.csv")
+    assert in_process("report", "m", "codes.csv", "--out", "codes.html").returncode == 0
     refused = in_process("report", "m", "rows.parquet", "--label", "nothing")
     assert refused.returncode == 2
     assert refused.stderr.count("\n") == 1

@@ -107,6 +107,16 @@ def test_values_missing_as_none_were_in_training_are_told_once(model: Path, tmp_
     assert (tmp_path / "log").read_text().count("values are missing in column 'x0'") == 1
 
 
+def test_groups_that_the_model_does_not_know_are_said_to_change_nothing(
+    model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pa_parquet.write_table(table(50), tmp_path / "data.parquet")
+    arguments = ["score", str(model), str(tmp_path / "data.parquet"), "--out", str(tmp_path / "out.csv")]
+    assert run([*arguments, "--group", "id"]) == 0
+    note = "note: --group id changes nothing: the model was trained without groups"
+    assert capsys.readouterr().err.count(note) == 1
+
+
 def test_a_reader_that_goes_away_ends_the_run_in_silence(model: Path, tmp_path: Path) -> None:
     pa_csv.write_csv(table(200_000), tmp_path / "data.csv")
     process = start(tmp_path, "score", model, "data.csv", "--out", "-", "--quiet", stdout=subprocess.PIPE)
@@ -220,7 +230,7 @@ def test_training_takes_a_sample_of_many_normals_says_so_and_draws_its_curve(
     assert "100 of the 240 normals are used, drawn at random, and all 60 anomalies" in capsys.readouterr().err
     events = EventAccumulator(str(tmp_path / "curves"))
     events.Reload()
-    assert [event.step for event in events.Scalars("training/loss")] == list(range(1, 101))
+    assert [event.step for event in events.Scalars("training/loss")] == list(range(1, 71))
     assert 0 < events.Scalars("check/unseen AUROC/mdml")[0].value <= 1
 
 

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 from mdml_fast import InputError
 from mdml_fast.data import csv_blocks
-from mdml_fast.data.batches import STANDARD, open_table, write_tables
+from mdml_fast.data.batches import STANDARD, open_table, with_types, write_tables
 from mdml_fast.data.tables import Wanted, read_table
 
 N_ROWS = 1000
@@ -116,8 +116,51 @@ def test_types_of_csv_columns_are_those_of_the_model_and_not_of_the_first_rows(
     (table,) = read(path, 100, wanted)
     assert table.slice(20).to_pylist() == [{"whole": 1.5, "empty": 2.5, "code": "b", "flag": False, "kept": 8}]
     path.write_text(f"whole,empty,code,flag,kept\n{first}one,2.5,b,false,8\n")
-    with pytest.raises(InputError, match=r"t\.csv is not a table that can be read: .*'one'"):
+    says = (
+        r"t\.csv is not a table that can be read: column 'whole' has invalid value 'one' for double in row 21; replace"
+    )
+    with pytest.raises(InputError, match=says):
         read(path, 100, wanted)
+
+
+@pytest.mark.parametrize("size", [64, 1 << 20])
+def test_a_row_that_is_none_is_named_wherever_it_stands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    """Blank lines are no rows; the first block has the names."""
+    monkeypatch.setattr(csv_blocks, "CSV_BLOCK_BYTES", size)
+    for bad, says in [
+        (b"1", "row 42: Expected 2 columns, got 1"),
+        (b"1\n2,b\n", "row 42: Expected 2 columns, got 1"),
+        (b"1,\xff", "column 'name' has invalid UTF8 data for string in row 42; replace it"),
+    ]:
+        (tmp_path / "t.csv").write_bytes(b"x,name\n" + b"1,a\n\n2,b\n" * 20 + b"3,c\n" + bad)
+        with pytest.raises(InputError, match=rf"^\S+t\.csv is not a table that can be read: .*{says}"):
+            read(tmp_path / "t.csv", 9, {"x": pa.float64(), "name": pa.string()})
+
+
+LATE = ["", "1", "0", "007", "2.5", "true", "2020-01-01", "10:20", "2020-01-01 10:00:00.5", "2020-01-01T10:00:00Z", "a"]
+
+
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(values=st.lists(st.sampled_from(LATE), min_size=1, max_size=12), size=st.integers(4, 40))
+def test_types_by_all_rows_are_those_of_the_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, values: list[str], size: int
+) -> None:
+    monkeypatch.setattr(csv_blocks, "CSV_BLOCK_BYTES", size)
+    path = tmp_path / "t.csv"
+    path.write_text("\n".join(["row,x,unread", *(f"{i},{value},{value}" for i, value in enumerate(values))]))
+    whole = read_table(path).drop_columns(["unread"])
+    wanted = with_types(path, None, ["unread"])
+    assert wanted == dict(zip(whole.column_names, whole.schema.types, strict=True))
+    assert pa.concat_tables(read(path, 3, wanted)).equals(whole)
+    assert with_types(path, {"x": None, "row": pa.float64()}) == {"x": whole["x"].type, "row": pa.float64()}
+
+
+def test_binary_formats_and_pipes_need_no_types(tmp_path: Path) -> None:
+    write_tables([TABLE], tmp_path / "t.parquet")
+    assert with_types(tmp_path / "t.parquet", WANTED) is WANTED
+    assert with_types(STANDARD, None) is None
 
 
 def test_blank_lines_and_lines_longer_than_a_block_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,6 +232,7 @@ def test_labels_of_rows_that_pandas_stored_are_no_column(tmp_path: Path) -> None
         ("t.csv", b"", "is empty"),
         ("t.csv", b"x\n", "has no rows"),
         ("t.csv", b"x,x\n1,2\n", "several columns named 'x'"),
+        ("t.csv", b"y,z\n1,2\n", "has no column to read of x; it has y, z"),
         ("t.csv", b"x\n\xff\xfe\n", "is not a table that can be read"),
         ("t.csv.gz", gzip.compress(b"x\n1\n" * 500, mtime=0)[:30], "is not a table that can be read"),
         ("t.txt", b"x\n1\n", "must end in"),

@@ -1,5 +1,6 @@
 import gzip
 import json
+import pickle
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,9 @@ from sklearn.preprocessing import RobustScaler, StandardScaler
 
 from mdml_fast import InputError
 from mdml_fast.data import FeatureEncoder, as_table, label_table, read_table, write_table
+from mdml_fast.data.batches import open_table
 from mdml_fast.data.encoding import row_ids, soft_clip
+from mdml_fast.data.labelled import class_names
 from mdml_fast.errors import MissingValuesWarning
 
 TABLE = pa.table({"n": [1.5, 2.5, -3.0], "s": ["a", "b", "a"]})
@@ -32,6 +35,7 @@ def test_tables_survive_writing_and_reading(tmp_path: Path, name: str) -> None:
 def test_compressed_csv_and_npz_are_read(tmp_path: Path) -> None:
     (tmp_path / "t.csv.gz").write_bytes(gzip.compress(b"n,s\n1.5,a\n2.5,b\n-3.0,a\n"))
     assert read_table(tmp_path / "t.csv.gz").equals(TABLE)
+    assert read_table((tmp_path / "t.csv.gz").rename(tmp_path / "T.CSV.GZ")).equals(TABLE)
     np.savez(tmp_path / "t.npz", X=np.eye(3), y=np.array(["p", "q", "q"]))
     assert read_table(tmp_path / "t.npz").column_names == ["x0", "x1", "x2", "y"]
 
@@ -44,6 +48,40 @@ def test_row_labels_that_pandas_stored_are_no_column(tmp_path: Path) -> None:
 def test_frames_and_arrays_become_the_same_table() -> None:
     assert as_table(pd.DataFrame({"n": [1.0, 2.0]}, index=[7, 3])).equals(as_table(pl.DataFrame({"n": [1.0, 2.0]})))
     assert as_table(np.ones((2, 3))).column_names == ["x0", "x1", "x2"]
+
+
+@pytest.mark.parametrize("kind", [float, int, object])
+def test_what_is_masked_is_missing(kind: type) -> None:
+    rows = np.ma.masked_array(np.arange(6).reshape(3, 2).astype(kind), [[True, False], [False, False], [False, True]])
+    assert as_table(rows).to_pydict() == {"x0": [None, 2, 4], "x1": [1, 3, None]}
+    with pytest.raises(InputError, match=r"^y has 1 missing values \(first in row 3\)"):
+        class_names(rows[:, 1], "y")
+
+
+@pytest.mark.parametrize("column", [pd.Series([1.0, 2.0]), pl.Series([1.0, 2.0]), pd.Index([1.0, 2.0]), np.ones(2)])
+def test_a_column_alone_is_no_table(column: object) -> None:
+    with pytest.raises(InputError, match=r"^the data must be a matrix \[rows, features\], got shape \[2\]"):
+        as_table(column)
+
+
+def views() -> pl.DataFrame:
+    """Text and bytes as polars has them: views, which pyarrow can do little with."""
+    frame = pl.DataFrame(
+        {"s": ["a", None, "b"], "b": [b"a", None, b"c"], "l": [["a"], ["b"], []], "t": [{"q": "a"}, {"q": "b"}, None]}
+    )
+    return frame.with_columns(c=pl.col("s").cast(pl.Categorical), e=pl.col("s").cast(pl.Enum(["a", "b"])))
+
+
+def test_views_of_text_and_bytes_become_what_pyarrow_can_take(tmp_path: Path) -> None:
+    frame = views()
+    frame.write_ipc(tmp_path / "t.arrow", compat_level=pl.CompatLevel.newest())
+    assert "_view" in str(pa.ipc.open_file(tmp_path / "t.arrow").schema)
+    with open_table(tmp_path / "t.arrow", None, 2) as source:
+        tables = [as_table(frame), read_table(tmp_path / "t.arrow"), pa.concat_tables(source.batches)]
+    for table in tables:
+        assert "_view" not in str(table.schema.remove_metadata())
+        assert table.to_pylist() == frame.to_dicts()
+        assert table["s"].take(pa.array([2, 0])).to_pylist() == ["b", "a"]
 
 
 @pytest.mark.parametrize(
@@ -202,7 +240,10 @@ def test_values_that_are_missing_as_none_were_in_training_are_told() -> None:
         assert len(told) == 1
 
 
-def test_missing_labels_are_refused() -> None:
-    table = pa.table({"n": [1.0, 2.0], "c": ["ok", None]})
-    with pytest.raises(InputError, match=r"1 missing values \(first in row 2\)"):
-        label_table(table, "c", ["ok"])
+@pytest.mark.parametrize("labels", [["ok", None], [1.0, float("nan")], [1.0, None]])
+def test_missing_labels_are_refused(labels: list[object]) -> None:
+    arrow = pa.array(labels)
+    for column in (arrow, arrow.dictionary_encode(), pa.array(pl.Series(labels))):
+        with pytest.raises(InputError, match=r"1 missing values \(first in row 2\)") as caught:
+            label_table(pa.table({"n": [1.0, 2.0], "c": column}), "c", ["ok"])
+        assert str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)  # as from another process

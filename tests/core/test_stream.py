@@ -111,6 +111,8 @@ def test_what_is_kept_of_a_csv_stands_in_a_csv_as_it_stood(
     text = read_csv(task.out, convert_options=ConvertOptions(column_types={"code": pa.string()}))
     assert text["code"].to_pylist() == codes
     assert text["x"].to_pylist() == [i // 20 + i % 2 for i in range(21)]
+    score_file(fitted[0], replace(task, out=tmp_path / "late.parquet"))  # of numbers, a fraction last
+    assert read_table(tmp_path / "late.parquet")["code"].to_pylist() == [7] * 20 + [1.5]
     (tmp_path / "data.csv").write_text("\n".join(["code,x,y,z,kind", *lines[:20]]))
     score_file(fitted[0], replace(task, out=tmp_path / "out.parquet"))
     assert read_table(tmp_path / "out.parquet")["code"].to_pylist() == [7] * 20
@@ -156,6 +158,9 @@ def test_without_resume_a_run_starts_anew_and_another_run_is_not_resumed(
         score_file(detector, task, progress=cut_off(500))
     with pytest.raises(InputError, match=r"other data or columns; leave out --resume"):
         score_file(detector, replace(task, keep=("id",)), resume=True)
+    fdr = MDMLDetector.load(task.model).set_params(promise="fdr")
+    with pytest.raises(InputError, match=r"is of another model, promise, other data or columns"):
+        score_file(fdr, task, resume=True)
     assert task.partial.exists()
     assert score_file(detector, task).resumed_rows == 0
     task.partial.mkdir()
@@ -173,7 +178,8 @@ def test_bad_rows_far_down_are_named_and_nothing_is_left(
     x[700] = np.inf
     bad = replace(task, data=task.out.with_name("bad.parquet"))
     write_table(data.set_column(1, "x", pa.array(x)), bad.data)
-    with pytest.raises(InputError, match=r"in rows 641 to 704 of .*bad.parquet: column 'x' has 1 infinite values"):
+    says = r"in rows 641 to 704 of .*bad.parquet: column 'x' has 1 infinite values \(first in row 701\), "
+    with pytest.raises(InputError, match=says):
         score_file(fitted[0], bad)
     assert [path.name for path in task.out.parent.iterdir()] == ["bad.parquet"]
 
@@ -231,6 +237,33 @@ def test_output_is_refused_before_anything_is_scored(fitted: tuple[MDMLDetector,
         with pytest.raises(InputError, match=says):
             score_file(fitted[0], replace(task, **wrong))
     assert not list(task.out.parent.iterdir())
+
+
+def test_what_the_format_has_no_place_for_is_refused_before_anything_is_scored(
+    fitted: tuple[MDMLDetector, ScoreTask], task: ScoreTask, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kept = {
+        "list": pa.array([[1]] * N_ROWS),
+        "struct": pa.array([{"a": 1}] * N_ROWS),
+        "bytes": pa.array([b"\xff"] * N_ROWS),
+        "text": pa.array([b"a"] * N_ROWS),
+    }
+    data = read_table(task.data)
+    for name, values in kept.items():
+        data = data.append_column(name, values)
+    task = replace(task, data=task.out.with_name("data.parquet"), keep=tuple(kept))
+    write_table(data, task.data)
+    score_file(fitted[0], task)
+    assert read_table(task.out).select(list(kept)).equals(data.select(list(kept)))
+    task = replace(task, out=task.out.with_suffix(".csv"))
+    score_file(fitted[0], replace(task, keep=("text",)))
+    assert read_table(task.out)["text"].to_pylist() == ["a"] * N_ROWS
+    monkeypatch.setattr(MDMLDetector, "score_samples", None)
+    for name, kind in [("list", r"list<.*>"), ("struct", r"struct<.*>"), ("bytes", "binary")]:
+        says = rf"^column '{name}' holds {kind}, which \.csv has no place for .*; leave it out, or write \.parquet"
+        with pytest.raises(InputError, match=says):
+            score_file(fitted[0], replace(task, keep=(name, name)))
+    assert not task.partial.exists()
 
 
 def test_the_data_are_not_overwritten(fitted: tuple[MDMLDetector, ScoreTask], task: ScoreTask) -> None:
