@@ -15,7 +15,9 @@ def report(
     model: Annotated[Path, typer.Argument(metavar="MODEL", help="The folder that train wrote.")],
     data: Annotated[
         Path | None,
-        typer.Argument(metavar="[DATA]", show_default=False, help="A table to score, best one not trained on."),
+        typer.Argument(
+            metavar="[DATA]", show_default=False, help="A table to score, best one not trained on; - is standard input."
+        ),
     ] = None,
     out: Annotated[Path, typer.Option(metavar="FILE", help="The HTML file to write.")] = Path("report.html"),
     label: Annotated[
