@@ -6,18 +6,24 @@ import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from mdml_fast.errors import InputError
 
 
-def check_file(path: Path) -> None:
-    """Raise InputError where no file can be written, or something that is no file would be replaced."""
+def check_parent(path: Path) -> None:
+    """Raise InputError where there is no folder to write it to."""
     if not path.parent.is_dir():
         raise InputError(f"no such folder: {path.parent}")
+
+
+def check_file(path: Path, endings: Sequence[str] = ()) -> None:
+    """Raise InputError where no file, of these endings, can be written, or what is no file would be replaced."""
+    check_parent(path)
     if path.exists() and not path.is_file():
-        raise InputError(f"{path} is {'a folder' if path.is_dir() else 'no regular file'}; give a file")
+        kind, one_of = "a folder" if path.is_dir() else "no regular file", f": {', '.join(endings)}" if endings else ""
+        raise InputError(f"{path} is {kind}; give a file{one_of}")
 
 
 @contextlib.contextmanager

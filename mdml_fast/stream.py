@@ -21,10 +21,10 @@ from mdml_fast.artifact import DOCUMENT
 from mdml_fast.calibration import Promise
 from mdml_fast.data.batches import (
     STANDARD,
-    WRITABLE,
     TableStream,
     as_writable,
     check_writable,
+    format_of,
     open_table,
     with_types,
     write_tables,
@@ -32,7 +32,7 @@ from mdml_fast.data.batches import (
 from mdml_fast.data.csv_blocks import type_of_names
 from mdml_fast.data.labelled import class_names
 from mdml_fast.data.parts import Parts
-from mdml_fast.data.tables import Wanted, plain, suffix_of
+from mdml_fast.data.tables import Wanted, plain
 from mdml_fast.detector import MDMLDetector
 from mdml_fast.drift import DriftMonitor
 from mdml_fast.errors import InputError, rows_of
@@ -86,7 +86,7 @@ class ScoreTask:
     @property
     def writes_csv(self) -> bool:
         """Whether what comes as CSV becomes CSV."""
-        return self.out == STANDARD or suffix_of(self.out, WRITABLE) == ".csv"
+        return format_of(self.out, text=True) == ".csv"
 
     def check(self) -> None:
         """Raise InputError for what can't be done, before anything is read."""

@@ -57,8 +57,8 @@ def _run(args: list[str]) -> int:
 
     try:
         exit_code = int(app(args or ["--help"], prog_name="mdml-fast", standalone_mode=False) or 0)
-        if exit_code == STOPPED:  # by Ctrl-C, which typer has caught
-            log.failed("stopped")
+        if exit_code == STOPPED:
+            raise KeyboardInterrupt  # which typer has caught
         return exit_code
     except typer.TyperException as error:
         context = getattr(error, "ctx", None)

@@ -153,6 +153,17 @@ def failed(message: str) -> None:
     _on_standard_error(f"mdml-fast: {message}")
 
 
+@contextlib.contextmanager
+def resumable(what: str, path: Path) -> Iterator[None]:
+    """Say on Ctrl-C where there is something to go on from: what is done so far."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if path.exists():
+            note(f"{what} so far is in {path}; the same command with --resume goes on")
+        raise
+
+
 Scalar = Callable[[str, float, int], None]
 """Takes the name of a curve, and its value at a step."""
 

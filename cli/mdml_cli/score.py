@@ -101,19 +101,15 @@ def score(
             f"(by chance so at most once in {round(1 / DRIFT_CHANCE)} streams): recalibrate, or look for many anomalies"
         )
 
-    try:
-        with log.progress("scoring", "rows", bar=out != STANDARD or not sys.stdout.isatty()) as update:
-            result = score_file(
-                detector,
-                task,
-                resume=resume,
-                progress=lambda done, total: update(done, total, ""),
-                on_drift=on_drift,
-            )
-    except KeyboardInterrupt:
-        if out != STANDARD and task.partial.exists():
-            log.note(f"what is scored so far is in {task.partial}; the same command with --resume goes on")
-        raise
+    shown = log.progress("scoring", "rows", bar=out != STANDARD or not sys.stdout.isatty())
+    with log.resumable("what is scored", task.partial), shown as update:
+        result = score_file(
+            detector,
+            task,
+            resume=resume,
+            progress=lambda done, total: update(done, total, ""),
+            on_drift=on_drift,
+        )
 
     if result.resumed_rows:
         log.note(f"{result.resumed_rows} of the rows were scored by the run that was cut off")

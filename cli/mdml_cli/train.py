@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -78,7 +76,7 @@ def train(
     checkpoint = out.with_name(f"{out.name}.checkpoint")
 
     start = time.perf_counter()
-    with _resumable(checkpoint), log.curves(tensorboard) as curve:
+    with log.resumable("the training", checkpoint), log.curves(tensorboard) as curve:
         with log.engine_notes(), log.progress("training") as update:
 
             def progress(step: int, n_steps: int, loss: float) -> None:
@@ -110,17 +108,6 @@ def train(
     if check:
         output.print_results(check["results"])
     typer.echo(f"trained in {fit_seconds:.1f} s on {len(table)} rows; the model is in {out}")
-
-
-@contextlib.contextmanager
-def _resumable(checkpoint: Path) -> Iterator[None]:
-    """Say on Ctrl-C what there is to go on from."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        if checkpoint.exists():
-            log.note(f"the training so far is in {checkpoint}; the same command with --resume goes on")
-        raise
 
 
 def _check(table: LabelledTable, preset: Preset, device: Device, dtype: Dtype) -> dict[str, Any] | None:

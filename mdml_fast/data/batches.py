@@ -22,7 +22,7 @@ from mdml_fast.data.csv_blocks import csv_batches, csv_types, open_csv
 from mdml_fast.data.pipes import PATIENCE, Pipe
 from mdml_fast.data.tables import Wanted, check_names, check_readable, chosen, read_table, suffix_of, without_views
 from mdml_fast.errors import InputError, first_line
-from mdml_fast.files import replace_file
+from mdml_fast.files import check_file, replace_file
 
 # Standard input or output, where a path is expected.
 STANDARD = Path("-")
@@ -78,10 +78,10 @@ def open_table(
             suggest; `with_types` gives it the type of them all.
         InputError: there is no such file, it is no table or has no rows; also while its batches are read.
     """
-    source = "standard input" if path == STANDARD else str(path)
+    is_pipe = path == STANDARD
+    source = "standard input" if is_pipe else str(path)
     with contextlib.ExitStack() as stack:
         with _explained(source):
-            is_pipe = path == STANDARD
             found = _standard_input(wanted, ignore, live) if is_pipe else _file(path, wanted, ignore, stack)
         check_names(found.names, source)
         if not chosen(found.names, wanted, ignore):
@@ -130,10 +130,7 @@ def check_writable(path: Path) -> None:
             raise InputError("standard output is closed; name a file to write to")
         return
     suffix_of(path, WRITABLE)
-    if path.is_dir():
-        raise InputError(f"{path} is a folder; give a file: {', '.join(WRITABLE)}")
-    if not path.parent.is_dir():
-        raise InputError(f"no such folder: {path.parent}")
+    check_file(path, WRITABLE)
 
 
 def write_tables(tables: Iterable[pa.Table], path: Path, text: bool = False) -> None:
@@ -149,11 +146,11 @@ def write_tables(tables: Iterable[pa.Table], path: Path, text: bool = False) -> 
         OSError: it cannot be written.
     """
     if path == STANDARD:
-        _write(tables, pa.PythonFile(sys.stdout.buffer, mode="w"), _format(path, text))
+        _write(tables, pa.PythonFile(sys.stdout.buffer, mode="w"), format_of(path, text))
         sys.stdout.buffer.flush()
         return
     with replace_file(path) as temporary, pa.OSFile(str(temporary), "wb") as sink:
-        _write(tables, sink, _format(path, text))
+        _write(tables, sink, format_of(path, text))
 
 
 def as_writable(table: pa.Table, path: Path, text: bool = False) -> pa.Table:
@@ -162,7 +159,7 @@ def as_writable(table: pa.Table, path: Path, text: bool = False) -> pa.Table:
     Raises:
         InputError: the format has no place for a column's type, or bytes are no text.
     """
-    suffix = _format(path, text)
+    suffix = format_of(path, text)
     for place, field in enumerate(table.schema):
         try:
             if suffix == ".csv" and _is_binary(field.type):
@@ -179,7 +176,8 @@ def _is_binary(kind: pa.DataType) -> bool:
     return any(check(kind) for check in (pa.types.is_binary, pa.types.is_large_binary, pa.types.is_fixed_size_binary))
 
 
-def _format(path: Path, text: bool) -> str:
+def format_of(path: Path, text: bool) -> str:
+    """The ending of the format that `write_tables` writes."""
     return suffix_of(path, WRITABLE) if path != STANDARD else ".csv" if text else ".stream"
 
 

@@ -93,14 +93,13 @@ def csv_types(path: Path, wanted: Wanted, ignore: Collection[str] = ()) -> dict[
     Raises:
         InputError: there is nothing to read, or a row is none.
     """
-    types: dict[str, pa.DataType] = {}
-    is_first = True
+    types: dict[str, pa.DataType] | None = None
     while True:
         with open_csv(path) as (read, _):
             blocks, schema = _headed_blocks(read, str(path))
-            if is_first:
+            if types is None:
                 types = {name: schema.field(name).type for name in chosen(schema.names, wanted, ignore)}
-            before, n_rows, is_first = dict(types), 0, False
+            before, n_rows = types, 0
             for block, names in blocks:
                 try:
                     n_rows += _typed(block, types, names).num_rows if block else 0

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mdml_fast.errors import InputError
-from mdml_fast.files import check_file, replace_file, replace_folder
+from mdml_fast.files import check_file, check_parent, replace_file, replace_folder
 
 if TYPE_CHECKING:
     from mdml_fast.detector import MDMLDetector
@@ -64,8 +64,7 @@ def _check_path(form: ExportFormat, path: Path) -> None:
     if form is not ExportFormat.MLFLOW:
         check_file(path)
         return
-    if not path.parent.is_dir():
-        raise InputError(f"no such folder: {path.parent}")
+    check_parent(path)
     taken = path.exists() and not (path / "MLmodel").exists()
     if taken and not (path.is_dir() and not any(path.iterdir())):
         raise InputError(f"{path} exists and is no MLflow model; choose another --out or move it away")
