@@ -18,7 +18,7 @@ from mdml_fast.errors import ArtifactError, InputError
 from mdml_fast.files import replace_folder
 
 FORMAT = "mdml-fast model"
-SCHEMA_VERSION = 11
+SCHEMA_VERSION = 12
 WEIGHTS, DOCUMENT = "model.safetensors", "model.json"
 
 

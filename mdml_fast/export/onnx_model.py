@@ -18,6 +18,7 @@ from mdml_fast.detector import MDMLDetector
 from mdml_fast.errors import InputError
 from mdml_fast.export.graph import BOOL, DOUBLE, FLOAT, STRING, Graph
 from mdml_fast.meta.default import DefaultModel
+from mdml_fast.meta.discriminant import MOST_EXPONENT, Discriminant
 from mdml_fast.meta.neighbourhood import SCORES
 from mdml_fast.meta.neighbours import GROUP, SPARE
 from mdml_fast.meta.paper import PaperModel
@@ -138,10 +139,10 @@ def _default_score(graph: Graph, model: DefaultModel, rows: str) -> str:
     if parts.head:
         asked = graph.op("Concat", rows, _outlyingness(graph, first.tails, distances), axis=1)
         odds = [_odds(graph, parts.head, asked)]
-    anomaly = [_anomaly(graph, parts, first, distances, odds)]
+    anomaly = [_anomaly(graph, parts, first, views, distances, odds)]
     for family in others:
         own = _distances(graph, family, rows, views, embedded)
-        anomaly.append(_anomaly(graph, parts, family, own, odds))
+        anomaly.append(_anomaly(graph, parts, family, views, own, odds))
     score = graph.op("Min", *anomaly) if len(anomaly) > 1 else anomaly[0]
     return graph.cast(graph.op("Neg", score), DOUBLE)
 
@@ -200,12 +201,26 @@ def _distances(graph: Graph, family: NormalFamily, rows: str, views: str, embedd
     return str(graph.op("Concat", knn, mahalanobis, in_embeddings, axis=0))
 
 
-def _anomaly(graph: Graph, scorer: Scorer, family: NormalFamily, distances: str, odds: Sequence[str]) -> str:
+def _anomaly(
+    graph: Graph, scorer: Scorer, family: NormalFamily, views: str, distances: str, odds: Sequence[str]
+) -> str:
     """How anomalous rows are for one family of normals, float32 [N]."""
-    scores = _tail_scores(graph, family.tails, graph.op("Concat", distances, *odds, axis=0))
-    powers = graph.op("Pow", scores, np.float32(scorer.fusion.power))
-    fused = graph.op("Pow", graph.op("MatMul", scorer.weights.numpy(), powers), np.float32(1 / scorer.fusion.power))
+    scores = [_tail_scores(graph, family.tails, graph.op("Concat", distances, *odds, axis=0))]
+    if family.discriminant:
+        scores.append(_tail_scores(graph, family.discriminant.tails, _sides(graph, family.discriminant, views)))
+    weights = scorer.weights_of(len(SCORES) + len(odds) + bool(family.discriminant)).numpy()
+    powers = graph.op("Pow", graph.op("Concat", *scores, axis=0), np.float32(scorer.fusion.power))
+    fused = graph.op("Pow", graph.op("MatMul", weights, powers), np.float32(1 / scorer.fusion.power))
     return str(graph.op("Mul", fused, scorer.scale(family).numpy()))
+
+
+def _sides(graph: Graph, discriminant: Discriminant, views: str) -> str:
+    """`Discriminant.distances`: float32 [1, N]."""
+    clipped = graph.cast(graph.op("Gather", views, np.int64(VIEWS.index("clipped")), axis=0), DOUBLE)
+    weights, offset = discriminant.weights.numpy(), discriminant.offset.numpy()
+    sums = graph.op("Add", graph.op("MatMul", clipped, weights), offset)
+    distances = graph.cast(graph.op("Exp", graph.op("Min", sums, np.float64(MOST_EXPONENT))), FLOAT)
+    return str(graph.op("Unsqueeze", distances, np.array([0])))
 
 
 def _neighbours(graph: Graph, rows: str, references: np.ndarray, k: int) -> str:

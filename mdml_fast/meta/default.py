@@ -17,10 +17,11 @@ from mdml_fast.data.encoding import Floats, Rows
 from mdml_fast.data.labelled import at_most_of_each, family_codes
 from mdml_fast.data.views import VIEWS, Views
 from mdml_fast.meta.checkpoint import Checkpoint
+from mdml_fast.meta.discriminant import Discriminant, DiscriminantConfig
 from mdml_fast.meta.distance_trees import DistanceTrees
 from mdml_fast.meta.encoders import Encoders
 from mdml_fast.meta.ensemble import Ensemble, EnsembleConfig, train_ensemble
-from mdml_fast.meta.fusion import FusionConfig, JudgedHalf, fuse, head_weights, weigh
+from mdml_fast.meta.fusion import FusionConfig, JudgedHalf, head_weights, weigh
 from mdml_fast.meta.history import History
 from mdml_fast.meta.model import HeldOut, TrainingRows, fingerprint, tensors_under
 from mdml_fast.meta.neighbourhood import SCORES, Neighbourhood, NeighbourhoodConfig
@@ -51,6 +52,8 @@ class DefaultConfig:
     ensemble: EnsembleConfig = field(default_factory=EnsembleConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)
     neighbourhood: NeighbourhoodConfig = field(default_factory=NeighbourhoodConfig)
+    # Of families that are adapted to.
+    discriminant: DiscriminantConfig = field(default_factory=DiscriminantConfig)
     # Normals that the views, the encoders and the trees learn from.
     training_normals: int = 20_000
     tree_normals: int = 10_000
@@ -77,9 +80,10 @@ class DefaultConfig:
         ensemble = EnsembleConfig(**parts.pop("ensemble"))  # type: ignore[arg-type]
         fusion = FusionConfig(**parts.pop("fusion"))  # type: ignore[arg-type]
         neighbourhood = NeighbourhoodConfig(**parts.pop("neighbourhood"))  # type: ignore[arg-type]
+        discriminant = DiscriminantConfig(**parts.pop("discriminant"))  # type: ignore[arg-type]
         trees = DistanceTrees(**parts.pop("distance_trees"))  # type: ignore[arg-type]
         fusion = replace(fusion, quantiles=tuple(fusion.quantiles))
-        return cls(ensemble, fusion, neighbourhood, distance_trees=trees, **parts)  # type: ignore[arg-type]
+        return cls(ensemble, fusion, neighbourhood, discriminant, distance_trees=trees, **parts)  # type: ignore[arg-type]
 
 
 class DefaultModel:
@@ -241,8 +245,9 @@ class DefaultModel:
         """Take normals [n, d] of a new family as normal; nothing else changes.
 
         The family keeps its own tails: its distances, each row left out, and the head's odds of its rows are what its
-        other rows are held against, so that a few rows do as well as many. Its stranger rows are as strange as those
-        of the normals that were trained on.
+        other rows are held against, so that a few rows do as well as many. Few rows are far apart, so that anomalies
+        may be as near to one as its own are: a discriminant tells what sets the family apart from the normals that
+        were trained on. Its stranger rows are as strange as those of these normals.
         """
         first = self._families[0]
         base = first.neighbourhood
@@ -255,8 +260,11 @@ class DefaultModel:
         by_head = head_odds(self._head, rows, first.tails, base.distances(placed))
         distances = torch.cat([own.distances(placed, families), by_head])
         tails = family_tails(distances, first.tails)
-        fused = fuse(self._weights, tails.held_out_scores(distances, families), self.config.fusion)
-        self._families.append(NormalFamily(own, tails, outer(fused)))
+        how = self.config.discriminant
+        known = base.views.transform(base.normals[: how.known_normals])
+        discriminant, sides = Discriminant.fit(placed.views, known, how.shrinkage)
+        scores = tails.held_out_scores(distances, families), discriminant.tails.held_out_scores(sides, families)
+        self._families.append(NormalFamily(own, tails, outer(self.scorer.fuse(torch.cat(scores))), discriminant))
 
     @property
     def scorer(self) -> Scorer:
@@ -279,6 +287,7 @@ class DefaultModel:
                 "distances": family.tails.distances,
                 "outer": family.outer,
             }
+            parts[f"discriminant{place}"] = family.discriminant.tensors if family.discriminant else {}
         return {f"{part}.{name}": value.cpu() for part, tensors in parts.items() for name, value in tensors.items()}
 
     def to_json(self) -> dict[str, Any]:
@@ -310,7 +319,9 @@ class DefaultModel:
             how = config.neighbourhood.of_adapted() if families else config.neighbourhood
             neighbourhood = Neighbourhood(how, views, encoders, own["rows"], own["families"], own["centre"])
             tails = family_tails(own["distances"], families[0].tails if families else None)
-            families.append(NormalFamily(neighbourhood, tails, own["outer"]))
+            sides = tensors_under(f"discriminant{len(families)}", tensors)
+            discriminant = Discriminant.of(sides) if families else None
+            families.append(NormalFamily(neighbourhood, tails, own["outer"], discriminant))
         if not families:
             raise KeyError("normals0.rows")
         head = TreeHead(trees) if trees else None

@@ -42,6 +42,8 @@ class FusionConfig:
     # But it is doubled, and doubled again, where that lifts rows of the seen classes that the trees did not learn from:
     # at most so often, and once for each class beyond the first, as one class tells nothing of others.
     most_doublings: int = 2
+    # The weight of a discriminant beside all others, in families that were adapted to.
+    discriminant: float = 0.3
     # Whether the anchor alone, or the prior, is the answer where it ranks the seen families as high; by less than this
     # AUROC, one normal in two thousand, none ranks them higher.
     fallback: bool = True

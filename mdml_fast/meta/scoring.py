@@ -13,6 +13,7 @@ from torch import Tensor
 from mdml_fast.data.encoding import Rows
 from mdml_fast.data.labelled import Names
 from mdml_fast.data.views import VIEWS
+from mdml_fast.meta.discriminant import Discriminant
 from mdml_fast.meta.distance_trees import asked_of
 from mdml_fast.meta.ensemble import HALVES, Ensemble
 from mdml_fast.meta.fusion import FusionConfig, JudgedHalf, fuse
@@ -38,15 +39,20 @@ class NormalFamily(NamedTuple):
         neighbourhood: the normals.
         tails: how their own distances, and the head's odds of them, are distributed.
         outer: the `OUTER_QUANTILE` of their fused scores, as new ones would score [].
+        discriminant: what tells them from the first family, where they were adapted to.
     """
 
     neighbourhood: Neighbourhood
     tails: Tails
     outer: Tensor
+    discriminant: Discriminant | None = None
 
-    def scores(self, distances: Tensor, by_head: Tensor) -> Tensor:
-        """Tail scores of distances by `SCORES` from the family [6, N], and of the head's odds [0 or 1, N]."""
-        return self.tails.score(torch.cat([distances, by_head]))
+    def scores(self, placed: Placed, distances: Tensor, by_head: Tensor) -> Tensor:
+        """Tail scores of distances by `SCORES` from the family [6, N], of the head's odds [0 or 1, N], and of sides."""
+        scores = self.tails.score(torch.cat([distances, by_head]))
+        if self.discriminant is None:
+            return scores
+        return torch.cat([scores, self.discriminant.score(placed.views)])
 
 
 def family_tails(distances: Tensor, shape: Tails | None = None) -> Tails:
@@ -78,15 +84,15 @@ class Scorer(NamedTuple):
         distances = [family.neighbourhood.distances(placed) for family in self.families]
         by_head = self._by_head(rows, distances[0])
         families = zip(self.families, distances, strict=True)
-        fused = [fuse(self.weights, family.scores(own, by_head), self.fusion) for family, own in families]
+        fused = [self.fuse(family.scores(placed, own, by_head)) for family, own in families]
         scales = [self.scale(family) for family in self.families]
         return torch.stack([scale * own for scale, own in zip(scales, fused, strict=True)]).amin(0)
 
     def explain(self, rows: Tensor, normals: Tensor, nearest: Tensor) -> tuple[Tensor, Tensor]:
         """The anomaly score [N] of rows, and what each feature adds to it compared with a normal, both [N, d].
 
-        What each distance adds is shared by the features as the distance is; the head's part by the splits on the
-        trees' paths, where those that ask a distance are shared as it is.
+        What each distance adds is shared by the features as the distance is, that of sides too; the head's part by the
+        splits on the trees' paths, where those that ask a distance are shared as it is.
 
         Args:
             rows: float [N, d].
@@ -97,13 +103,18 @@ class Scorer(NamedTuple):
         distances = [family.neighbourhood.distances(placed) for family in self.families]
         first, by_head = self.families[0], self._by_head(rows, distances[0])
         families = zip(self.families, distances, strict=True)
-        scored = [self._amounts(family, own, by_head) for family, own in families]
+        scored = [self._amounts(family, family.scores(placed, own, by_head)) for family, own in families]
         anomaly, closest = torch.stack([own for own, _ in scored]).min(0)
         centres = torch.stack([family.neighbourhood.centre for family in self.families])[closest]
         shares = distance_shares(first.neighbourhood, placed, others, nearest, centres)
-        place = torch.arange(len(rows), device=rows.device)
-        chosen = torch.stack([amounts for _, amounts in scored])[closest, :, place]
+        chosen = torch.stack([amounts[: len(self.weights)] for _, amounts in scored])
+        chosen = chosen[closest, :, torch.arange(len(rows), device=rows.device)]
         parts = torch.einsum("nc,cnd->nd", chosen[:, : len(shares)], shares)
+        for number, (family, (_, amounts)) in enumerate(zip(self.families, scored, strict=True)):
+            if family.discriminant:
+                own = closest == number
+                by_side = family.discriminant.shares(placed.views[:, own], others.views[:, nearest[own]])
+                parts[own] += amounts[-1, own].unsqueeze(1) * by_side
         if self.head:
             of_head = chosen[:, -1:]
             heard = of_head[:, 0] > LEAST_PART * anomaly
@@ -118,6 +129,15 @@ class Scorer(NamedTuple):
             parts[heard] += of_head[heard] * by_feature
         return anomaly, parts
 
+    def fuse(self, scores: Tensor) -> Tensor:
+        """One score [N] of a family's `scores` [C, N]."""
+        return fuse(self.weights_of(len(scores)), scores, self.fusion)
+
+    def weights_of(self, n_scores: int) -> Tensor:
+        """The weights of a family's `scores`, which are one more than `weights` where it has a discriminant."""
+        of_sides = self.weights.new_full((n_scores - len(self.weights),), self.fusion.discriminant)
+        return torch.cat([self.weights, of_sides])
+
     def scale(self, family: NormalFamily) -> Tensor:
         """What the family's scores are multiplied by, so that its stranger rows are as strange as the first's []."""
         return (self.families[0].outer / family.outer).clamp(1 / MOST_SCALE, MOST_SCALE)
@@ -130,14 +150,14 @@ class Scorer(NamedTuple):
         """`head_odds` of rows at these distances from the first family, the one that the trees know."""
         return head_odds(self.head, rows, self.families[0].tails, distances)
 
-    def _amounts(self, family: NormalFamily, distances: Tensor, by_head: Tensor) -> tuple[Tensor, Tensor]:
-        """How anomalous rows are to a family [N], and what each distance and the head add to that [6 or 7, N].
+    def _amounts(self, family: NormalFamily, scores: Tensor) -> tuple[Tensor, Tensor]:
+        """How anomalous rows with a family's `scores` [C, N] are to it [N], and what each score adds to that [C, N].
 
         The fused score f = (Σ w s^p)^(1/p) is the sum of w s^p f^(1-p) over the scores s.
         """
-        scores, power = family.scores(distances, by_head), self.fusion.power
-        fused, scale = fuse(self.weights, scores, self.fusion), self.scale(family)
-        return scale * fused, scale * self.weights.unsqueeze(1) * scores.pow(power) * fused.pow(1 - power)
+        power, weights = self.fusion.power, self.weights_of(len(scores)).unsqueeze(1)
+        fused, scale = self.fuse(scores), self.scale(family)
+        return scale * fused, scale * weights * scores.pow(power) * fused.pow(1 - power)
 
 
 def scores_by_others(

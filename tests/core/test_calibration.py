@@ -17,6 +17,7 @@ from mdml_fast.calibration import (
 )
 from mdml_fast.drift import DriftMonitor
 from mdml_fast.meta.default import DefaultConfig
+from mdml_fast.meta.discriminant import Discriminant
 from mdml_fast.meta.ensemble import EnsembleConfig
 from mdml_fast.meta.fusion import fuse
 from mdml_fast.meta.neighbours import innermost
@@ -254,8 +255,13 @@ def test_the_stranger_rows_of_an_adapted_family_are_as_strange_as_those_trained_
     strange = np.quantile(-detector.calibration_.scores, OUTER_QUANTILE)
     assert float(first.outer) == pytest.approx(strange, rel=1e-4)
     rows, own = adapted.neighbourhood.normals, torch.arange(50)
-    distances = adapted.neighbourhood.distances(adapted.neighbourhood.place(rows), own)
-    scores = scorer.scale(adapted) * fuse(scorer.weights, adapted.tails.held_out_scores(distances, own), scorer.fusion)
+    placed, known = adapted.neighbourhood.place(rows), first.neighbourhood.views.transform(first.neighbourhood.normals)
+    distances = adapted.neighbourhood.distances(placed, own)
+    discriminant, sides = Discriminant.fit(placed.views, known, DefaultConfig().discriminant.shrinkage)
+    by_side = discriminant.tails.held_out_scores(sides, own)
+    weights = torch.cat([scorer.weights, torch.tensor([scorer.fusion.discriminant])])
+    held_out = torch.cat([adapted.tails.held_out_scores(distances, own), by_side])
+    scores = scorer.scale(adapted) * fuse(weights, held_out, scorer.fusion)
     assert adapted.tails.n_tail == SHAPED_TAIL_ROWS
     assert (adapted.tails.index <= Tails.fit(distances).index).all()
     assert 0.5 < scorer.scale(adapted) < 2

@@ -175,7 +175,7 @@ def test_the_heads_shares_are_of_what_its_probability_is_above_the_normals() -> 
     assert (shares[~more] == 0).all()
 
 
-def test_what_distances_and_the_head_add_is_the_score_of_each_family() -> None:
+def test_what_distances_head_and_discriminant_add_is_the_score_of_each_family() -> None:
     detector = MDMLDetector(FAST, random_state=0).fit(*table(), normal=["ok"])
     rows, _ = table(seed=1)
     family = pa.table(rows.slice(0, 60).to_pydict() | {"noise": np.random.default_rng(0).normal(30, size=60)})
@@ -185,11 +185,14 @@ def test_what_distances_and_the_head_add_is_the_score_of_each_family() -> None:
     distances = [own.neighbourhood.distances(placed) for own in scorer.families]
     by_head = head_odds(scorer.head, encoded, scorer.families[0].tails, distances[0])
     for own, far in zip(scorer.families, distances, strict=True):
-        anomaly, amounts = scorer._amounts(own, far, by_head)
+        scores = own.scores(placed, far, by_head)
+        anomaly, amounts = scorer._amounts(own, scores)
         torch.testing.assert_close(amounts.sum(0), anomaly, rtol=1e-5, atol=1e-5)
-        of_head = scorer.weights[-1] * (scorer.scale(own) * own.scores(far, by_head)[-1]).square() / anomaly
-        torch.testing.assert_close(amounts[-1], of_head, rtol=1e-4, atol=1e-5)
-    assert len(amounts) == 2 + 4 + 1
+        weights = [*scorer.weights.tolist(), scorer.fusion.discriminant]
+        for place in range(2 + 4 + 1 + (own is scorer.families[1])):
+            of_one = weights[place] * (scorer.scale(own) * scores[place]).square() / anomaly
+            torch.testing.assert_close(amounts[place], of_one, rtol=1e-4, atol=1e-5)
+        assert len(amounts) == place + 1
 
 
 def test_values_are_decoded_to_what_they_were() -> None:
