@@ -82,6 +82,9 @@ def label_table(
 
 def check_columns(names: Sequence[str], label: str, ignore: Sequence[str], group: str | None) -> None:
     """Raise InputError unless these columns have what `label_table` takes them for, and others are left as features."""
+    for role, column in (("label", label), ("group", group)):
+        if column in ignore:
+            raise InputError(f"the {role} column {column!r} is ignored, too; it is no feature anyway: don't ignore it")
     for role, column in [("label", label), ("group", group), *(("ignored", name) for name in ignore)]:
         if column is not None and column not in names:
             raise InputError(f"there is no {role} column {column!r}; the columns are {_listed(names)}")

@@ -138,6 +138,18 @@ def test_train_on_normals_alone_says_so(in_process: Run, small_csv: Path, tmp_pa
     assert "learned from normals alone" in result.stderr
 
 
+def test_what_is_too_few_to_check_on_is_enough_to_train_on(in_process: Run, small_csv: Path, tmp_path: Path) -> None:
+    header, *rows = small_csv.read_text().splitlines()
+    few = [line for line in rows if line.endswith("ok")][:25] + [line for line in rows if not line.endswith("ok")]
+    (tmp_path / "few.csv").write_text("\n".join([header, *few]) + "\n")
+    result = in_process("train", "few.csv", *SMALL, "--out", "model", "--json")
+    assert result.returncode == 0, result.stderr
+    assert "not measured: only 15 normal rows are left to train on" in result.stderr
+    assert json.loads(result.stdout)["check"] is None
+    assert (tmp_path / "model").is_dir()
+    assert not (tmp_path / "model.checkpoint").exists()
+
+
 def test_doctor_checks_the_engine(mdml_fast: Run, in_process: Run) -> None:
     result = mdml_fast("doctor", "--json")
     assert result.returncode == 0
@@ -200,6 +212,7 @@ def test_bench_engine_prints_ratios_and_refuses_what_is_no_case(mdml_fast: Run, 
         (["train", "small.csv", "--label", "class"], "name the normal classes; the classes are odd, ok, worse"),
         (["train", "small.csv", "--label", "class", "--normal", "fine"], "the classes are odd, ok, worse"),
         (["train", "small.csv", *SMALL, "--ignore", "nope"], "no ignored column 'nope'"),
+        (["train", "small.csv", *SMALL, "--ignore", "class"], "the label column 'class' is ignored, too"),
         (["train", "small.csv", *SMALL, "--out", "precious"], "exists and is no model"),
         (["train", "small.csv", *SMALL, "--preset", "best"], "--preset"),
         (["train", "few.csv", *SMALL], "only 5 normal rows"),
