@@ -252,15 +252,18 @@ def _values(table: pa.Table, column: Column) -> Any:
     if table.schema.get_field_index(column.name) < 0:
         raise InputError(f"the data has no column {column.name!r}, which the model was trained with")
     values = _column(table, column.name)
+    # Values that are all missing are of either kind.
     if isinstance(column, NumericColumn):
-        if pa.types.is_string(values.type):
-            raise InputError(f"column {column.name!r} holds text; the model was trained with numbers there")
-        return values.to_numpy()
-    if not pa.types.is_string(values.type):
-        if values.null_count < len(values):
-            raise InputError(f"column {column.name!r} holds numbers; the model was trained with text there")
-        return values.cast(pa.string())
-    return values
+        if not pa.types.is_string(values.type):
+            return values.to_numpy()
+        if values.null_count == len(values):
+            return np.full(len(values), np.nan)
+        raise InputError(f"column {column.name!r} holds text; the model was trained with numbers there: convert it")
+    if pa.types.is_string(values.type):
+        return values
+    if np.isnan(values.to_numpy()).all():
+        return pa.chunked_array([pa.nulls(len(values), pa.string())])
+    raise InputError(f"column {column.name!r} holds numbers; the model was trained with text there: convert it")
 
 
 def _column(table: pa.Table, name: str) -> pa.ChunkedArray:

@@ -73,13 +73,15 @@ def as_table(data: Any, names: Sequence[str] | None = None) -> pa.Table:
         if isinstance(data, pa.Table):
             table = data
         elif type(data).__module__.partition(".")[0] == "pandas" and not is_column:
+            check_names(list(map(str, data.columns)), "the data")
             table = pa.Table.from_pandas(data, preserve_index=False)
         elif hasattr(data, "__arrow_c_stream__") and not is_column:
             table = pa.table(data)
         else:
             table = _from_array(_dense(data), names)
     except (pa.ArrowException, TypeError) as error:
-        raise InputError(f"the data is not a table: {first_line(error)}") from error
+        what = f"the data is not a table: {first_line(error)}"
+        raise InputError(f"{what}; give columns of numbers (in this machine's byte order) or of text") from error
     return _checked(table, "the data")
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 from mlflow.models import ModelSignature
 from mlflow.types.schema import AnyType, ColSpec, Schema
 
-from mdml_fast.data.encoding import FeatureEncoder, NumericColumn
+from mdml_fast.data.encoding import FeatureEncoder
 from mdml_fast.detector import MDMLDetector
 
 
@@ -31,10 +31,8 @@ def save_mlflow(detector: MDMLDetector, folder: Path) -> None:
 
 
 def _signature(encoder: FeatureEncoder) -> ModelSignature:
-    # MLflow turns integers away from a column of doubles; a column of numbers takes both.
-    inputs = [
-        ColSpec(AnyType() if isinstance(column, NumericColumn) else "string", column.name) for column in encoder.columns
-    ]
+    # MLflow turns integers away from a column of doubles, and categories from one of text; the detector takes them.
+    inputs = [ColSpec(AnyType(), column.name) for column in encoder.columns]
     outputs = [ColSpec("double", "score"), ColSpec("double", "p_value"), ColSpec("boolean", "is_anomaly")]
     return ModelSignature(Schema(inputs), Schema(outputs))
 

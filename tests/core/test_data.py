@@ -195,6 +195,19 @@ def test_columns_that_do_not_fit_are_refused(table: pa.Table, match: str) -> Non
         FeatureEncoder.fit(TABLE, ALL).transform(table)
 
 
+@pytest.mark.parametrize("missing", [pa.nulls(2), pa.array([None, None], pa.string()), pa.array([np.nan, np.nan])])
+def test_values_that_are_all_missing_are_of_either_kind(missing: pa.Array) -> None:
+    table = pa.table({"n": [1.0, None, 3.0], "s": ["a", None, "b"]})
+    encoder = FeatureEncoder.fit(table, ALL)
+    expected = encoder.transform(table.take([1, 1]))
+    np.testing.assert_array_equal(encoder.transform(pa.table({"n": missing, "s": missing})), expected)
+
+
+def test_columns_of_one_name_are_refused() -> None:
+    with pytest.raises(InputError, match="several columns named 'a'; rename them"):
+        as_table(pd.DataFrame(np.ones((3, 3)), columns=["a", "a", "b"]))
+
+
 def test_the_encoding_survives_json() -> None:
     encoder = FeatureEncoder.fit(TABLE, ALL)
     again = FeatureEncoder.from_json(json.loads(json.dumps(encoder.to_json())))
@@ -220,6 +233,8 @@ def test_row_ids_tell_equal_rows() -> None:
         ({"ignore": ["x"]}, "no ignored column 'x'"),
         ({"ignore": ["n"]}, "no feature column is left"),
         ({"group": "g"}, "no group column 'g'"),
+        ({"ignore": ["c"]}, "the label column 'c' is ignored, too"),
+        ({"group": "n", "ignore": ["n"]}, "the group column 'n' is ignored, too"),
     ],
 )
 def test_labels_that_do_not_fit_are_refused(arguments: dict[str, object], match: str) -> None:

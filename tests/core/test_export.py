@@ -149,6 +149,8 @@ def test_the_mlflow_model_scores_as_we_do(fitted: MDMLDetector, tmp_path: Path) 
     np.testing.assert_array_equal(found["score"], fitted.score_samples(rows))
     assert found["is_anomaly"].tolist() == fitted.alarms(rows).is_alarm.tolist()
     assert not list((tmp_path / "model").rglob("*.pkl"))
+    with_categories = table()[0].to_pandas().astype({"colour": "category"})
+    np.testing.assert_array_equal(model.predict(with_categories)["score"], fitted.score_samples(with_categories))
 
 
 @pytest.mark.parametrize("name", OPEN_SETS)
