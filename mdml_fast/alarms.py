@@ -77,7 +77,16 @@ class AlarmsMixin:
                 f"a false-alarm rate of {rate:g} can't be promised with {len(calibration.scores)} calibration normals; "
                 f"the lowest attainable is {lowest:.2g}"
             )
-        n_groups = 0 if calibration.groups is None else len(set(calibration.groups))
+        sizes = calibration.group_sizes()
+        level = rate if self.promise == Promise.FDR else self.alarm_level()
+        small = [size for size in sizes if 1 / (size + 1) > level]
+        if small and lowest <= rate:
+            notes.append(
+                f"held against their own group, rows of {len(small)} of the {len(sizes)} groups can't be alarms at a "
+                f"rate of {rate:g}: these have {min(small)} to {max(small)} calibration normals; leave groups out or "
+                f"ask for a higher rate"
+            )
+        n_groups = len(sizes)
         if n_groups and 1 / (n_groups + 1) > rate:
             of = f"{n_groups} group{'s' * (n_groups > 1)}"
             notes.append(f"calibrated on {of}: in a new group a rate of {rate:g} holds as far as groups are alike")

@@ -126,6 +126,10 @@ class ConformalCalibration:
                 return max(lowest, (flagged - 1) / n)
         return 1.0
 
+    def group_sizes(self) -> list[int]:
+        """How many calibration normals each group has; [] without groups."""
+        return [] if self._codes is None else np.bincount(self._codes).tolist()
+
     def _effect(self, flagged: int, confidence: float) -> float:
         """The design effect on alarms that are so many of the lowest scores."""
         if self._codes is None:

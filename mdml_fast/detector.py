@@ -67,12 +67,14 @@ class MDMLDetector(AlarmsMixin, OutlierMixin, BaseEstimator):  # type: ignore[mi
         kept_: `KeptRows`, from which `partial_fit` goes on.
         normal_classes_: names of the normal classes.
         anomaly_classes_: names of the anomaly classes seen in training.
-        notes_: what a user should know about this fit, a line each.
+        remarks_: what `adapt`, `partial_fit` and `recalibrate` found out about their rows, a line each.
 
     Example:
         >>> detector = MDMLDetector(random_state=0).fit(X, y, normal=["ok"])
         >>> alarms = detector.predict(X_new) == -1
     """
+
+    remarks_: list[str]
 
     def __init__(
         self,
@@ -158,7 +160,8 @@ class MDMLDetector(AlarmsMixin, OutlierMixin, BaseEstimator):  # type: ignore[mi
         """Learn from further normals and labelled anomalies too, without starting over; the first time it is `fit`.
 
         Training goes on for a few steps, on these rows and on a bounded sample of all earlier ones, which the detector
-        keeps: what it costs does not grow with what it has seen. Columns stay encoded as they are: a column that was
+        keeps: what it costs does not grow with what it has seen. No row may be given twice, here or to `fit`: alarms
+        would be more frequent than promised. Columns stay encoded as they are: a column that was
         constant at first stays unused, a category that was unknown stays one of the others. With groups the second
         training (see `fit`) starts over.
 
@@ -186,7 +189,9 @@ class MDMLDetector(AlarmsMixin, OutlierMixin, BaseEstimator):  # type: ignore[mi
 
         is_normal = np.isin(labels.astype(str), normal_classes)
         kept = self.kept_.with_further(rows, labels, is_normal, group_names, self.contamination, seed)
+        remarks = self.remarks_ + self.kept_.given_before(rows)
         self._learn(kept, self.encoder_, normal_classes, self.model_.config, seed, self.model_, **how)
+        self.remarks_ = remarks
         return self
 
     def _how(self, progress: Progress | None) -> dict[str, Any]:
@@ -223,7 +228,7 @@ class MDMLDetector(AlarmsMixin, OutlierMixin, BaseEstimator):  # type: ignore[mi
         self.known_normals_: KnownRows = known_normals
         self.known_anomalies_ = KnownRows.sample(rows.rows[anomalies], rows.labels[anomalies], seed)
         self.anomaly_classes_ = np.unique(labels[anomalies]).tolist()
-        self.notes_ = self._notes()
+        self.remarks_ = []
 
     def _trained(
         self,
@@ -263,13 +268,15 @@ class MDMLDetector(AlarmsMixin, OutlierMixin, BaseEstimator):  # type: ignore[mi
         """
         check_is_fitted(self)
         names = self.feature_names_in_.tolist()
-        return explain(as_table(X), names, self.encoder_, self.model_, self.known_normals_, self.known_anomalies_)
+        return explain(
+            as_table(X, names), names, self.encoder_, self.model_, self.known_normals_, self.known_anomalies_
+        )
 
     def recalibrate(self, X: Any, groups: Any = None) -> Self:
         """Take these normals [N], which nothing was learned from, to calibrate on, in place of the earlier ones.
 
         Args:
-            X: rows that are normal, as normals are today.
+            X: rows that are normal, as normals are today; none that `fit` or `partial_fit` was given.
             groups: the group of each [N], for alarms calibrated by group.
 
         Raises:
@@ -281,13 +288,15 @@ class MDMLDetector(AlarmsMixin, OutlierMixin, BaseEstimator):  # type: ignore[mi
         check_count(len(rows), "calibrate on")
         scores, names = self.model_.score(rows), named_groups(groups, len(rows))
         self.calibration_ = ConformalCalibration(scores, names, self.contamination)
+        self.remarks_ = self.remarks_ + self.kept_.given_before(rows)
         label, stays = unnamed_normal(self.normal_classes_), scores >= self.calibration_.scores[0]
         self.kept_ = self.kept_.recalibrated(rows[stays], label, None if names is None else names[stays])
-        self.notes_ = self._notes()
         return self
 
     def adapt(self, X: Any) -> Self:
         """Take a new family of normals (a new machine, a new user) as normal, without training.
+
+        Anomalies that are near to it are harder to find from then on; `notes_` says so of labelled ones.
 
         Args:
             X: rows of that family, some tens; all of them normal.
@@ -298,9 +307,21 @@ class MDMLDetector(AlarmsMixin, OutlierMixin, BaseEstimator):  # type: ignore[mi
         check_is_fitted(self)
         rows = self._encoded(X)
         check_count(len(rows), "adapt to")
+        found = self._labelled_alarms()
         self.model_.adapt(rows)
+        if (still := self._labelled_alarms()) < found:
+            self.remarks_ = [
+                *self.remarks_,
+                f"of {len(self.known_anomalies_.rows)} labelled anomalies {found} were alarms before adapting to "
+                f"{len(rows)} rows, {still} are now: give more rows, or give them to partial_fit as a normal class",
+            ]
         self.known_normals_ = self.known_normals_.with_family(rows, f"adapted {len(self._adapted()) + 1}")
         return self
+
+    def _labelled_alarms(self) -> int:
+        """How many labelled anomalies are alarms, of those that are kept."""
+        rows = self.known_anomalies_.rows
+        return int(self.alarms_at(self.model_.score(rows)).is_alarm.sum()) if len(rows) else 0
 
     def _encoded(self, X: Any) -> Rows:
         return self.encoder_.transform(as_table(X, self.feature_names_in_.tolist()))
@@ -331,9 +352,7 @@ class MDMLDetector(AlarmsMixin, OutlierMixin, BaseEstimator):  # type: ignore[mi
         Raises:
             InputError: there is no model, or it is damaged, foreign or of another version.
         """
-        detector = load_detector(cls, Path(path), device)
-        detector.notes_ = detector._notes()
-        return detector
+        return load_detector(cls, Path(path), device)
 
     @property
     def losses_(self) -> list[float]:
@@ -347,8 +366,10 @@ class MDMLDetector(AlarmsMixin, OutlierMixin, BaseEstimator):  # type: ignore[mi
         tags.input_tags.categorical = True
         return tags
 
-    def _notes(self) -> list[str]:
+    @property
+    def notes_(self) -> list[str]:
+        """What a user should know about this fit and these settings, a line each."""
         notes = self.encoder_.notes()
         if not self.anomaly_classes_:
             notes.append("no labelled anomalies: learned from normals alone, with synthetic anomalies")
-        return notes + self.attainable_notes()
+        return [*notes, *self.remarks_, *self.attainable_notes()]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
+from scipy.stats import binom
 from torch import Tensor
 
 from mdml_fast.calibration import CALIBRATION_ROWS, Positions
@@ -25,6 +27,8 @@ Parts = npt.NDArray[np.int8]
 # So many rows stay: normals that no model leaves out, as many as encoders and views learn from, and anomalies of each
 # class.
 TRAINING_ROWS, FAMILY_ROWS = 20_000, 1_000
+# So few equal rows move no rate, and fewer than in this share of all cases are taken for chance.
+FEW_EQUAL, NOT_RARE = 0.01, 0.999
 
 
 @dataclass(frozen=True)
@@ -103,6 +107,16 @@ class KeptRows:
         # Rows of no named group are one of their own.
         names = labels if groups is None else groups
         return others.with_rows(KeptRows.draw(rows, labels, parts, names, 0.0, len(rows))).bounded()
+
+    def given_before(self, rows: Rows) -> list[str]:
+        """A line, where more of further rows [n, d] equal one of these than rows of these equal each other."""
+        known = Counter(row.tobytes() for row in self.rows)
+        n_equal = sum(row.tobytes() in known for row in rows)
+        chance = sum(count for count in known.values() if count > 1) / len(self.rows)
+        if n_equal <= binom.ppf(NOT_RARE, len(rows), max(chance, FEW_EQUAL)):
+            return []
+        equal = f"{n_equal} of {len(rows)} rows equal rows that were given before"
+        return [f"{equal}: alarms will be more frequent than promised; give each row once"]
 
     @property
     def in_turn(self) -> bool:

@@ -19,30 +19,39 @@ class PyODDetector:
     Args:
         detector: what scores; `fit` fits it.
 
-    Attributes:
-        decision_scores_: of the rows of `fit` [N]. Where the detector came fitted, those rows are gone: then of its
-            calibration normals.
-        threshold_: rows whose score is above it are alarms.
-        labels_: of the same rows as `decision_scores_`, 1 for alarms [N].
-
     Example:
         >>> scores = detector.as_pyod().decision_function(X_new)
     """
 
     def __init__(self, detector: MDMLDetector) -> None:
         self.detector = detector
-        if hasattr(detector, "calibration_"):
-            self._remember(-detector.calibration_.scores)
+        self._fitted_on: Floats | None = None
 
     @property
     def contamination(self) -> float:
         """The share of the rows that PyOD expects to be alarms; here the share of false ones."""
         return self.detector.false_alarm_rate
 
+    @property
+    def decision_scores_(self) -> Floats:
+        """Of the rows of `fit` [N]; where the detector came fitted these are gone: of its calibration normals."""
+        return -self.detector.calibration_.scores if self._fitted_on is None else self._fitted_on
+
+    @property
+    def threshold_(self) -> float:
+        """Rows whose score is above it are alarms; with the promise ``fdr`` if they come with `decision_scores_`."""
+        level = self.detector.alarm_level(self.detector.p_value_at(-self.decision_scores_))
+        return -self.detector.calibration_.score_threshold(level)
+
+    @property
+    def labels_(self) -> npt.NDArray[np.int64]:
+        """Of the rows of `decision_scores_`, 1 for alarms [N]."""
+        return (self.decision_scores_ > self.threshold_).astype(np.int64)
+
     def fit(self, X: Any, y: Any = None) -> Self:
         """As `MDMLDetector.fit`; returns itself."""
         self.detector.fit(X, y)
-        self._remember(self.decision_function(X))
+        self._fitted_on = self.decision_function(X)
         return self
 
     def decision_function(self, X: Any) -> Floats:
@@ -51,10 +60,4 @@ class PyODDetector:
 
     def predict(self, X: Any) -> npt.NDArray[np.int64]:
         """1 for alarms, 0 for the other rows [N]."""
-        return (self.decision_function(X) > self.threshold_).astype(np.int64)
-
-    def _remember(self, scores: Floats) -> None:
-        calibration = self.detector.calibration_
-        level = self.detector.alarm_level(self.detector.p_value_at(-scores))
-        self.decision_scores_, self.threshold_ = scores, -calibration.score_threshold(level)
-        self.labels_ = (scores > self.threshold_).astype(np.int64)
+        return np.where(self.detector.predict(X) == -1, 1, 0)

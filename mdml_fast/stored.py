@@ -35,11 +35,13 @@ def save_detector(detector: MDMLDetector, path: Path, metrics: Mapping[str, Any]
         "preset": detector.preset if isinstance(detector.preset, str) else "custom",
         "algorithm": algorithm(model.config),
         "config": asdict(model.config),
-        **{name: getattr(detector, name) for name in SETTINGS},
+        # NumPy's numbers, as a search over settings gives them, are no JSON.
+        **{name: np.asarray(getattr(detector, name)).item() for name in SETTINGS},
         "normal": detector.normal if isinstance(detector.normal, str) else detector.normal_classes_,
         "random_state": int(detector.random_state) if isinstance(detector.random_state, Integral) else None,
         "normal_classes": detector.normal_classes_,
         "anomaly_classes": detector.anomaly_classes_,
+        "remarks": detector.remarks_,
         "columns": detector.feature_names_in_.tolist(),
         "features": detector.encoder_.to_json(),
         "learned": model.to_json(),
@@ -87,6 +89,7 @@ def load_detector(kind: type[MDMLDetector], path: Path, device: str) -> MDMLDete
         detector.encoder_ = FeatureEncoder.from_json(document["features"])
         detector.normal_classes_ = document["normal_classes"]
         detector.anomaly_classes_ = document["anomaly_classes"]
+        detector.remarks_ = document["remarks"]
         detector.feature_names_in_ = np.array(document["columns"], dtype=object)
         detector.n_features_in_ = len(document["columns"])
     except (KeyError, IndexError, TypeError, ValueError, AttributeError, RuntimeError) as error:

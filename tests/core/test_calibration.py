@@ -292,6 +292,41 @@ def test_an_adapted_model_survives_saving(tmp_path) -> None:
         assert loaded.promise == "fdr"
 
 
+def test_what_adapting_costs_of_the_labelled_anomalies_is_said_and_saved(tmp_path) -> None:
+    anomalies = normals(60, seed=3, centre=4.0)
+    rows, labels = np.concatenate([normals(300), anomalies]), ["ok"] * 300 + ["odd"] * 60
+    detector = MDMLDetector(PAPER, false_alarm_rate=0.05, random_state=0).fit(rows, labels, normal=["ok"])
+    assert not detector.remarks_
+    found = int((detector.predict(anomalies) == -1).sum())
+    detector.adapt(normals(40, seed=4, centre=4.0))
+    still = int((detector.predict(anomalies) == -1).sum())
+    assert still < found - 20
+    (line,) = detector.remarks_
+    assert line.startswith(f"of 60 labelled anomalies {found} were alarms before adapting to 40 rows, {still} are now")
+    assert line in detector.notes_
+    detector.save(tmp_path / "model")
+    assert MDMLDetector.load(tmp_path / "model").notes_ == detector.notes_
+    elsewhere = MDMLDetector(FAST, random_state=0).fit(rows, labels, normal=["ok"]).adapt(normals(40, 4, centre=-8.0))
+    assert not elsewhere.remarks_
+
+
+def test_groups_too_small_for_the_rate_are_said() -> None:
+    groups = np.repeat(np.arange(10), [30] * 8 + [150] * 2)
+    detector = MDMLDetector(FAST, random_state=0).fit(normals(len(groups)), groups=groups)
+    (note,) = (note for note in detector.notes_ if "own group" in note)
+    sizes = np.array(detector.calibration_.group_sizes())
+    small = sizes[sizes < 99]
+    assert sizes.sum() == len(detector.calibration_.scores)
+    assert 0 < len(small) < 10
+    assert (
+        f"rows of {len(small)} of the 10 groups can't be alarms at a rate of 0.01: these have {small.min()} to" in note
+    )
+    far = normals(40, centre=30.0)
+    alarms = {name: (detector.predict(far, [name] * 40) == -1).any() for name in ("0", "9")}
+    assert alarms == {"0": False, "9": True}
+    assert not any("own group" in note for note in detector.set_params(false_alarm_rate=0.1).notes_)
+
+
 def test_recalibration_takes_todays_normals() -> None:
     detector = MDMLDetector(FAST, false_alarm_rate=0.1, random_state=0).fit(normals(200))
     today = normals(800, seed=1) * 1.5

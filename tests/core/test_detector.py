@@ -100,6 +100,20 @@ def test_few_normals_train_and_the_attainable_rate_is_said() -> None:
         MDMLDetector(FAST).fit(rows[1:], labels[1:], normal=["ok"])
 
 
+def test_notes_are_of_the_settings_as_they_are() -> None:
+    detector = MDMLDetector(FAST, random_state=0).fit(*data(), normal=["ok"])
+    assert not any("promised" in note for note in detector.notes_)
+    detector.set_params(false_alarm_rate=1e-4)
+    assert any("0.0001 can't be promised" in note for note in detector.notes_)
+
+
+def test_numbers_of_numpy_as_settings_are_saved(tmp_path: Path) -> None:
+    settings = {"false_alarm_rate": np.float32(0.125), "confidence": np.float64(0.9), "contamination": np.int64(0)}
+    MDMLDetector(FAST, random_state=0, **settings).fit(*data(), normal=["ok"]).save(tmp_path / "model")
+    loaded = MDMLDetector.load(tmp_path / "model")
+    assert {name: getattr(loaded, name) for name in settings} == settings
+
+
 @pytest.mark.parametrize("labels", [(1, -1), (0, 1), ("0", "1")])
 def test_conventional_labels_need_no_names(labels: tuple[object, object]) -> None:
     rows, names = data()

@@ -66,6 +66,14 @@ def test_contributions_and_remainder_sum_to_the_score(fitted: MDMLDetector) -> N
         assert np.median(np.abs(why.remainder[alarms]) / np.abs(why.scores[alarms])) < 0.1
 
 
+def test_arrays_are_explained_as_they_are_scored() -> None:
+    rows, labels = table()
+    names = ["size", "bytes", "noise"]
+    detector = MDMLDetector(FAST, random_state=0).fit(rows.select(names), labels, normal=["ok"])
+    array = np.stack([rows[name].fill_null(np.nan).to_numpy() for name in names], axis=1)
+    np.testing.assert_array_equal(detector.explain(array).contributions, detector.explain(rows).contributions)
+
+
 def test_what_equals_the_nearest_normal_adds_nothing(fitted: MDMLDetector) -> None:
     rows, _ = table()
     why = fitted.explain(rows.slice(0, 50))

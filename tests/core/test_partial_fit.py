@@ -272,3 +272,20 @@ def test_what_cannot_be_learned_is_refused_and_changes_nothing(
         detector.partial_fit(X, y, **options)
     assert (detector.score_samples(test) == before).all()
     assert detector.normal_classes_ == ["ok"]
+
+
+def test_rows_that_are_given_twice_are_told_but_not_those_that_are_equal_by_chance() -> None:
+    first, further = rows_of(("ok", 400), ("up", 30)), rows_of(("ok", 200), seed=1)
+    detector = MDMLDetector(FAST, random_state=0).fit(*first, normal=["ok"])
+    assert not detector.partial_fit(*further).remarks_
+    detector.recalibrate(further[0][:100])
+    (line,) = detector.remarks_
+    assert line.startswith("100 of 100 rows equal rows that were given before")
+    assert line in detector.notes_
+    detector.partial_fit(first[0][:300], first[1][:300])
+    assert len(detector.remarks_) == 2
+    assert not MDMLDetector(FAST, random_state=0).fit(*first, normal=["ok"]).remarks_
+    # Of few values most rows are equal to others.
+    rng = np.random.default_rng(0)
+    coarse = MDMLDetector(FAST, random_state=0).fit(rng.integers(0, 3, size=(400, 2)))
+    assert not coarse.recalibrate(rng.integers(0, 3, size=(200, 2))).remarks_

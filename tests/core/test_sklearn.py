@@ -143,8 +143,15 @@ def test_pyods_names_and_signs_say_the_same(promise: str) -> None:
     assert pyod.contamination == 0.1
     again = detector.as_pyod()
     assert len(again.decision_scores_) == len(detector.calibration_.scores)
-    if promise != "fdr":
-        assert again.threshold_ == pyod.threshold_
+    new = table(400, seed=3)[0]
+    np.testing.assert_array_equal(again.predict(new), detector.predict(new) == -1)
+    if promise == "fdr":
+        return
+    assert again.threshold_ == pyod.threshold_
+    np.testing.assert_array_equal(again.predict(new), again.decision_function(new) > again.threshold_)
+    detector.recalibrate(new[:100])
+    np.testing.assert_array_equal(again.predict(new), detector.predict(new) == -1)
+    np.testing.assert_array_equal(again.predict(new), again.decision_function(new) > again.threshold_)
 
 
 def test_no_row_passes_a_threshold_that_no_row_can_reach() -> None:
