@@ -29,6 +29,7 @@ ABLATIONS: dict[str, DefaultConfig] = {
     "no trees that ask distances": replace(_FULL, n_trees=100, distance_trees=replace(_FULL.distance_trees, n=0)),
     "one weight for every head": replace(_FULL, fusion=replace(_FULL.fusion, most_doublings=0)),
     "no tree head": replace(_FULL, n_trees=0),
+    "no discriminants": replace(_FULL, fusion=replace(_FULL.fusion, discriminants=0.0)),
 }
 """The default with one part taken out, by what is missing."""
 

@@ -18,7 +18,7 @@ from mdml_fast.detector import MDMLDetector
 from mdml_fast.errors import InputError
 from mdml_fast.export.graph import BOOL, DOUBLE, FLOAT, STRING, Graph
 from mdml_fast.meta.default import DefaultModel
-from mdml_fast.meta.discriminant import MOST_EXPONENT, Discriminant
+from mdml_fast.meta.discriminants import MOST_EXPONENT, Discriminants
 from mdml_fast.meta.neighbourhood import SCORES
 from mdml_fast.meta.neighbours import GROUP, SPARE
 from mdml_fast.meta.paper import PaperModel
@@ -206,20 +206,21 @@ def _anomaly(
 ) -> str:
     """How anomalous rows are for one family of normals, float32 [N]."""
     scores = [_tail_scores(graph, family.tails, graph.op("Concat", distances, *odds, axis=0))]
-    if family.discriminant:
-        scores.append(_tail_scores(graph, family.discriminant.tails, _sides(graph, family.discriminant, views)))
-    weights = scorer.weights_of(len(SCORES) + len(odds) + bool(family.discriminant)).numpy()
+    if sides := family.discriminants:
+        scores.append(_tail_scores(graph, sides.tails, _sides(graph, sides, views)))
+    weights = scorer.weights_of(len(SCORES) + len(odds) + bool(sides)).numpy()
     powers = graph.op("Pow", graph.op("Concat", *scores, axis=0), np.float32(scorer.fusion.power))
     fused = graph.op("Pow", graph.op("MatMul", weights, powers), np.float32(1 / scorer.fusion.power))
     return str(graph.op("Mul", fused, scorer.scale(family).numpy()))
 
 
-def _sides(graph: Graph, discriminant: Discriminant, views: str) -> str:
-    """`Discriminant.distances`: float32 [1, N]."""
+def _sides(graph: Graph, discriminants: Discriminants, views: str) -> str:
+    """`Discriminants.distances`: float32 [1, N]."""
     clipped = graph.cast(graph.op("Gather", views, np.int64(VIEWS.index("clipped")), axis=0), DOUBLE)
-    weights, offset = discriminant.weights.numpy(), discriminant.offset.numpy()
-    sums = graph.op("Add", graph.op("MatMul", clipped, weights), offset)
-    distances = graph.cast(graph.op("Exp", graph.op("Min", sums, np.float64(MOST_EXPONENT))), FLOAT)
+    weights, offsets = discriminants.weights.numpy().T, discriminants.offsets.numpy()
+    sums = graph.op("Add", graph.op("MatMul", clipped, weights), offsets)
+    least = graph.op("ReduceMin", sums, [1], keepdims=0)
+    distances = graph.cast(graph.op("Exp", graph.op("Min", least, np.float64(MOST_EXPONENT))), FLOAT)
     return str(graph.op("Unsqueeze", distances, np.array([0])))
 
 

@@ -17,11 +17,11 @@ from mdml_fast.data.encoding import Floats, Rows
 from mdml_fast.data.labelled import at_most_of_each, family_codes
 from mdml_fast.data.views import VIEWS, Views
 from mdml_fast.meta.checkpoint import Checkpoint
-from mdml_fast.meta.discriminant import Discriminant, DiscriminantConfig
+from mdml_fast.meta.discriminants import DiscriminantConfig, Discriminants
 from mdml_fast.meta.distance_trees import DistanceTrees
 from mdml_fast.meta.encoders import Encoders
 from mdml_fast.meta.ensemble import Ensemble, EnsembleConfig, train_ensemble
-from mdml_fast.meta.fusion import FusionConfig, JudgedHalf, head_weights, weigh
+from mdml_fast.meta.fusion import FusionConfig, JudgedHalf, head_weights, weigh, with_sides
 from mdml_fast.meta.history import History
 from mdml_fast.meta.model import HeldOut, TrainingRows, fingerprint, tensors_under
 from mdml_fast.meta.neighbourhood import SCORES, Neighbourhood, NeighbourhoodConfig
@@ -52,8 +52,8 @@ class DefaultConfig:
     ensemble: EnsembleConfig = field(default_factory=EnsembleConfig)
     fusion: FusionConfig = field(default_factory=FusionConfig)
     neighbourhood: NeighbourhoodConfig = field(default_factory=NeighbourhoodConfig)
-    # Of families that are adapted to.
-    discriminant: DiscriminantConfig = field(default_factory=DiscriminantConfig)
+    # Of normals of several classes, and of families that are adapted to.
+    discriminants: DiscriminantConfig = field(default_factory=DiscriminantConfig)
     # Normals that the views, the encoders and the trees learn from.
     training_normals: int = 20_000
     tree_normals: int = 10_000
@@ -80,10 +80,10 @@ class DefaultConfig:
         ensemble = EnsembleConfig(**parts.pop("ensemble"))  # type: ignore[arg-type]
         fusion = FusionConfig(**parts.pop("fusion"))  # type: ignore[arg-type]
         neighbourhood = NeighbourhoodConfig(**parts.pop("neighbourhood"))  # type: ignore[arg-type]
-        discriminant = DiscriminantConfig(**parts.pop("discriminant"))  # type: ignore[arg-type]
+        discriminants = DiscriminantConfig(**parts.pop("discriminants"))  # type: ignore[arg-type]
         trees = DistanceTrees(**parts.pop("distance_trees"))  # type: ignore[arg-type]
         fusion = replace(fusion, quantiles=tuple(fusion.quantiles))
-        return cls(ensemble, fusion, neighbourhood, discriminant, distance_trees=trees, **parts)  # type: ignore[arg-type]
+        return cls(ensemble, fusion, neighbourhood, discriminants, distance_trees=trees, **parts)  # type: ignore[arg-type]
 
 
 class DefaultModel:
@@ -96,7 +96,8 @@ class DefaultModel:
         config: the constants.
         ensemble: the directions; rows are scored by the mean of their embeddings in each view.
         families: the training normals, then those that it was adapted to; a row is as normal as the nearest finds it.
-        weights: of `SCORES`, and after them the head's, if there is one: not negative, with sum 1 [6 or 7].
+        weights: of `SCORES`, and after them the head's, if there is one: not negative, with sum 1 [6 or 7]; that of
+            discriminants comes on top.
         head: the trees; None where there were no labelled anomalies.
         history: of the training.
         held_out: the normals to calibrate on; None in a model that was loaded.
@@ -166,8 +167,9 @@ class DefaultModel:
         kept = Checkpoint(checkpoint, fingerprint(rows, config, seed, dtype), resume) if checkpoint else None
         # Training leaves a core idle now and then.
         with beside(by_features) as grown, beside(by_halves) as halves:
+            seen = views.transform(normals[learned])
             ensemble, history = train_ensemble(
-                views.transform(normals[learned]),
+                seen,
                 views.transform(anomalies),
                 labels,
                 config.ensemble,
@@ -182,7 +184,7 @@ class DefaultModel:
         encoders = ensemble.encoders.averaged(len(VIEWS))
         neighbourhood = Neighbourhood(config.neighbourhood, views, encoders, normals, families, centre)
 
-        # Trees learn from no held-out normal, so that they judge these as they would judge new ones.
+        # Trees and discriminants learn from no held-out normal, so that they judge these as they would judge new ones.
         to_grow = neighbourhood, normals[learned], anomalies, seed
         grow_more: Callable[[], Trees] = partial(config.distance_trees.grow, *to_grow) if trees else list
         with beside(grow_more) as grown:
@@ -204,10 +206,14 @@ class DefaultModel:
         normal_scores, by_head = tails.held_out_scores(distances, units).tensor_split([len(SCORES)])
         by_normals = (normal_scores, by_head, units, len(normals))
         weights, anomaly = weigh(*by_normals, anomaly_scores, labels, halves, config.fusion)
+        classes, discriminants = rows.normal_labels[order[learned]], None
+        if found := Discriminants.of_classes(seen, classes, placed.views, config.discriminants):
+            discriminants, sides = found
+            anomaly = with_sides(anomaly, discriminants.tails.held_out_scores(sides, units), config.fusion)
         if previous:
             history = previous.history.followed_by(history)
         to_calibrate_on = HeldOut(order[judged], -anomaly.double().cpu().numpy())
-        known = NormalFamily(neighbourhood, tails, outer(anomaly))
+        known = NormalFamily(neighbourhood, tails, outer(anomaly), discriminants)
         return cls(config, ensemble, [known], weights, head, history, to_calibrate_on)
 
     def score(self, rows: Rows) -> Floats:
@@ -260,11 +266,11 @@ class DefaultModel:
         by_head = head_odds(self._head, rows, first.tails, base.distances(placed))
         distances = torch.cat([own.distances(placed, families), by_head])
         tails = family_tails(distances, first.tails)
-        how = self.config.discriminant
-        known = base.views.transform(base.normals[: how.known_normals])
-        discriminant, sides = Discriminant.fit(placed.views, known, how.shrinkage)
-        scores = tails.held_out_scores(distances, families), discriminant.tails.held_out_scores(sides, families)
-        self._families.append(NormalFamily(own, tails, outer(self.scorer.fuse(torch.cat(scores))), discriminant))
+        how = self.config.discriminants
+        known = base.views.transform(base.normals[: how.normals])
+        discriminants, sides = Discriminants.of_family(placed.views, known, how)
+        scores = tails.held_out_scores(distances, families), discriminants.tails.held_out_scores(sides, families)
+        self._families.append(NormalFamily(own, tails, outer(self.scorer.fuse(torch.cat(scores))), discriminants))
 
     @property
     def scorer(self) -> Scorer:
@@ -287,7 +293,7 @@ class DefaultModel:
                 "distances": family.tails.distances,
                 "outer": family.outer,
             }
-            parts[f"discriminant{place}"] = family.discriminant.tensors if family.discriminant else {}
+            parts[f"discriminants{place}"] = family.discriminants.tensors if family.discriminants else {}
         return {f"{part}.{name}": value.cpu() for part, tensors in parts.items() for name, value in tensors.items()}
 
     def to_json(self) -> dict[str, Any]:
@@ -319,9 +325,9 @@ class DefaultModel:
             how = config.neighbourhood.of_adapted() if families else config.neighbourhood
             neighbourhood = Neighbourhood(how, views, encoders, own["rows"], own["families"], own["centre"])
             tails = family_tails(own["distances"], families[0].tails if families else None)
-            sides = tensors_under(f"discriminant{len(families)}", tensors)
-            discriminant = Discriminant.of(sides) if families else None
-            families.append(NormalFamily(neighbourhood, tails, own["outer"], discriminant))
+            sides = tensors_under(f"discriminants{len(families)}", tensors)
+            discriminants = Discriminants.from_tensors(sides) if sides else None
+            families.append(NormalFamily(neighbourhood, tails, own["outer"], discriminants))
         if not families:
             raise KeyError("normals0.rows")
         head = TreeHead(trees) if trees else None

@@ -13,7 +13,7 @@ from torch import Tensor
 from mdml_fast.data.encoding import Rows
 from mdml_fast.data.labelled import Names
 from mdml_fast.data.views import VIEWS
-from mdml_fast.meta.discriminant import Discriminant
+from mdml_fast.meta.discriminants import Discriminants
 from mdml_fast.meta.distance_trees import asked_of
 from mdml_fast.meta.ensemble import HALVES, Ensemble
 from mdml_fast.meta.fusion import FusionConfig, JudgedHalf, fuse
@@ -39,20 +39,21 @@ class NormalFamily(NamedTuple):
         neighbourhood: the normals.
         tails: how their own distances, and the head's odds of them, are distributed.
         outer: the `OUTER_QUANTILE` of their fused scores, as new ones would score [].
-        discriminant: what tells them from the first family, where they were adapted to.
+        discriminants: what sets each class of them apart from the others, or an adapted family from the first; None
+            where there is one class only.
     """
 
     neighbourhood: Neighbourhood
     tails: Tails
     outer: Tensor
-    discriminant: Discriminant | None = None
+    discriminants: Discriminants | None = None
 
     def scores(self, placed: Placed, distances: Tensor, by_head: Tensor) -> Tensor:
         """Tail scores of distances by `SCORES` from the family [6, N], of the head's odds [0 or 1, N], and of sides."""
         scores = self.tails.score(torch.cat([distances, by_head]))
-        if self.discriminant is None:
+        if self.discriminants is None:
             return scores
-        return torch.cat([scores, self.discriminant.score(placed.views)])
+        return torch.cat([scores, self.discriminants.score(placed.views)])
 
 
 def family_tails(distances: Tensor, shape: Tails | None = None) -> Tails:
@@ -111,9 +112,9 @@ class Scorer(NamedTuple):
         chosen = chosen[closest, :, torch.arange(len(rows), device=rows.device)]
         parts = torch.einsum("nc,cnd->nd", chosen[:, : len(shares)], shares)
         for number, (family, (_, amounts)) in enumerate(zip(self.families, scored, strict=True)):
-            if family.discriminant:
+            if family.discriminants:
                 own = closest == number
-                by_side = family.discriminant.shares(placed.views[:, own], others.views[:, nearest[own]])
+                by_side = family.discriminants.shares(placed.views[:, own], others.views[:, nearest[own]])
                 parts[own] += amounts[-1, own].unsqueeze(1) * by_side
         if self.head:
             of_head = chosen[:, -1:]
@@ -134,8 +135,8 @@ class Scorer(NamedTuple):
         return fuse(self.weights_of(len(scores)), scores, self.fusion)
 
     def weights_of(self, n_scores: int) -> Tensor:
-        """The weights of a family's `scores`, which are one more than `weights` where it has a discriminant."""
-        of_sides = self.weights.new_full((n_scores - len(self.weights),), self.fusion.discriminant)
+        """The weights of a family's `scores`, which are one more than `weights` where it has discriminants."""
+        of_sides = self.weights.new_full((n_scores - len(self.weights),), self.fusion.discriminants)
         return torch.cat([self.weights, of_sides])
 
     def scale(self, family: NormalFamily) -> Tensor:

@@ -17,7 +17,7 @@ from mdml_fast.calibration import (
 )
 from mdml_fast.drift import DriftMonitor
 from mdml_fast.meta.default import DefaultConfig
-from mdml_fast.meta.discriminant import Discriminant
+from mdml_fast.meta.discriminants import Discriminants
 from mdml_fast.meta.ensemble import EnsembleConfig
 from mdml_fast.meta.fusion import fuse
 from mdml_fast.meta.neighbours import innermost
@@ -257,9 +257,9 @@ def test_the_stranger_rows_of_an_adapted_family_are_as_strange_as_those_trained_
     rows, own = adapted.neighbourhood.normals, torch.arange(50)
     placed, known = adapted.neighbourhood.place(rows), first.neighbourhood.views.transform(first.neighbourhood.normals)
     distances = adapted.neighbourhood.distances(placed, own)
-    discriminant, sides = Discriminant.fit(placed.views, known, DefaultConfig().discriminant.shrinkage)
-    by_side = discriminant.tails.held_out_scores(sides, own)
-    weights = torch.cat([scorer.weights, torch.tensor([scorer.fusion.discriminant])])
+    discriminants, sides = Discriminants.of_family(placed.views, known, DefaultConfig().discriminants)
+    by_side = discriminants.tails.held_out_scores(sides, own)
+    weights = torch.cat([scorer.weights, torch.tensor([scorer.fusion.discriminants])])
     held_out = torch.cat([adapted.tails.held_out_scores(distances, own), by_side])
     scores = scorer.scale(adapted) * fuse(weights, held_out, scorer.fusion)
     assert adapted.tails.n_tail == SHAPED_TAIL_ROWS

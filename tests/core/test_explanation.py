@@ -183,7 +183,7 @@ def test_the_heads_shares_are_of_what_its_probability_is_above_the_normals() -> 
     assert (shares[~more] == 0).all()
 
 
-def test_what_distances_head_and_discriminant_add_is_the_score_of_each_family() -> None:
+def test_what_distances_head_and_discriminants_add_is_the_score_of_each_family() -> None:
     detector = MDMLDetector(FAST, random_state=0).fit(*table(), normal=["ok"])
     rows, _ = table(seed=1)
     family = pa.table(rows.slice(0, 60).to_pydict() | {"noise": np.random.default_rng(0).normal(30, size=60)})
@@ -196,7 +196,7 @@ def test_what_distances_head_and_discriminant_add_is_the_score_of_each_family() 
         scores = own.scores(placed, far, by_head)
         anomaly, amounts = scorer._amounts(own, scores)
         torch.testing.assert_close(amounts.sum(0), anomaly, rtol=1e-5, atol=1e-5)
-        weights = [*scorer.weights.tolist(), scorer.fusion.discriminant]
+        weights = [*scorer.weights.tolist(), scorer.fusion.discriminants]
         for place in range(2 + 4 + 1 + (own is scorer.families[1])):
             of_one = weights[place] * (scorer.scale(own) * scores[place]).square() / anomaly
             torch.testing.assert_close(amounts[place], of_one, rtol=1e-4, atol=1e-5)
