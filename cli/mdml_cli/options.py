@@ -53,7 +53,9 @@ DataArgument = Annotated[
     ),
 ]
 LabelOption = Annotated[str | None, typer.Option(metavar="COLUMN", help="The column of classes.")]
-NormalOption = Annotated[list[str] | None, typer.Option(metavar="CLASS", help="A normal class; repeat for more, all that you know.")]
+NormalOption = Annotated[
+    list[str] | None, typer.Option(metavar="CLASS", help="A normal class; repeat for more, all that you know.")
+]
 IgnoreOption = Annotated[
     list[str] | None, typer.Option(metavar="COLUMN", help="A column that is no feature; repeat for more.")
 ]
