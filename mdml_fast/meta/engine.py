@@ -27,6 +27,9 @@ class MetaEngine:
     head. With a decoder, both levels add the reconstruction error of their normal rows, and the inner loop adapts the
     decoder too.
 
+    A parameter that several modules hold is one: named, and adapted where the encoder or the decoder holds it, as that
+    of the first of encoder, decoder, head and loss.
+
     With `n_directions` every parameter and buffer is stacked [D, …], D copies of the modules' values to begin with,
     and each episode names its direction: D engines of their own, in one batched computation. The values may be set
     for each direction in place, `engine.parameters()[name].data[d] = …`, and trained with any torch optimiser.
@@ -71,9 +74,9 @@ class MetaEngine:
         compile: Compile = "auto",  # noqa: A002 - torch's word for it
     ) -> None:
         self.settings = EngineSettings(inner_steps, inner_lr, first_order, reconstruction_weight, dtype)
-        self.modules = nn.ModuleDict({"encoder": encoder, "head": head, "loss": loss or SoftmaxMarginLoss()})
-        if decoder is not None:
-            self.modules["decoder"] = decoder
+        # What is adapted comes first: a parameter that modules share is named, and adapted, as the first one's.
+        adapted = {"encoder": encoder} if decoder is None else {"encoder": encoder, "decoder": decoder}
+        self.modules = nn.ModuleDict({**adapted, "head": head, "loss": loss or SoftmaxMarginLoss()})
         check_batchable(self.modules)
         first = next(iter(self.parameters().values()), torch.empty(0))
         self.choice = choose_path(self.modules, first.device.type, dtype or first.dtype, first_order, path)

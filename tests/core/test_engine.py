@@ -310,14 +310,6 @@ def test_the_fused_path_knows_how_wide_rows_are() -> None:
         engine.logits(engine.adapt(torch.ones(3, 16, 13)), BATCH[1])
 
 
-def test_modules_that_share_a_parameter_take_the_generic_path() -> None:
-    encoder, head = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 12)), nn.Linear(12, 8)
-    head.weight = encoder[0].weight
-    engine = MetaEngine(encoder, head)
-    assert engine.choice == ("generic", "modules share a parameter")
-    assert set(engine.meta_gradients(*BATCH).grads) == set(engine.parameters())
-
-
 def test_a_forward_may_change_what_it_made() -> None:
     assert MetaEngine(_Awkward("nowhere else"), nn.Linear(8, 5)).meta_gradients(*BATCH).loss.isfinite().all()
 
