@@ -145,7 +145,7 @@ class _Episode:
         # functional_call only calls forward. Made here, because a compiler can't follow the making of a module.
         self.losses = {
             (method, is_few): _Method(module, method)
-            for method in ("forward", "one_class")
+            for method in ("__call__", "one_class")
             for module, is_few in ((loss, False), (few, True))
         }
 
@@ -196,7 +196,7 @@ class _Episode:
     ) -> Tensor:
         values = params | buffers
         logits, z = self._logits(values, query, support)
-        margin = self._loss(values, "forward", logits, is_ood)
+        margin = self._loss(values, "__call__", logits, is_ood)
         is_id = ~is_ood
         errors = self._reconstruction(values, z, query) * is_id
         return margin + errors.sum() / is_id.sum().clamp(min=1)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from mdml_kernels import SoftmaxMarginLoss
 from torch import Tensor, nn
+from torch.nn.utils import parametrize, prune
 
 from mdml_fast import MetaEngine
 from mdml_fast.diagnosis import loop_meta_gradients
@@ -135,3 +136,78 @@ def test_what_modules_share_is_one_in_each_direction_and_order(
     torch.testing.assert_close(out.loss, losses, rtol=1e-10, atol=0)
     for name, expected in grads.items():
         assert (out.grads[name] - expected).norm() <= 1e-10 * expected.norm(), name
+
+
+def networks() -> tuple[nn.Sequential, nn.Linear]:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(8, 16), nn.Tanh(), nn.Linear(16, 8)).double(), nn.Linear(8, 4).double()
+
+
+class Doubled(nn.Module):
+    """Twice what it is given."""
+
+    def forward(self, given: Tensor) -> Tensor:
+        return 2 * given
+
+
+def doubled(module: nn.Module) -> None:
+    """Have the module give twice as much."""
+    module.register_forward_hook(lambda module, rows, given: 2 * given)
+
+
+ALTERATIONS: dict[str, Callable[[nn.Sequential, nn.Linear, nn.Module], object]] = {
+    "a hook of a layer": lambda encoder, head, loss: doubled(encoder[2]),
+    "a hook of the encoder": lambda encoder, head, loss: doubled(encoder),
+    "a hook of the head": lambda encoder, head, loss: doubled(head),
+    "a hook of the loss": lambda encoder, head, loss: doubled(loss),
+    "a hook before a layer": lambda encoder, head, loss: encoder[1].register_forward_pre_hook(
+        lambda module, rows: (2 * rows[0],)
+    ),
+    "a forward of its own": lambda encoder, head, loss: setattr(head, "forward", lambda z: z[:, :4]),
+    "a parameter of the Sequential": lambda encoder, head, loss: encoder.register_parameter(
+        "own", nn.Parameter(torch.ones(2).double())
+    ),
+    "a parameter of an activation": lambda encoder, head, loss: encoder[1].register_parameter(
+        "own", nn.Parameter(torch.ones(2).double())
+    ),
+    "a weight made of another": lambda encoder, head, loss: parametrize.register_parametrization(
+        encoder[0], "weight", Doubled()
+    ),
+}
+
+
+@pytest.mark.parametrize("altered", ALTERATIONS)
+def test_a_module_that_was_altered_takes_the_generic_path(altered: str) -> None:
+    loss = SoftmaxMarginLoss(margin=1.0)
+    engine = MetaEngine(*networks(), 2, 0.3, loss)
+    assert engine.choice.path == "fused"
+    plain = engine.meta_gradients(*episodes())
+    encoder, head = networks()
+    ALTERATIONS[altered](encoder, head, loss)
+    engine = MetaEngine(encoder, head, 2, 0.3, loss)
+    assert engine.choice.path == "generic"
+    out = engine.meta_gradients(*episodes())
+    losses, grads = loop_meta_gradients(engine, *episodes())
+    torch.testing.assert_close(out.loss, losses, rtol=1e-10, atol=0)
+    assert out.grads.keys() == grads.keys()
+    for name, expected in grads.items():
+        assert (out.grads[name] - expected).norm() <= 1e-10 * expected.norm(), name
+    assert torch.allclose(out.loss, plain.loss) == altered.startswith("a parameter")
+
+
+@pytest.mark.parametrize(
+    ("alter", "match"),
+    [
+        (lambda encoder: nn.utils.weight_norm(encoder[0]), r"encoder\.0\.weight was computed from .*: use torch.nn.ut"),
+        (lambda encoder: prune.l1_unstructured(encoder[2], "bias", 0.5), r"encoder\.2\.bias was computed from param"),
+        (lambda encoder: encoder.register_full_backward_hook(lambda *_: None), "encoder has a backward hook"),
+        (lambda encoder: encoder[1].register_full_backward_pre_hook(lambda *_: None), "encoder.1 has a backward hook"),
+        (lambda encoder: nn.utils.parametrizations.spectral_norm(encoder[0]), "can't be batched over episodes"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning", "ignore:There is a performance drop")
+def test_alterations_that_no_path_could_follow_are_refused(alter: Callable[[nn.Module], object], match: str) -> None:
+    encoder, head = networks()
+    alter(encoder)
+    with pytest.raises(ValueError, match=match):
+        MetaEngine(encoder, head).meta_gradients(*episodes())
