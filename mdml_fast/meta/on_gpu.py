@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -22,7 +21,6 @@ def takes_triton(network: Network, head: Layer | str, device: torch.device, dtyp
     return (
         device.type == "cuda"
         and dtype != torch.float64
-        and find_spec("triton") is not None
         and isinstance(head, Layer)
         and network.log_scale is None
         and all(layer.activation == "relu" for layer in hidden)

@@ -6,6 +6,7 @@ from typing import Literal, NamedTuple
 
 import torch
 from mdml_kernels import SoftmaxMarginLoss
+from mdml_kernels.dispatch import triton_state
 from torch import nn
 
 from mdml_fast.meta.fused_heads import read_head
@@ -74,6 +75,8 @@ def _why_not_fused(modules: nn.ModuleDict, device: str, dtype: torch.dtype, firs
         return "the loss is no SoftmaxMarginLoss with backend 'auto'"
     if device not in ("cpu", "cuda") or dtype not in _FUSED_DTYPES:
         return f"{str(dtype).removeprefix('torch.')} on {device} has only the generic path"
+    if device == "cuda" and triton_state() is None:
+        return "Triton, whose kernels the fused path takes on a GPU, is not installed"
     return ""
 
 
