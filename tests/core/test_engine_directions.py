@@ -143,6 +143,12 @@ def test_logits_are_distances_to_the_adapted_support(n_directions: int | None) -
         engine.logits(adapted, query)
 
 
+def test_a_variance_may_be_set_to_any_number() -> None:
+    engine = MetaEngine(nn.Linear(6, 4), PrototypeHead(1), n_directions=D)
+    engine.buffers()["head.variance"][1] = 0.5
+    assert engine.buffers()["head.variance"].tolist() == [1.0, 0.5, 1.0]
+
+
 def test_zero_steps_adapt_nothing() -> None:
     engine = prototype_engine(inner_steps=0, n_directions=D)
     scatter(engine)
