@@ -39,7 +39,7 @@ _VECTOR = 32
 
 
 class Shape(NamedTuple):
-    """Support rows, query rows and features of an episode."""
+    """Support rows, query rows and the features of a row, in however many dims."""
 
     n_support: int
     n_query: int

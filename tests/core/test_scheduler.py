@@ -172,6 +172,43 @@ def test_an_error_in_a_source_is_raised_and_threads_end() -> None:
         mean_of(MetaScheduler(engine(), chunk=8, threads=2), 64, Broken())
 
 
+@pytest.mark.parametrize("off_by", [-1, 1])
+@pytest.mark.parametrize("chunk", [8, None])
+def test_a_source_gives_as_many_episodes_as_it_is_asked_for(off_by: int, chunk: int | None) -> None:
+    class Other(Source):
+        def batch(self, first: int, n_episodes: int) -> EpisodeBatch:
+            return super().batch(first, n_episodes + off_by * (n_episodes == 8))
+
+    with pytest.raises(ValueError, match=rf"the source gave {8 + off_by} episodes as batch\(0, 8\): it must give 8"):
+        mean_of(MetaScheduler(engine(), chunk=chunk, threads=2), 32, Other())
+
+
+def test_rows_may_have_more_dims_than_one() -> None:
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 8))
+    one = MetaEngine(encoder, nn.Linear(8, 4))
+    images = torch.randn(32, 5, 1, 8, 8), torch.randn(32, 6, 1, 8, 8), (torch.arange(6) >= 3).expand(32, 6)
+    with on_one_thread():
+        assert equal(MetaScheduler(one, threads=2).meta_gradients(*images), one.meta_gradients(*images))
+
+
+def test_what_the_engine_refuses_the_scheduler_does() -> None:
+    class Flat(Source):
+        def batch(self, first: int, n_episodes: int) -> EpisodeBatch:
+            batch = super().batch(first, n_episodes)
+            return batch._replace(support=batch.support[:, 0], query=batch.query[:, 0])
+
+    support, query, is_ood, direction = Source().batch(0, 16)
+    for wrong, match in (
+        (lambda one: mean_of(one, 16, Flat()), r"support must be \[episodes, rows, features\]"),
+        (lambda one: one.meta_gradients(support, query, is_ood[:, :-1]), "is_ood must be bool"),
+        (lambda one: one.meta_gradients(support[:-1], query, is_ood), "must be of the episodes and features of"),
+        (lambda one: one.meta_gradients(support, query, is_ood, direction), "leave direction out"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            wrong(MetaScheduler(engine(), threads=1))
+
+
 def test_a_chunk_size_is_measured_once_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "mdml_fast")
     cache = ChunkCache(tmp_path / "deep" / "chunks.json")
@@ -227,7 +264,7 @@ def test_numbers_out_of_range_are_refused() -> None:
     scheduler = MetaScheduler(engine())
     with pytest.raises(ValueError, match="1 episode or more in a step, got 0"):
         mean_of(scheduler, 0)
-    with pytest.raises(ValueError, match="1 episode or more in a step, got 0"):
+    with pytest.raises(ValueError, match="one episode at least"):
         scheduler.meta_gradients(*(part[:0] for part in Source().batch(0, 1)[:3]))
 
 
