@@ -222,7 +222,7 @@ class MetaScheduler:
         size = self._cache.get(key)
         if size in sizes:
             return size, "measured earlier"
-        size = chunks.measure(lambda n: self._seconds(_batch(source, first, n)), sizes)
+        size = chunks.measure(lambda n: self._seconds(source.batch(first, n)), sizes)
         self._cache.put(key, size)
         return size, "measured"
 

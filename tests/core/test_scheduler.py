@@ -177,9 +177,9 @@ def test_an_error_in_a_source_is_raised_and_threads_end() -> None:
 def test_a_source_gives_as_many_episodes_as_it_is_asked_for(off_by: int, chunk: int | None) -> None:
     class Other(Source):
         def batch(self, first: int, n_episodes: int) -> EpisodeBatch:
-            return super().batch(first, n_episodes + off_by * (n_episodes == 8))
+            return super().batch(first, n_episodes + off_by * (n_episodes > 1))
 
-    with pytest.raises(ValueError, match=rf"the source gave {8 + off_by} episodes as batch\(0, 8\): it must give 8"):
+    with pytest.raises(ValueError, match=r"the source gave \d+ episodes as batch\(0, \d+\): it must"):
         mean_of(MetaScheduler(engine(), chunk=chunk, threads=2), 32, Other())
 
 
