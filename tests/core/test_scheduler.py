@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 import subprocess
 import sys
 import textwrap
@@ -247,6 +248,25 @@ def test_without_a_folder_to_write_to_it_still_runs(tmp_path: Path, monkeypatch:
     scheduler = MetaScheduler(engine(), threads=1)
     mean_of(scheduler, 32)
     assert "(measured)" in scheduler.chosen
+
+
+def test_without_a_home_it_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", home)
+    for _ in range(2):
+        scheduler = MetaScheduler(engine(), threads=1)
+        mean_of(scheduler, 32)
+        assert "(measured)" in scheduler.chosen
+
+
+def test_bits_do_not_depend_on_how_much_memory_caches_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = mean_of(MetaScheduler(engine(), threads=1), 32)
+    sysconf = os.sysconf
+    monkeypatch.setattr(os, "sysconf", lambda name: 10 if name == "SC_AVPHYS_PAGES" else sysconf(name))
+    assert equal(mean_of(MetaScheduler(engine(), threads=1), 32), expected)
 
 
 def test_the_cache_lies_in_the_users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
