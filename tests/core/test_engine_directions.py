@@ -1,9 +1,13 @@
 """Parameters stacked by direction, heads that see the support, and a learned background, against a plain loop."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from mdml_kernels import SoftmaxMarginLoss
+from pretended_gpu import pretended_gpu
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mdml_fast import MetaEngine
 from mdml_fast.diagnosis import loop_meta_gradients
@@ -120,6 +124,32 @@ def test_as_many_episodes_as_directions_need_no_names() -> None:
         prototype_engine().meta_gradients(*episodes(), direction=DIRECTION)
     with pytest.raises(ValueError, match="n_directions must be 1 or more"):
         prototype_engine(n_directions=0)
+
+
+def test_a_gpu_adds_up_each_directions_episodes_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """index_add_ keeps no order there of what is for one place: no call may name a direction twice."""
+    direction = torch.tensor([2, 0, 0, 2, 0, 1, 2, 0])
+    here = linear_engine(n_directions=D)
+    expected = here.meta_gradients(*episodes(n=8), direction=direction).grads
+    named = []
+
+    class Watched(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Callable[..., object], types: object, args: tuple = (), kwargs: object = None
+        ):
+            if func is Tensor.index_add_:
+                named.append(args[2].tolist())
+            return func(*args, **(kwargs or {}))
+
+    with pretended_gpu(monkeypatch), Watched():
+        there = linear_engine(n_directions=D)
+        there.modules.to("cuda")
+        batch = [tensor.to("cuda") for tensor in (*episodes(n=8), direction)]
+        grads = there.meta_gradients(*batch).grads
+        for name, value in expected.items():
+            torch.testing.assert_close(grads[name].cpu(), value, rtol=1e-10, atol=0)
+    assert named[:4] == [[0, 1, 2], [0, 2], [0, 2], [0]]
+    assert all(len(set(places)) == len(places) for places in named)
 
 
 def test_the_callers_modules_are_left_alone() -> None:
