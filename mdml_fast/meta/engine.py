@@ -31,6 +31,9 @@ class MetaEngine:
     A parameter that several modules hold is one: named, and adapted where the encoder or the decoder holds it, as that
     of the first of encoder, decoder, head and loss.
 
+    Settings of the modules, as the loss's margin, are taken as they are when the engine is made: for others make a new
+    engine.
+
     With `n_directions` every parameter and buffer is stacked [D, …], D copies of the modules' values to begin with,
     and each episode names its direction: D engines of their own, in one batched computation. The values may be set
     for each direction in place, `engine.parameters()[name].data[d] = …`, and trained with any torch optimiser.
