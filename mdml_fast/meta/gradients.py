@@ -65,8 +65,8 @@ class MeanGradients:
         """Take the next episodes in."""
         if not self._totals:
             self._losses = self._losses.to(sums.loss.dtype)
-            places = () if self._counts is None else (len(self._counts),)
-            self._totals = {name: value.new_zeros((*places, *value.shape[1:])) for name, value in sums.groups.items()}
+            outer = () if self._counts is None else (len(self._counts),)
+            self._totals = {name: value.new_zeros((*outer, *value.shape[1:])) for name, value in sums.groups.items()}
         self._losses[self._n_done : self._n_done + len(sums.loss)] = sums.loss
         self._n_done += len(sums.loss)
         if sums.direction is None:
@@ -77,10 +77,10 @@ class MeanGradients:
         assert self._counts is not None
         self._counts += sums.direction.bincount(minlength=len(self._counts))
         # A GPU adds up what is for one place in any order.
-        rounds = _rounds(sums.direction) if sums.direction.is_cuda else [slice(None)]
-        for name, groups in sums.groups.items():
-            for episodes in rounds:
-                self._totals[name].index_add_(0, sums.direction[episodes], groups[episodes])
+        for episodes in _rounds(sums.direction) if sums.direction.is_cuda else [slice(None)]:
+            places = sums.direction[episodes]
+            for name, groups in sums.groups.items():
+                self._totals[name].index_add_(0, places, groups[episodes])
         return self
 
     def result(self) -> MetaGradients:
