@@ -14,6 +14,7 @@ from torch.func import functional_call
 
 from mdml_fast.meta.engine import MetaEngine
 from mdml_fast.meta.paths import Path, choose_path
+from mdml_fast.meta.settings import ADAPTED
 
 PACKAGES = ("mdml-fast", "torch", "triton", "numpy", "scikit-learn", "pyarrow", "safetensors")
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5}
@@ -52,10 +53,11 @@ def loop_meta_gradients(
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
     """What `MetaEngine.meta_gradients` must give, by a loop over episodes and plain autograd: losses [E], gradients.
 
-    Without decoder; for checks only, it is slow. With directions, each episode must name its own.
+    For checks only, it is slow. With directions, each episode must name its own.
     """
     settings, params = engine.settings, engine.parameters()
-    episode_loss = _EpisodeLoss(engine.modules)
+    episode_loss = _EpisodeLoss(engine.modules, settings.reconstruction_weight)
+    adapted = [name for name in params if name.startswith(ADAPTED)]
     totals = {name: torch.zeros_like(value) for name, value in params.items()}
     losses = []
     for episode, (rows, queries, mask) in enumerate(zip(support, query, is_ood, strict=True)):
@@ -63,16 +65,18 @@ def loop_meta_gradients(
         start = {name: value[place].detach().requires_grad_() for name, value in params.items()}
         values = start | {name: value[place] for name, value in engine.buffers().items()}
         for _ in range(settings.inner_steps):
-            own = {name: value for name, value in values.items() if name.startswith("encoder.")}
+            own = {name: values[name] for name in adapted}
             inner = functional_call(episode_loss, values, (rows, rows, None))
-            steps = torch.autograd.grad(inner, list(own.values()), create_graph=not settings.first_order)
+            steps = torch.autograd.grad(
+                inner, list(own.values()), create_graph=not settings.first_order, materialize_grads=True
+            )
             for (name, value), step in zip(own.items(), steps, strict=True):
                 moved = value - settings.inner_lr * step
                 values[name] = moved.detach().requires_grad_() if settings.first_order else moved
         outer = functional_call(episode_loss, values, (rows, queries, mask))
         at = [(values if settings.first_order else start)[name] for name in params]
         n_sharing = len(support) if direction is None else int(direction.eq(place).sum())
-        for name, gradient in zip(params, torch.autograd.grad(outer, at), strict=True):
+        for name, gradient in zip(params, torch.autograd.grad(outer, at, materialize_grads=True), strict=True):
             totals[name][place] += gradient / n_sharing
         losses.append(outer.detach())
     return torch.stack(losses), totals
@@ -81,17 +85,23 @@ def loop_meta_gradients(
 class _EpisodeLoss(nn.Module):
     """The outer loss of one episode's rows, or without labels the inner one, under the engine's names of parameters."""
 
-    def __init__(self, modules: nn.ModuleDict) -> None:
+    def __init__(self, modules: nn.ModuleDict, reconstruction_weight: float) -> None:
         super().__init__()
         self.encoder, self.head = modules["encoder"], modules["head"]
+        self.decoder: Any = dict(modules.items()).get("decoder")
         self.loss: Any = modules["loss"]
+        self.reconstruction_weight = reconstruction_weight
 
     def forward(self, support: torch.Tensor, rows: torch.Tensor, is_ood: torch.Tensor | None) -> torch.Tensor:
         takes_support = getattr(self.head, "takes_support", False)
         z = self.encoder(rows)
         logits = self.head(z, self.encoder(support)) if takes_support else self.head(z)
         value: torch.Tensor = self.loss.one_class(logits) if is_ood is None else self.loss(logits, is_ood)
-        return value
+        if self.decoder is None:
+            return value
+        normal = slice(None) if is_ood is None else ~is_ood
+        errors: torch.Tensor = (self.decoder(z) - rows)[normal].square().mean()
+        return value + self.reconstruction_weight * errors
 
 
 def _check(device: torch.device, dtype: torch.dtype, first_order: bool, path: Path) -> dict[str, Any]:

@@ -160,7 +160,7 @@ def pretended_gpu(patch: pytest.MonkeyPatch) -> Iterator[PretendedGpu]:
     from mdml_kernels import direct, dispatch
 
     from mdml_fast import threads
-    from mdml_fast.meta import chunks, fused, on_gpu
+    from mdml_fast.meta import chunks, fused, on_gpu, paths
 
     mode = PretendedGpu()
 
@@ -209,6 +209,7 @@ def pretended_gpu(patch: pytest.MonkeyPatch) -> Iterator[PretendedGpu]:
     patch.setattr(chunks.ChunkCache, "put", lambda *_: None)
     patch.setattr(chunks, "measure", lambda _, sizes: sizes[-1])
     patch.setattr(dispatch, "triton_state", lambda: None)
+    patch.setattr(paths, "triton_state", lambda: "compiler")
     patch.setattr(on_gpu, "takes_triton", lambda *_: False)
     patch.setattr(fused, "Replayed", Again)
     patch.setattr(direct, "margin_gradients", by_torch)

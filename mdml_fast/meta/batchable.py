@@ -16,6 +16,7 @@ from torch.func import functional_call, vmap
 _NOT_BATCHED = {
     "randomness": "draws random numbers in its forward, as dropout does, which episodes can't share: leave that "
     "out, or call eval() first",
+    "Batching rule not implemented": "takes an operation that can't be batched over episodes: leave it out",
     "inplace arithmetic": "writes into a tensor that its forward made, which has no place for every episode: let it "
     "make a new one",
 }
@@ -34,6 +35,14 @@ def check_batchable(modules: nn.ModuleDict) -> None:
                 f"{name} has requires_grad=False, but all parameters are trained: set it True, or make it a buffer"
             )
     for name, module in modules.named_modules():
+        if module._backward_hooks or module._backward_pre_hooks:
+            raise ValueError(f"{name} has a backward hook, which gradients of many episodes don't call: remove it")
+        for attribute, value in vars(module).items():
+            if isinstance(value, Tensor) and value.grad_fn is not None:
+                raise ValueError(
+                    f"{name}.{attribute} was computed from parameters, as legacy weight_norm and prune do, and has no "
+                    "place in an episode: use torch.nn.utils.parametrize"
+                )
         if getattr(module, "track_running_stats", False):
             raise ValueError(f"{name} keeps running statistics, which episodes can't share: use LayerNorm")
         if isinstance(module, nn.modules.dropout._DropoutNd) and module.p > 0:

@@ -22,6 +22,7 @@ from mdml_kernels.native import loader as native
 
 from mdml_fast.files import replace_file
 from mdml_fast.meta.engine import MetaEngine
+from mdml_fast.resources import free_memory
 
 # Tried in this order, until one takes so much longer than the best before it.
 CANDIDATES = (2, 4, 8, 16, 32, 64, 128, 256)
@@ -39,7 +40,7 @@ _VECTOR = 32
 
 
 class Shape(NamedTuple):
-    """Support rows, query rows and features of an episode."""
+    """Support rows, query rows and the features of a row, in however many dims."""
 
     n_support: int
     n_query: int
@@ -90,10 +91,7 @@ def available_memory(device: torch.device) -> int:
     """A quarter of the bytes that are free now."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0]) // 4
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
-    except (AttributeError, ValueError, OSError):  # no such count on this system
-        return 1 << 30
+    return free_memory() // 4
 
 
 def measure(seconds: Callable[[int], float], sizes: Sequence[int]) -> int:
@@ -114,8 +112,7 @@ class ChunkCache:
     """What was measured, in a JSON file of the user's cache folder; one that can't be read or written is no cache."""
 
     def __init__(self, path: Path | None = None) -> None:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-        self.path = path or folder / "mdml-fast" / "chunks.json"
+        self.path = path or _users_folder() / "mdml-fast" / "chunks.json"
 
     def get(self, key: str) -> int | None:
         """The size stored under the key."""
@@ -135,6 +132,14 @@ class ChunkCache:
         except (OSError, ValueError):
             return {}
         return document if isinstance(document, dict) else {}
+
+
+def _users_folder() -> Path:
+    """The user's cache folder; /dev/null, in which nothing can be kept, where the user has none."""
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        return Path(os.devnull)
 
 
 def cache_key(engine: MetaEngine, shape: Shape, sizes: Sequence[int], threads: int) -> str:

@@ -10,13 +10,14 @@ import torch
 from mdml_kernels import SoftmaxMarginLoss
 from torch import Tensor, nn
 
+from mdml_fast.meta import checks
 from mdml_fast.meta.batchable import check_batchable, try_forward
 from mdml_fast.meta.compiling import Compile
 from mdml_fast.meta.fused import FusedPath
 from mdml_fast.meta.generic import Batch, GenericPath
 from mdml_fast.meta.gradients import GROUP, GradientSums, MeanGradients, MetaGradients
 from mdml_fast.meta.paths import Path, choose_path
-from mdml_fast.meta.settings import ADAPTED, EngineSettings, Parameters, check_rows
+from mdml_fast.meta.settings import EngineSettings, Parameters
 
 
 class MetaEngine:
@@ -26,6 +27,12 @@ class MetaEngine:
     episode's support rows. The outer loss is the softmax margin of its query rows under the adapted encoder and the
     head. With a decoder, both levels add the reconstruction error of their normal rows, and the inner loop adapts the
     decoder too.
+
+    A parameter that several modules hold is one: named, and adapted where the encoder or the decoder holds it, as that
+    of the first of encoder, decoder, head and loss.
+
+    Settings of the modules, as the loss's margin, are taken as they are when the engine is made: for others make a new
+    engine.
 
     With `n_directions` every parameter and buffer is stacked [D, …], D copies of the modules' values to begin with,
     and each episode names its direction: D engines of their own, in one batched computation. The values may be set
@@ -71,9 +78,10 @@ class MetaEngine:
         compile: Compile = "auto",  # noqa: A002 - torch's word for it
     ) -> None:
         self.settings = EngineSettings(inner_steps, inner_lr, first_order, reconstruction_weight, dtype)
-        self.modules = nn.ModuleDict({"encoder": encoder, "head": head, "loss": loss or SoftmaxMarginLoss()})
-        if decoder is not None:
-            self.modules["decoder"] = decoder
+        # What is adapted comes first: a parameter that modules share is named, and adapted, as the first one's.
+        adapted = {"encoder": encoder} if decoder is None else {"encoder": encoder, "decoder": decoder}
+        self.modules = nn.ModuleDict({**adapted, "head": head, "loss": loss or SoftmaxMarginLoss()})
+        checks.loss(self.modules["loss"])
         check_batchable(self.modules)
         first = next(iter(self.parameters().values()), torch.empty(0))
         self.choice = choose_path(self.modules, first.device.type, dtype or first.dtype, first_order, path)
@@ -158,7 +166,7 @@ class MetaEngine:
             raise ValueError("this engine's head needs the support rows: give support=")
         values = self.values()
         self._check_rows(values, rows=rows, **({} if support is None else {"support": support}))
-        self._check_adapted(adapted, len(rows))
+        checks.adapted(adapted, self.parameters(), len(rows), self.n_directions is not None)
         direction = self._direction(direction, len(rows))
         return self._path.logits(adapted, _of_directions(values, direction), rows, support, direction is not None)
 
@@ -199,16 +207,26 @@ class MetaEngine:
             is_ood: likewise.
             direction: as in `adapt`.
         """
-        self._check_rows(values, support=support, query=query)
-        if is_ood.dtype != torch.bool or is_ood.shape != query.shape[:2]:
-            raise ValueError(f"is_ood must be bool {list(query.shape[:2])}, got {is_ood.dtype} {list(is_ood.shape)}")
-        if is_ood.device != query.device:
-            raise ValueError(f"is_ood is on {is_ood.device}, and the query on {query.device}: move one of them")
-        direction = self._direction(direction, len(support))
+        direction = self.check(values, support, query, is_ood, direction)
         group = GROUP if direction is None else 1
         values = _of_directions(values, direction)
         losses, groups = self._path.gradients(values, support, query, is_ood, direction is not None, group)
         return GradientSums(losses, groups, direction)
+
+    def check(
+        self, values: Parameters, support: Tensor, query: Tensor, is_ood: Tensor, direction: Tensor | None = None
+    ) -> Tensor | None:
+        """Refuse what `gradient_sums` does not take.
+
+        Returns:
+            The direction of each episode [E]; None where parameters are shared.
+
+        Raises:
+            ValueError: something is of another shape, dtype or range.
+        """
+        self._check_rows(values, support=support, query=query)
+        checks.flags(is_ood, query)
+        return self._direction(direction, len(support))
 
     def finished(self, values: Parameters, grads: Parameters) -> Parameters:
         """The gradients to the parameters from means of what `gradient_sums` gave at these values."""
@@ -243,22 +261,8 @@ class MetaEngine:
 
     def _check_rows(self, values: Parameters, **given: Tensor) -> None:
         dtype = None if self.settings.dtype else next((value.dtype for value in values.values()), None)
-        device = next((value.device for value in values.values()), next(iter(given.values())).device)
-        check_rows(given, device, dtype, self._path.n_features)
-
-    def _check_adapted(self, adapted: Parameters, n_episodes: int) -> None:
-        stacked = self.n_directions is not None
-        for name, param in self.parameters().items():
-            if not name.startswith(ADAPTED):
-                continue
-            if name not in adapted:
-                raise ValueError(f"adapted lacks {name}: give what adapt() returned, whole")
-            shape = (n_episodes, *param.shape[stacked:])
-            if adapted[name].shape != shape:
-                raise ValueError(
-                    f"adapted {name} must be {list(shape)}, got {list(adapted[name].shape)}: give rows of the episodes "
-                    "that adapt() had, or expand what it gave"
-                )
+        device = next((value.device for value in values.values()), None)
+        checks.rows(given, device, dtype, self._path.n_features)
 
     def _batch(self, support: Tensor, query: Tensor, is_ood: Tensor, direction: Tensor | None) -> tuple[Batch, bool]:
         """As the generic path takes it, and whether the values are stacked."""
@@ -271,19 +275,12 @@ class MetaEngine:
             if direction is not None:
                 raise ValueError("this engine's parameters are shared by all episodes: leave direction out")
             return None
-        if direction is None:
-            if n_episodes != self.n_directions:
-                raise ValueError(f"{n_episodes} episodes of {self.n_directions} directions: give direction=, int [E]")
-            return torch.arange(n_episodes, device=self.device)
-        if not isinstance(direction, Tensor):
-            raise ValueError(f"direction must be a tensor, int64 [{n_episodes}], got a {type(direction).__name__}")
-        if direction.shape != (n_episodes,) or direction.dtype != torch.int64:
-            raise ValueError(f"direction must be int64 [{n_episodes}], got {direction.dtype} {list(direction.shape)}")
-        # On a GPU only indexing looks at it: this would wait for the device.
-        if direction.device.type == "cpu" and bool(((direction < 0) | (direction >= self.n_directions)).any()):
-            found = f"{int(direction.min())} to {int(direction.max())}"
-            raise ValueError(f"direction must be in 0 to {self.n_directions - 1}, got {found}")
-        return direction
+        if direction is not None:
+            checks.direction(direction, n_episodes, self.n_directions)
+            return direction
+        if n_episodes != self.n_directions:
+            raise ValueError(f"{n_episodes} episodes of {self.n_directions} directions: give direction=, int64 [E]")
+        return torch.arange(n_episodes, device=self.device)
 
 
 def _of_directions(values: Parameters, direction: Tensor | None) -> Parameters:

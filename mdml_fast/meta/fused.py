@@ -7,7 +7,7 @@ import itertools
 import threading
 
 import torch
-from mdml_kernels import SoftmaxMarginLoss
+from mdml_kernels import SoftmaxMarginLoss, checks
 from mdml_kernels.native.episodes import MlpLayer
 from torch import Tensor, nn
 
@@ -28,7 +28,7 @@ class FusedPath:
     """As `GenericPath`, for what `paths.choose_path` lets through.
 
     Raises:
-        ValueError: a layer takes another width than the one before it gives.
+        ValueError: a layer takes another width than the one before it gives, or the loss can't take so few logits.
     """
 
     def __init__(self, modules: nn.ModuleDict, settings: EngineSettings) -> None:
@@ -37,6 +37,8 @@ class FusedPath:
         assert head is not None
         assert isinstance(loss, SoftmaxMarginLoss)
         _check_widths((*network.layers, head) if isinstance(head, Layer) else network.layers, modules)
+        if isinstance(head, Layer):
+            _check_loss(loss, modules.get_parameter(head.weight).shape[-2])
         trained = [name for name, _ in modules.named_parameters()]
         self._recipe = Recipe(network, head, loss, settings, trained, read_folding(network, head, modules))
         self.takes_support = self._recipe.takes_support
@@ -49,6 +51,7 @@ class FusedPath:
 
     def adapt(self, values: Parameters, support: Tensor, stacked: bool) -> Parameters:
         """See `GenericPath`."""
+        self._check_centers(support)
         kernels, layers = self._serving(values, support, 0, stacked)
         if kernels and layers and self._recipe.settings.inner_steps:
             return kernels.adapt(layers, values, support, stacked)
@@ -84,6 +87,7 @@ class FusedPath:
             ]
             losses, grads = zip(*parts, strict=True)
             return torch.cat(losses), {name: torch.cat([part[name] for part in grads]) for name in grads[0]}
+        self._check_centers(support)
         if self._prototypes and self._prototypes.serves(values, stacked, support):
             return self._prototypes.gradients(values, support, query, is_ood)
         kernels, layers = self._serving(values, support, query.shape[1], stacked)
@@ -114,6 +118,10 @@ class FusedPath:
             grads = grads | folding.gradients({name: values[name] for name in folding.names}, folded)
         return {name: grads[name].to(values[name].dtype) for name in self._recipe.trained}
 
+    def _check_centers(self, support: Tensor) -> None:
+        if self.takes_support:  # a logit for each of its rows
+            _check_loss(self._recipe.loss, support.shape[1])
+
     def _serving(
         self, values: Parameters, support: Tensor, n_query: int, stacked: bool
     ) -> tuple[EpisodeKernels | None, list[MlpLayer] | None]:
@@ -132,6 +140,12 @@ class FusedPath:
             programs[key] = Program(self._recipe, values, support, n_query, stacked)
         programs[key].load(values)
         return programs[key]
+
+
+def _check_loss(loss: SoftmaxMarginLoss, n_logits: int) -> None:
+    """Refuse what the loss refuses of logits [..., K], which the kernels take as they are."""
+    background = None if loss.background is None else 0.0
+    checks.logits(torch.empty(1, n_logits), loss.fixed_temperature, background, loss.confidence)
 
 
 def _check_widths(layers: tuple[Layer, ...], modules: nn.ModuleDict) -> None:

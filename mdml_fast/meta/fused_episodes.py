@@ -77,7 +77,7 @@ class EpisodeKernels:
     def adapt(self, given: list[episodes.MlpLayer], values: Parameters, support: Tensor, stacked: bool) -> Parameters:
         """The encoder after the inner loop on support rows [C, n, d]: [C, …] by name; given: their `layers`."""
         n = len(support)
-        names = [name for layer in self._layers[:-1] for name in (layer.weight, layer.bias) if name]
+        names = [name for layer in self._layers[:-1] for name in layer.names]
         own = {name: values[name].new_empty(n, *values[name].shape[stacked:]) for name in names}
         owns: list[tuple[Tensor, Tensor | None] | None] = [
             (own[layer.weight], own[layer.bias] if layer.bias else None) for layer in self._layers[:-1]
@@ -116,7 +116,7 @@ class EpisodeKernels:
         layers = [_layer(layer, given) for layer in self._layers]
         if self._folding:
             layers[-1] = layers[-1]._replace(metric=given[METRIC], fixed_bias=self._folding.last.bias is None)
-        names = [name for layer in self._layers for name in (layer.weight, layer.bias) if name]
+        names = [name for layer in self._layers for name in layer.names]
         self._shapes = dict(zip([*names, CROSS], episodes.gradient_shapes(layers, self._inner), strict=False))
         return layers
 

@@ -26,12 +26,23 @@ class Layer(NamedTuple):
     bias: str | None
     activation: str = ""
 
+    @property
+    def names(self) -> list[str]:
+        """Those of its parameters."""
+        return [name for name in (self.weight, self.bias) if name]
+
 
 class Network(NamedTuple):
     """Layers in a row; with log_scale, what they give is added to ``x · exp(log_scale)``."""
 
     layers: tuple[Layer, ...]
     log_scale: str | None = None
+
+    @property
+    def names(self) -> list[str]:
+        """Those of its parameters."""
+        names = [name for layer in self.layers for name in layer.names]
+        return [*names, self.log_scale] if self.log_scale else names
 
 
 def read_encoder(encoder: nn.Module) -> Network | None:

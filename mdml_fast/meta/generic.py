@@ -132,6 +132,12 @@ class _Episode:
         self.modules, self.settings = modules, settings
         self.takes_support = bool(getattr(modules["head"], "takes_support", False))
         self.trained = {name for name, _ in modules.named_parameters()}
+        # What modules share has one name among the values: that of the first that holds it.
+        named = {id(value): name for name, value in (*modules.named_parameters(), *modules.named_buffers())}
+        self.names = {
+            part: {name: named[id(value)] for name, value in (*module.named_parameters(), *module.named_buffers())}
+            for part, module in modules.items()
+        }
         loss = modules["loss"]
         few = copy.copy(loss)
         if getattr(loss, "backend", "") == "auto":
@@ -139,7 +145,7 @@ class _Episode:
         # functional_call only calls forward. Made here, because a compiler can't follow the making of a module.
         self.losses = {
             (method, is_few): _Method(module, method)
-            for method in ("forward", "one_class")
+            for method in ("__call__", "one_class")
             for module, is_few in ((loss, False), (few, True))
         }
 
@@ -190,7 +196,7 @@ class _Episode:
     ) -> Tensor:
         values = params | buffers
         logits, z = self._logits(values, query, support)
-        margin = self._loss(values, "forward", logits, is_ood)
+        margin = self._loss(values, "__call__", logits, is_ood)
         is_id = ~is_ood
         errors = self._reconstruction(values, z, query) * is_id
         return margin + errors.sum() / is_id.sum().clamp(min=1)
@@ -214,8 +220,7 @@ class _Episode:
 
     def _call(self, values: Parameters, part: str, *args: Tensor) -> Tensor:
         """Call a network with these values; it computes in the settings' dtype."""
-        prefix, dtype = f"{part}.", self.settings.dtype
-        own = {name.removeprefix(prefix): value for name, value in values.items() if name.startswith(prefix)}
+        own, dtype = {name: values[shared] for name, shared in self.names[part].items()}, self.settings.dtype
         if dtype is not None:
             own = {name: value.to(dtype) if value.is_floating_point() else value for name, value in own.items()}
             args = tuple(arg.to(dtype) for arg in args)
@@ -224,7 +229,7 @@ class _Episode:
 
     def _loss(self, values: Parameters, method: str, logits: Tensor, *args: Tensor) -> Tensor:
         """A method of the loss with these values."""
-        own = {name: value for name, value in values.items() if name.startswith("loss.")}
+        own = {f"loss.{name}": values[shared] for name, shared in self.names["loss"].items()}
         result: Tensor = functional_call(self.losses[method, logits.numel() <= _FEW_LOGITS], own, (logits, *args))
         return result
 

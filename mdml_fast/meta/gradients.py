@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
@@ -64,19 +65,22 @@ class MeanGradients:
         """Take the next episodes in."""
         if not self._totals:
             self._losses = self._losses.to(sums.loss.dtype)
-            places = () if self._counts is None else (len(self._counts),)
-            self._totals = {name: value.new_zeros((*places, *value.shape[1:])) for name, value in sums.groups.items()}
+            outer = () if self._counts is None else (len(self._counts),)
+            self._totals = {name: value.new_zeros((*outer, *value.shape[1:])) for name, value in sums.groups.items()}
         self._losses[self._n_done : self._n_done + len(sums.loss)] = sums.loss
         self._n_done += len(sums.loss)
-        if self._counts is not None:
-            assert sums.direction is not None
-            self._counts += sums.direction.bincount(minlength=len(self._counts))
-        for name, groups in sums.groups.items():
-            if sums.direction is not None:
-                self._totals[name].index_add_(0, sums.direction, groups)
-                continue
-            for group in groups:
-                self._totals[name] += group
+        if sums.direction is None:
+            for name, groups in sums.groups.items():
+                for group in groups:
+                    self._totals[name] += group
+            return self
+        assert self._counts is not None
+        self._counts += sums.direction.bincount(minlength=len(self._counts))
+        # A GPU adds up what is for one place in any order.
+        for episodes in _rounds(sums.direction) if sums.direction.is_cuda else [slice(None)]:
+            places = sums.direction[episodes]
+            for name, groups in sums.groups.items():
+                self._totals[name].index_add_(0, places, groups[episodes])
         return self
 
     def result(self) -> MetaGradients:
@@ -91,3 +95,10 @@ class MeanGradients:
             for grad in grads.values():  # whatever parameters that are not finite made of a zero
                 grad[idle] = 0
         return MetaGradients(self._losses[: self._n_done], grads)
+
+
+def _rounds(direction: Tensor) -> Sequence[Tensor]:
+    """Where each direction's first episode is, where its second, and so on: no direction is in a round twice."""
+    ordered, places = direction.sort(stable=True)
+    earlier = torch.arange(len(places), device=places.device) - torch.searchsorted(ordered, ordered)
+    return torch.split(places[earlier.argsort(stable=True)], earlier.bincount().tolist())

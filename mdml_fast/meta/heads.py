@@ -24,7 +24,7 @@ class PrototypeHead(nn.Module):
         super().__init__()
         if not variance > 0:
             raise ValueError(f"variance must be positive, got {variance}")
-        self.register_buffer("variance", torch.tensor(variance))
+        self.register_buffer("variance", torch.tensor(float(variance)))
 
     def forward(self, z: Tensor, support_z: Tensor) -> Tensor:
         """Logits [N, K] of embeddings z [N, z] for the embeddings support_z [K, z] of the support rows."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any
 
 import torch
+from mdml_kernels.launch import on_device_of
 from torch import Tensor
 from torch.utils._pytree import tree_map
 
@@ -22,7 +22,6 @@ def takes_triton(network: Network, head: Layer | str, device: torch.device, dtyp
     return (
         device.type == "cuda"
         and dtype != torch.float64
-        and find_spec("triton") is not None
         and isinstance(head, Layer)
         and network.log_scale is None
         and all(layer.activation == "relu" for layer in hidden)
@@ -73,19 +72,21 @@ class Replayed:
 
     def __init__(self, function: Callable[..., Any], *args: Tensor) -> None:
         self._inputs = [arg.clone() for arg in args]
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            function(*self._inputs)  # compiles kernels and allocates, which a capture must not
-        torch.cuda.current_stream().wait_stream(stream)
-        self._graph = torch.cuda.CUDAGraph()
-        # Another thread, which samples the next episodes, may allocate meanwhile.
-        with torch.cuda.graph(self._graph, capture_error_mode="thread_local"):
-            self._outputs = function(*self._inputs)
+        with on_device_of(args[0]):  # streams and graphs are those of the current GPU, which may be another
+            stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            stream.wait_stream(torch.cuda.current_stream())
+            with torch.cuda.stream(stream):
+                function(*self._inputs)  # compiles kernels and allocates, which a capture must not
+            torch.cuda.current_stream().wait_stream(stream)
+            self._graph = torch.cuda.CUDAGraph()
+            # Another thread, which samples the next episodes, may allocate meanwhile.
+            with torch.cuda.graph(self._graph, stream=stream, capture_error_mode="thread_local"):
+                self._outputs = function(*self._inputs)
 
     def __call__(self, *args: Tensor) -> Any:
         """What the function gives, in tensors of its own."""
         for own, arg in zip(self._inputs, args, strict=True):
             own.copy_(arg)
-        self._graph.replay()
+        with on_device_of(args[0]):
+            self._graph.replay()
         return tree_map(torch.clone, self._outputs)

@@ -6,10 +6,11 @@ from typing import Literal, NamedTuple
 
 import torch
 from mdml_kernels import SoftmaxMarginLoss
+from mdml_kernels.dispatch import triton_state
 from torch import nn
 
 from mdml_fast.meta.fused_heads import read_head
-from mdml_fast.meta.fused_layers import read_encoder
+from mdml_fast.meta.fused_layers import Layer, read_encoder
 
 Path = Literal["auto", "generic", "fused"]
 PATHS = ("auto", "generic", "fused")
@@ -60,12 +61,25 @@ def _why_not_fused(modules: nn.ModuleDict, device: str, dtype: torch.dtype, firs
         return "there is a decoder"
     if len(dict(modules.named_parameters())) < len(dict(modules.named_parameters(remove_duplicate=False))):
         return "modules share a parameter"
-    if read_encoder(encoder) is None:
+    network, read = read_encoder(encoder), read_head(head)
+    if network is None:
         return f"the encoder ({type(encoder).__name__}) is no Sequential of Linear, ReLU, GELU and Tanh"
-    if read_head(head) is None:
+    if read is None:
         return f"the head ({type(head).__name__}) is neither Linear nor PrototypeHead"
+    if any(_is_altered(module) for module in modules.modules()):
+        return "a module has hooks, or a forward of its own"
+    layers = {*network.names, *(read.names if isinstance(read, Layer) else [])}
+    if layers != {name for name, _ in modules.named_parameters() if not name.startswith("loss.")}:
+        return "a module has other parameters than its type"
     if type(loss) is not SoftmaxMarginLoss or loss.backend not in ("auto", "cpu"):
         return "the loss is no SoftmaxMarginLoss with backend 'auto'"
     if device not in ("cpu", "cuda") or dtype not in _FUSED_DTYPES:
         return f"{str(dtype).removeprefix('torch.')} on {device} has only the generic path"
+    if device == "cuda" and triton_state() is None:
+        return "Triton, whose kernels the fused path takes on a GPU, is not installed"
     return ""
+
+
+def _is_altered(module: nn.Module) -> bool:
+    """Whether calling it does something else than its type does."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))

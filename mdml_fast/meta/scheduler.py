@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
@@ -79,6 +80,7 @@ class MetaScheduler:
         self, support: Tensor, query: Tensor, is_ood: Tensor, direction: Tensor | None = None
     ) -> MetaGradients:
         """As `MetaEngine.meta_gradients`, for any number of episodes."""
+        direction = self.engine.check(self.engine.values(), support, query, is_ood, direction)
         n = len(support)
         numbers = torch.arange(n, device=support.device) if direction is None else direction
         given = _Given(EpisodeBatch(support, query, is_ood, numbers))
@@ -99,7 +101,8 @@ class MetaScheduler:
             done: steps that are left out, because they were done before.
 
         Raises:
-            ValueError: a step has no episode.
+            ValueError: a step has no episode, or the source gives others than it was asked for, or such as the engine
+                does not take.
         """
         if done >= n_steps:
             return
@@ -108,7 +111,7 @@ class MetaScheduler:
         ranges = ((step * episodes_per_step + start, count) for step in range(done, n_steps) for start, count in cuts)
         one = first, cuts[0][1]
         with workers(1) as sampling, self._compiling(source, one, n_steps, episodes_per_step) as due:
-            batches = in_order(sampling, (partial(source.batch, *cut) for cut in ranges), self._side_by_side)
+            batches = in_order(sampling, (partial(_batch, source, *cut) for cut in ranges), self._side_by_side)
             for step in range(done, n_steps):
                 due(step)
                 yield self._mean(episodes_per_step, (next(batches) for _ in cuts))
@@ -147,13 +150,13 @@ class MetaScheduler:
         """
         first_step = None
         if self.engine.compile == "auto" and self.engine.device.type == "cpu":
-            sample = source.batch(cut[0], 1)
+            sample = _batch(source, cut[0], 1)
             flops = self.engine.flops(sample.support.shape[1], sample.query.shape[1])
             first_step = first_compiled_step(episodes_per_step * flops, n_steps, self.threads)
         if first_step is None:
             yield lambda step: None  # noqa: ARG005
             return
-        batch = source.batch(*cut)
+        batch = _batch(source, *cut)
         with in_background(self.engine.compiling_for(*self._arguments(batch))) as background:
             is_due = True
 
@@ -179,14 +182,15 @@ class MetaScheduler:
         """How the episodes of a step are cut into chunks, as `chunks.cuts`."""
         if n_episodes < 1:
             raise ValueError(f"there must be 1 episode or more in a step, got {n_episodes}")
-        sample = source.batch(first, 1)
-        shape = chunks.Shape(sample.support.shape[1], *sample.query.shape[1:])
+        sample = _batch(source, first, 1)
+        self.engine.check(self.engine.values(), *self._arguments(sample))
+        shape = chunks.Shape(sample.support.shape[1], sample.query.shape[1], math.prod(sample.query.shape[2:]))
         if (shape, n_episodes) not in self._chunks:
             self._chunks[shape, n_episodes] = self._chunk(source, first, n_episodes, shape)
         each = self._chunks[shape, n_episodes]
         cuts = chunks.cuts(n_episodes, each * self.threads // self._side_by_side)
         if self.engine.is_to_be_compiled:
-            self._compile(source.batch(first, cuts[0][1]))
+            self._compile(_batch(source, first, cuts[0][1]))
         return cuts
 
     def _chunk(self, source: EpisodeSource, first: int, n_episodes: int, shape: chunks.Shape) -> int:
@@ -232,6 +236,16 @@ class MetaScheduler:
             sums = self.engine.gradient_sums(self.engine.values(), *self._arguments(batch))
         sums.loss.cpu()  # waits for a GPU
         return clock() - start
+
+
+def _batch(source: EpisodeSource, first: int, n_episodes: int) -> EpisodeBatch:
+    """What the source gives, if that is so many episodes."""
+    batch = source.batch(first, n_episodes)
+    if len(batch.support) != n_episodes:
+        raise ValueError(
+            f"the source gave {len(batch.support)} episodes as batch({first}, {n_episodes}): it must give {n_episodes}"
+        )
+    return batch
 
 
 class _Given:

@@ -7,7 +7,7 @@ import torch
 from mdml_kernels import SoftmaxMarginLoss
 from torch import Tensor, nn
 
-from mdml_fast import MetaEngine
+from mdml_fast import MetaEngine, MetaScheduler
 from mdml_fast.diagnosis import loop_meta_gradients
 
 
@@ -237,6 +237,9 @@ def test_a_trial_has_parameters_as_an_episode_has() -> None:
         ({"query": lambda rows: rows[:2]}, "query .* must be of the episodes and features of"),
         ({"query": lambda rows: rows[..., :11]}, "query .* must be of the episodes and features of"),
         ({"support": lambda rows: rows[0]}, "support must be .*got"),
+        ({"support": lambda rows: rows.tolist()}, "support must be a tensor .*, got a list"),
+        ({"query": lambda rows: rows.numpy()}, "query must be a tensor .*, got a ndarray"),
+        ({"is_ood": lambda flags: flags.tolist()}, r"is_ood must be a tensor, bool \[3, 10\], got a list"),
         ({"is_ood": lambda flags: flags.long()}, "is_ood must be bool"),
         ({"is_ood": lambda flags: flags[:1]}, "is_ood must be bool"),
         (dict.fromkeys(("support", "query", "is_ood"), lambda rows: rows[:0]), "one episode at least"),
@@ -245,8 +248,15 @@ def test_a_trial_has_parameters_as_an_episode_has() -> None:
 def test_rows_that_do_not_fit_are_refused(path: str, change: dict[str, object], match: str) -> None:
     engine = MetaEngine(nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 6)), nn.Linear(6, 5), path=path)
     given = dict(zip(("support", "query", "is_ood"), BATCH, strict=True))
-    with pytest.raises(ValueError, match=match):
-        engine.meta_gradients(**given | {name: how(given[name]) for name, how in change.items()})
+    for compute in (engine.meta_gradients, MetaScheduler(engine).meta_gradients):
+        with pytest.raises(ValueError, match=match) as caught:
+            compute(**given | {name: how(given[name]) for name, how in change.items()})
+        assert "\n" not in str(caught.value)
+
+
+def test_a_loss_without_an_inner_level_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"loss must be a SoftmaxMarginLoss.*got a CrossEntropyLoss"):
+        MetaEngine(*networks(), loss=nn.CrossEntropyLoss())
 
 
 @pytest.mark.parametrize("path", ["fused", "generic"])
@@ -308,14 +318,6 @@ def test_the_fused_path_knows_how_wide_rows_are() -> None:
         engine.meta_gradients(*BATCH)
     with pytest.raises(ValueError, match="the 13 features of the encoder"):
         engine.logits(engine.adapt(torch.ones(3, 16, 13)), BATCH[1])
-
-
-def test_modules_that_share_a_parameter_take_the_generic_path() -> None:
-    encoder, head = nn.Sequential(nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 12)), nn.Linear(12, 8)
-    head.weight = encoder[0].weight
-    engine = MetaEngine(encoder, head)
-    assert engine.choice == ("generic", "modules share a parameter")
-    assert set(engine.meta_gradients(*BATCH).grads) == set(engine.parameters())
 
 
 def test_a_forward_may_change_what_it_made() -> None:

@@ -1,9 +1,13 @@
 """Parameters stacked by direction, heads that see the support, and a learned background, against a plain loop."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from mdml_kernels import SoftmaxMarginLoss
+from pretended_gpu import pretended_gpu
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mdml_fast import MetaEngine
 from mdml_fast.diagnosis import loop_meta_gradients
@@ -122,6 +126,32 @@ def test_as_many_episodes_as_directions_need_no_names() -> None:
         prototype_engine(n_directions=0)
 
 
+def test_a_gpu_adds_up_each_directions_episodes_in_their_order(monkeypatch: pytest.MonkeyPatch) -> None:
+    """index_add_ keeps no order there of what is for one place: no call may name a direction twice."""
+    direction = torch.tensor([2, 0, 0, 2, 0, 1, 2, 0])
+    here = linear_engine(n_directions=D)
+    expected = here.meta_gradients(*episodes(n=8), direction=direction).grads
+    named = []
+
+    class Watched(TorchFunctionMode):
+        def __torch_function__(
+            self, func: Callable[..., object], types: object, args: tuple = (), kwargs: object = None
+        ):
+            if func is Tensor.index_add_:
+                named.append(args[2].tolist())
+            return func(*args, **(kwargs or {}))
+
+    with pretended_gpu(monkeypatch), Watched():
+        there = linear_engine(n_directions=D)
+        there.modules.to("cuda")
+        batch = [tensor.to("cuda") for tensor in (*episodes(n=8), direction)]
+        grads = there.meta_gradients(*batch).grads
+        for name, value in expected.items():
+            torch.testing.assert_close(grads[name].cpu(), value, rtol=1e-10, atol=0)
+    n = len(expected)
+    assert named == [[0, 1, 2]] * n + [[0, 2]] * 2 * n + [[0]] * n
+
+
 def test_the_callers_modules_are_left_alone() -> None:
     head = nn.Linear(4, 5)
     engine = MetaEngine(nn.Linear(6, 4), head, n_directions=D)
@@ -141,6 +171,12 @@ def test_logits_are_distances_to_the_adapted_support(n_directions: int | None) -
     torch.testing.assert_close(logits[1], -torch.cdist(z, centers).square() / (2 * 1.5))
     with pytest.raises(ValueError, match="give support="):
         engine.logits(adapted, query)
+
+
+def test_a_variance_may_be_set_to_any_number() -> None:
+    engine = MetaEngine(nn.Linear(6, 4), PrototypeHead(1), n_directions=D)
+    engine.buffers()["head.variance"][1] = 0.5
+    assert engine.buffers()["head.variance"].tolist() == [1.0, 0.5, 1.0]
 
 
 def test_zero_steps_adapt_nothing() -> None:

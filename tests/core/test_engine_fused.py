@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mdml_fast import MetaEngine
 from mdml_fast.diagnosis import loop_meta_gradients
+from mdml_fast.meta import paths
 from mdml_fast.meta.encoders import ResidualEncoder
 from mdml_fast.meta.heads import PrototypeHead
 from mdml_fast.meta.paths import choose_path
@@ -305,11 +306,34 @@ def test_what_the_fused_path_cannot_do_is_refused_or_left_to_the_generic_one(
     assert MetaEngine(**arguments).choice.path == "generic"
 
 
-def test_the_choice_of_a_path() -> None:
+@pytest.mark.parametrize("path", ["fused", "generic"])
+def test_what_the_loss_refuses_of_logits_every_path_does(path: str) -> None:
+    support, query, is_ood = episodes(3, torch.float32)
+
+    def compute(head: nn.Module, n_support: int, **loss: object) -> Tensor:
+        engine = MetaEngine(nn.Linear(6, 4), head, loss=SoftmaxMarginLoss(**loss), path=path)
+        return engine.meta_gradients(support[:, :n_support], query, is_ood).loss
+
+    for head, n_support in ((nn.Linear(4, 1), 9), (PrototypeHead(), 1)):
+        with pytest.raises(ValueError, match=r"K = 1.*give background="):
+            compute(head, n_support)
+        assert compute(head, n_support, background=0.5).isfinite().all()
+    with pytest.raises(ValueError, match=r"'mass' is .*give background"):
+        compute(nn.Linear(4, 5), 9, confidence="mass")
+    with pytest.raises(ValueError, match="confidence must be one of"):
+        compute(nn.Linear(4, 5), 9, confidence="mean")
+
+
+def test_the_choice_of_a_path(monkeypatch: pytest.MonkeyPatch) -> None:
     modules = MetaEngine(nn.Linear(6, 4), nn.Linear(4, 5)).modules
+    monkeypatch.setattr(paths, "triton_state", lambda: "compiler")
     assert choose_path(modules, "cpu", torch.float32, True).path == "fused"
     assert choose_path(modules, "cuda", torch.bfloat16, True).path == "fused"
     assert choose_path(modules, "mps", torch.float32, True) == ("generic", "float32 on mps has only the generic path")
     assert choose_path(modules, "cpu", torch.float32, True, "generic") == ("generic", "asked for")
     with pytest.raises(ValueError, match="path must be one of 'auto', 'generic', 'fused', got 'fast'"):
         choose_path(modules, "cpu", torch.float32, True, "fast")
+    monkeypatch.setattr(paths, "triton_state", lambda: None)
+    assert choose_path(modules, "cpu", torch.float32, True).path == "fused"
+    path, reason = choose_path(modules, "cuda", torch.float32, True)
+    assert (path, "Triton" in reason) == ("generic", True)

@@ -5,6 +5,8 @@ import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
+from typing import ClassVar
 
 import pytest
 import torch
@@ -68,23 +70,40 @@ def test_what_triton_takes() -> None:
 
 
 class FakeGraph:
-    """Replays as a CUDA graph does: from the captured inputs into the captured outputs."""
+    """Replays as a CUDA graph does: from the captured inputs into the captured outputs, on the GPU it is of."""
+
+    current: ClassVar[list[torch.Tensor]] = []
 
     def replay(self) -> None:
+        assert self.current
         self.outputs[0].copy_(2 * self.inputs[0])
 
 
 def test_a_replay_copies_what_comes_and_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     class Stream:
+        def __init__(self) -> None:
+            assert FakeGraph.current
+
         def wait_stream(self, other: object) -> None:
             pass
 
+    @contextlib.contextmanager
+    def on_device_of(tensor: torch.Tensor) -> Iterator[None]:
+        FakeGraph.current.append(tensor)
+        yield
+        FakeGraph.current.pop()
+
+    def graph(_: FakeGraph, stream: Stream, capture_error_mode: str) -> contextlib.AbstractContextManager[None]:
+        assert FakeGraph.current
+        return contextlib.nullcontext()
+
+    monkeypatch.setattr(on_gpu, "on_device_of", on_device_of)
     for name, value in {
         "Stream": Stream,
         "current_stream": Stream,
         "stream": lambda _: contextlib.nullcontext(),
         "CUDAGraph": FakeGraph,
-        "graph": lambda _, capture_error_mode: contextlib.nullcontext(),
+        "graph": graph,
     }.items():
         monkeypatch.setattr(torch.cuda, name, value)
     replayed = on_gpu.Replayed(lambda x: (2 * x,), torch.zeros(3))

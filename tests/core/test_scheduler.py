@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import os
 import subprocess
 import sys
 import textwrap
@@ -12,8 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from mdml_kernels import SoftmaxMarginLoss
 from mdml_kernels.native import calls
 from mdml_kernels.native import episodes as native_episodes
@@ -23,7 +22,7 @@ from torch import nn
 from mdml_fast import MetaEngine, MetaGradients
 from mdml_fast.episodes import EpisodeBatch
 from mdml_fast.meta import chunks
-from mdml_fast.meta.chunks import ChunkCache, Shape, candidates
+from mdml_fast.meta.chunks import ChunkCache, Shape
 from mdml_fast.meta.scheduler import MetaScheduler
 
 
@@ -172,6 +171,43 @@ def test_an_error_in_a_source_is_raised_and_threads_end() -> None:
         mean_of(MetaScheduler(engine(), chunk=8, threads=2), 64, Broken())
 
 
+@pytest.mark.parametrize("off_by", [-1, 1])
+@pytest.mark.parametrize("chunk", [8, None])
+def test_a_source_gives_as_many_episodes_as_it_is_asked_for(off_by: int, chunk: int | None) -> None:
+    class Other(Source):
+        def batch(self, first: int, n_episodes: int) -> EpisodeBatch:
+            return super().batch(first, n_episodes + off_by * (n_episodes > 1))
+
+    with pytest.raises(ValueError, match=r"the source gave \d+ episodes as batch\(0, \d+\): it must"):
+        mean_of(MetaScheduler(engine(), chunk=chunk, threads=2), 32, Other())
+
+
+def test_rows_may_have_more_dims_than_one() -> None:
+    torch.manual_seed(0)
+    encoder = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 8))
+    one = MetaEngine(encoder, nn.Linear(8, 4))
+    images = torch.randn(32, 5, 1, 8, 8), torch.randn(32, 6, 1, 8, 8), (torch.arange(6) >= 3).expand(32, 6)
+    with on_one_thread():
+        assert equal(MetaScheduler(one, threads=2).meta_gradients(*images), one.meta_gradients(*images))
+
+
+def test_what_the_engine_refuses_the_scheduler_does() -> None:
+    class Flat(Source):
+        def batch(self, first: int, n_episodes: int) -> EpisodeBatch:
+            batch = super().batch(first, n_episodes)
+            return batch._replace(support=batch.support[:, 0], query=batch.query[:, 0])
+
+    support, query, is_ood, direction = Source().batch(0, 16)
+    for wrong, match in (
+        (lambda one: mean_of(one, 16, Flat()), r"support must be \[episodes, rows, features\]"),
+        (lambda one: one.meta_gradients(support, query, is_ood[:, :-1]), "is_ood must be bool"),
+        (lambda one: one.meta_gradients(support[:-1], query, is_ood), "must be of the episodes and features of"),
+        (lambda one: one.meta_gradients(support, query, is_ood, direction), "leave direction out"),
+    ):
+        with pytest.raises(ValueError, match=match):
+            wrong(MetaScheduler(engine(), threads=1))
+
+
 def test_a_chunk_size_is_measured_once_and_logged(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "mdml_fast")
     cache = ChunkCache(tmp_path / "deep" / "chunks.json")
@@ -212,12 +248,23 @@ def test_without_a_folder_to_write_to_it_still_runs(tmp_path: Path, monkeypatch:
     assert "(measured)" in scheduler.chosen
 
 
-def test_the_cache_lies_in_the_users_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert ChunkCache().path == tmp_path / "mdml-fast" / "chunks.json"
+def test_without_a_home_it_still_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    def home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
     monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    assert ChunkCache().path == tmp_path / "home" / ".cache" / "mdml-fast" / "chunks.json"
+    monkeypatch.setattr(Path, "home", home)
+    for _ in range(2):
+        scheduler = MetaScheduler(engine(), threads=1)
+        mean_of(scheduler, 32)
+        assert "(measured)" in scheduler.chosen
+
+
+def test_bits_do_not_depend_on_how_much_memory_caches_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = mean_of(MetaScheduler(engine(), threads=1), 32)
+    sysconf = os.sysconf
+    monkeypatch.setattr(os, "sysconf", lambda name: 10 if name == "SC_AVPHYS_PAGES" else sysconf(name))
+    assert equal(mean_of(MetaScheduler(engine(), threads=1), 32), expected)
 
 
 def test_numbers_out_of_range_are_refused() -> None:
@@ -227,55 +274,8 @@ def test_numbers_out_of_range_are_refused() -> None:
     scheduler = MetaScheduler(engine())
     with pytest.raises(ValueError, match="1 episode or more in a step, got 0"):
         mean_of(scheduler, 0)
-    with pytest.raises(ValueError, match="1 episode or more in a step, got 0"):
+    with pytest.raises(ValueError, match="one episode at least"):
         scheduler.meta_gradients(*(part[:0] for part in Source().batch(0, 1)[:3]))
-
-
-@given(
-    n_episodes=st.integers(1, 10_000),
-    episode_bytes=st.integers(1, 1 << 24),
-    memory=st.integers(1, 1 << 32),
-    granule=st.sampled_from([1, 2, 8, 32]),
-)
-def test_candidates_fit_the_memory_and_are_whole_granules(
-    n_episodes: int, episode_bytes: int, memory: int, granule: int
-) -> None:
-    sizes = candidates(n_episodes, episode_bytes, memory, granule)
-    assert sizes == sorted(set(sizes))
-    assert sizes[0] >= 1
-    if memory >= max(granule, 2) * episode_bytes:
-        assert sizes[-1] * episode_bytes <= memory
-        assert all(size % granule == 0 for size in sizes)
-    assert sizes[-1] < n_episodes + granule
-
-
-@given(n_support=st.integers(1, 300), n_query=st.integers(1, 300), group=st.sampled_from([1, 8]))
-def test_a_granule_fills_whole_vectors(n_support: int, n_query: int, group: int) -> None:
-    granule = chunks.granule(Shape(n_support, n_query, 5), group)
-    assert granule % group == 0
-    assert granule * n_support % 32 == granule * n_query % 32 == 0
-    assert granule <= 32
-
-
-@given(n_episodes=st.integers(1, 200), size=st.integers(1, 70))
-def test_chunks_take_every_episode_once(n_episodes: int, size: int) -> None:
-    found = chunks.cuts(n_episodes, size)
-    assert [episode for start, count in found for episode in range(start, start + count)] == list(range(n_episodes))
-    assert max(count for _, count in found) <= size + 1
-    assert min(count for _, count in found) > 1 or size == 1 or n_episodes == 1
-
-
-def test_measuring_takes_the_fastest_and_stops_where_more_is_slower() -> None:
-    seconds, ran = {2: 3.0, 4: 4.0, 8: 8.1, 16: 14.0, 32: 40.0, 64: 1.0}, []
-
-    def run(size: int) -> float:
-        ran.append(size)
-        return seconds[size]
-
-    assert chunks.measure(run, [2, 4, 8, 16, 32, 64]) == 16  # 8 takes hardly longer each than 4, and is gone past
-    assert chunks.measure(lambda size: size * {2: 2.0, 4: 2.01}[size], [2, 4]) == 4  # hardly more, in fewer chunks
-    assert chunks.measure(lambda size: size * {2: 2.0, 4: 2.05}[size], [2, 4]) == 2
-    assert 64 not in ran
 
 
 def test_an_episodes_memory_grows_with_what_it_holds() -> None:
