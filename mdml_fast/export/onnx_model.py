@@ -208,7 +208,7 @@ def _anomaly(
     scores = [_tail_scores(graph, family.tails, graph.op("Concat", distances, *odds, axis=0))]
     if sides := family.discriminants:
         scores.append(_tail_scores(graph, sides.tails, _sides(graph, sides, views)))
-    weights = scorer.weights_of(len(SCORES) + len(odds) + bool(sides)).numpy()
+    weights = scorer.weights_of(sides).numpy()
     powers = graph.op("Pow", graph.op("Concat", *scores, axis=0), np.float32(scorer.fusion.power))
     fused = graph.op("Pow", graph.op("MatMul", weights, powers), np.float32(1 / scorer.fusion.power))
     return str(graph.op("Mul", fused, scorer.scale(family).numpy()))

@@ -21,7 +21,7 @@ from mdml_fast.meta.discriminants import DiscriminantConfig, Discriminants
 from mdml_fast.meta.distance_trees import DistanceTrees
 from mdml_fast.meta.encoders import Encoders
 from mdml_fast.meta.ensemble import Ensemble, EnsembleConfig, train_ensemble
-from mdml_fast.meta.fusion import FusionConfig, JudgedHalf, head_weights, weigh, with_sides
+from mdml_fast.meta.fusion import FusionConfig, JudgedHalf, fuse, head_weights, weigh
 from mdml_fast.meta.history import History
 from mdml_fast.meta.model import HeldOut, TrainingRows, fingerprint, tensors_under
 from mdml_fast.meta.neighbourhood import SCORES, Neighbourhood, NeighbourhoodConfig
@@ -33,6 +33,7 @@ from mdml_fast.meta.scoring import (
     judged_by_halves,
     outer,
     scores_by_others,
+    with_sides,
 )
 from mdml_fast.meta.tails import Tails
 from mdml_fast.meta.training import Progress
@@ -206,10 +207,12 @@ class DefaultModel:
         normal_scores, by_head = tails.held_out_scores(distances, units).tensor_split([len(SCORES)])
         by_normals = (normal_scores, by_head, units, len(normals))
         weights, anomaly = weigh(*by_normals, anomaly_scores, labels, halves, config.fusion)
-        classes, discriminants = rows.normal_labels[order[learned]], None
-        if found := Discriminants.of_classes(seen, classes, placed.views, config.discriminants):
+        classes, discriminants = rows.normal_labels[order], None
+        by_class = seen, classes[learned], placed.views, classes[judged]
+        if found := Discriminants.of_classes(*by_class, config.discriminants):
             discriminants, sides = found
-            anomaly = with_sides(anomaly, discriminants.tails.held_out_scores(sides, units), config.fusion)
+            both = torch.cat([anomaly.unsqueeze(0), discriminants.tails.held_out_scores(sides, units)])
+            anomaly = fuse(with_sides(anomaly.new_ones(1), discriminants, config.fusion), both, config.fusion)
         if previous:
             history = previous.history.followed_by(history)
         to_calibrate_on = HeldOut(order[judged], -anomaly.double().cpu().numpy())
@@ -269,8 +272,10 @@ class DefaultModel:
         how = self.config.discriminants
         known = base.views.transform(base.normals[: how.normals])
         discriminants, sides = Discriminants.of_family(placed.views, known, how)
-        scores = tails.held_out_scores(distances, families), discriminants.tails.held_out_scores(sides, families)
-        self._families.append(NormalFamily(own, tails, outer(self.scorer.fuse(torch.cat(scores))), discriminants))
+        held_out = ((tails, distances), (discriminants.tails, sides))
+        scores = torch.cat([own_tails.held_out_scores(values, families) for own_tails, values in held_out])
+        fused = fuse(self.scorer.weights_of(discriminants), scores, self.config.fusion)
+        self._families.append(NormalFamily(own, tails, outer(fused), discriminants))
 
     @property
     def scorer(self) -> Scorer:

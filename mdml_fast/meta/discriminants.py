@@ -44,14 +44,15 @@ class Discriminants:
         weights: of the features in that view, for each of K families, float64 [K, d].
         offsets: added to their sums, float64 [K].
         tails: of `distances` of the families' rows, by discriminants that were learned without them.
+        told: how much of what side such rows are on is told, from 0 to 1 []: of classes that differ in nothing, 0.
     """
 
-    def __init__(self, weights: Tensor, offsets: Tensor, tails: Tails) -> None:
-        self.weights, self.offsets, self.tails = weights, offsets, tails
+    def __init__(self, weights: Tensor, offsets: Tensor, tails: Tails, told: Tensor) -> None:
+        self.weights, self.offsets, self.tails, self.told = weights, offsets, tails, told
 
     @classmethod
     def of_classes(
-        cls, learned: Tensor, labels: Names, held_out: Tensor, config: DiscriminantConfig
+        cls, learned: Tensor, labels: Names, held_out: Tensor, held_out_labels: Names, config: DiscriminantConfig
     ) -> tuple[Self, Tensor] | None:
         """Learn the side of each class of normals, against the others; None where there is one class only.
 
@@ -59,23 +60,29 @@ class Discriminants:
             learned: normals to learn from in each view, in random order [4, n, d].
             labels: their classes [n].
             held_out: other normals in each view [4, m, d].
+            held_out_labels: their classes [m].
             config: the constants.
 
         Returns:
             The discriminants, and `distances` of the normals that were held out [1, m].
         """
-        names, codes, counts = np.unique(labels[: config.normals].astype(str), return_inverse=True, return_counts=True)
-        codes = np.where(counts >= config.least_rows, np.arange(len(names)), len(names))[codes]
-        found, counts = np.unique(codes, return_counts=True)
-        families = found[counts >= config.least_rows]
+        labels = labels[: config.normals].astype(str)
+        names, counts = np.unique(labels, return_counts=True)
+        large = names[counts >= config.least_rows]
+        n_small = int(np.sum(~np.isin(labels, large)))
+        families = [(labels == name, held_out_labels.astype(str) == name) for name in large]
+        if n_small >= config.least_rows:
+            families.append((~np.isin(labels, large), ~np.isin(held_out_labels.astype(str), large)))
         if len(families) < 2:
             return None
         rows = learned[CLIPPED, : config.normals].double()
-        owns = (torch.as_tensor(codes == family, device=rows.device) for family in families)
+        owns = (torch.as_tensor(own, device=rows.device) for own, _ in families)
         weights, offsets, _ = zip(*(_least_squares(rows, own, config.shrinkage) for own in owns), strict=True)
         both = torch.stack(weights), torch.stack(offsets)
-        distances = _distances(held_out, *both)
-        return cls(*both, Tails.fit(distances)), distances
+        sums = _sums(held_out, *both)
+        on_own = torch.cat([sums[own, place] for place, (_, own) in enumerate(families)])
+        distances = _exponential(sums.amin(1)).unsqueeze(0)
+        return cls(*both, Tails.fit(distances), _told(on_own)), distances
 
     @classmethod
     def of_family(cls, family: Tensor, known: Tensor, config: DiscriminantConfig) -> tuple[Self, Tensor]:
@@ -88,11 +95,11 @@ class Discriminants:
         rows = torch.cat([family[CLIPPED], known[CLIPPED, : config.normals]]).double()
         weights, offset, left_out = _least_squares(rows, torch.arange(len(rows)).to(rows) < n, config.shrinkage)
         distances = _exponential(left_out).unsqueeze(0)
-        return cls(weights.unsqueeze(0), offset.unsqueeze(0), Tails.fit(distances)), distances
+        return cls(weights.unsqueeze(0), offset.unsqueeze(0), Tails.fit(distances), _told(left_out)), distances
 
     def distances(self, views: Tensor) -> Tensor:
         """How far rows, in each view [4, N, d], are from the nearest side: positive, as tails want it [1, N]."""
-        return _distances(views, self.weights, self.offsets)
+        return _exponential(_sums(views, self.weights, self.offsets).amin(1)).unsqueeze(0)
 
     def score(self, views: Tensor) -> Tensor:
         """Tail scores of rows in each view [4, N, d] -> [1, N]."""
@@ -116,12 +123,17 @@ class Discriminants:
     @property
     def tensors(self) -> dict[str, Tensor]:
         """All that was learned, by name."""
-        return {"weights": self.weights, "offsets": self.offsets, "distances": self.tails.distances}
+        return {
+            "weights": self.weights,
+            "offsets": self.offsets,
+            "distances": self.tails.distances,
+            "told": self.told,
+        }
 
     @classmethod
     def from_tensors(cls, tensors: Mapping[str, Tensor]) -> Self:
         """The inverse of `tensors`."""
-        return cls(tensors["weights"], tensors["offsets"], Tails(tensors["distances"]))
+        return cls(tensors["weights"], tensors["offsets"], Tails(tensors["distances"]), tensors["told"])
 
 
 def _sums(views: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
@@ -129,9 +141,9 @@ def _sums(views: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     return views[CLIPPED].double() @ weights.T + offsets
 
 
-def _distances(views: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
-    """See `Discriminants.distances`."""
-    return _exponential(_sums(views, weights, offsets).amin(1)).unsqueeze(0)
+def _told(on_own: Tensor) -> Tensor:
+    """See `Discriminants`, from the sums of rows on their own side: least squares give minus what they explain."""
+    return (-on_own.mean()).nan_to_num(0.0).clamp(0, 1).float()
 
 
 def _exponential(sums: Tensor) -> Tensor:

@@ -71,6 +71,11 @@ def outer(fused: Tensor) -> Tensor:
     return fused.quantile(OUTER_QUANTILE)
 
 
+def with_sides(weights: Tensor, discriminants: Discriminants | None, config: FusionConfig) -> Tensor:
+    """Weights of sum 1 [C], and after them that of discriminants, where there are any: the more, the more they tell."""
+    return weights if discriminants is None else torch.cat([weights, config.discriminants * discriminants.told[None]])
+
+
 class Scorer(NamedTuple):
     """What scores are made of: see `DefaultModel`. Of several families that counts which a row is least strange to."""
 
@@ -85,7 +90,10 @@ class Scorer(NamedTuple):
         distances = [family.neighbourhood.distances(placed) for family in self.families]
         by_head = self._by_head(rows, distances[0])
         families = zip(self.families, distances, strict=True)
-        fused = [self.fuse(family.scores(placed, own, by_head)) for family, own in families]
+        fused = [
+            fuse(self.weights_of(family.discriminants), family.scores(placed, own, by_head), self.fusion)
+            for family, own in families
+        ]
         scales = [self.scale(family) for family in self.families]
         return torch.stack([scale * own for scale, own in zip(scales, fused, strict=True)]).amin(0)
 
@@ -130,14 +138,9 @@ class Scorer(NamedTuple):
             parts[heard] += of_head[heard] * by_feature
         return anomaly, parts
 
-    def fuse(self, scores: Tensor) -> Tensor:
-        """One score [N] of a family's `scores` [C, N]."""
-        return fuse(self.weights_of(len(scores)), scores, self.fusion)
-
-    def weights_of(self, n_scores: int) -> Tensor:
-        """The weights of a family's `scores`, which are one more than `weights` where it has discriminants."""
-        of_sides = self.weights.new_full((n_scores - len(self.weights),), self.fusion.discriminants)
-        return torch.cat([self.weights, of_sides])
+    def weights_of(self, discriminants: Discriminants | None) -> Tensor:
+        """The weights of the `scores` of a family with these discriminants."""
+        return with_sides(self.weights, discriminants, self.fusion)
 
     def scale(self, family: NormalFamily) -> Tensor:
         """What the family's scores are multiplied by, so that its stranger rows are as strange as the first's []."""
@@ -156,9 +159,9 @@ class Scorer(NamedTuple):
 
         The fused score f = (Σ w s^p)^(1/p) is the sum of w s^p f^(1-p) over the scores s.
         """
-        power, weights = self.fusion.power, self.weights_of(len(scores)).unsqueeze(1)
-        fused, scale = self.fuse(scores), self.scale(family)
-        return scale * fused, scale * weights * scores.pow(power) * fused.pow(1 - power)
+        power, weights, scale = self.fusion.power, self.weights_of(family.discriminants), self.scale(family)
+        fused = fuse(weights, scores, self.fusion)
+        return scale * fused, scale * weights.unsqueeze(1) * scores.pow(power) * fused.pow(1 - power)
 
 
 def scores_by_others(

@@ -259,7 +259,7 @@ def test_the_stranger_rows_of_an_adapted_family_are_as_strange_as_those_trained_
     distances = adapted.neighbourhood.distances(placed, own)
     discriminants, sides = Discriminants.of_family(placed.views, known, DefaultConfig().discriminants)
     by_side = discriminants.tails.held_out_scores(sides, own)
-    weights = torch.cat([scorer.weights, torch.tensor([scorer.fusion.discriminants])])
+    weights = torch.cat([scorer.weights, scorer.fusion.discriminants * discriminants.told[None]])
     held_out = torch.cat([adapted.tails.held_out_scores(distances, own), by_side])
     scores = scorer.scale(adapted) * fuse(weights, held_out, scorer.fusion)
     assert adapted.tails.n_tail == SHAPED_TAIL_ROWS

@@ -62,7 +62,8 @@ def test_each_class_has_its_side_small_ones_are_one_and_rows_belong_to_the_neare
     rows, labels = torch.cat(parts, dim=1), np.repeat(["p", "q", "r", "s"], [100, 90, 15, 12])
     order = np.random.default_rng(0).permutation(len(labels))
     held_out = views(50, 4, 9)
-    found, distances = Discriminants.of_classes(rows[:, order], labels[order], held_out, CONFIG)
+    classes = np.repeat(["p", "q", "s", "new"], [20, 10, 10, 10])
+    found, distances = Discriminants.of_classes(rows[:, order], labels[order], held_out, classes, CONFIG)
     assert found.weights.shape == (3, 4)
     each = [least_squares(own, torch.cat(parts[:i] + parts[i + 1 :], 1)) for i, own in enumerate(parts[:2])]
     each.append(least_squares(torch.cat(parts[2:], 1), torch.cat(parts[:2], 1)))
@@ -71,12 +72,25 @@ def test_each_class_has_its_side_small_ones_are_one_and_rows_belong_to_the_neare
     sums = held_out[CLIPPED].double() @ expected[:, :-1].T + expected[:, -1]
     torch.testing.assert_close(distances[0].double(), sums.amin(1).exp(), rtol=1e-5, atol=1e-6)
     assert torch.equal(found.tails.distances, distances.sort().values)
+    on_own = torch.cat([sums[:20, 0], sums[20:30, 1], sums[30:, 2]])
+    assert float(found.told) == pytest.approx(max(0.0, float(-on_own.mean())), rel=1e-5)
+
+
+def test_classes_that_differ_in_nothing_tell_nothing() -> None:
+    labels = np.array(["a", "b", "c"] * 100)
+    alike, _ = Discriminants.of_classes(views(300, 5, 0), labels, views(90, 5, 1), labels[:90], CONFIG)
+    assert float(alike.told) < 0.1
+    apart, other = views(300, 5, 2), views(90, 5, 3)
+    for rows in (apart, other):
+        rows[CLIPPED, :, 1:4] += 6 * torch.eye(3).repeat(len(rows[0]) // 3, 1)
+    found, _ = Discriminants.of_classes(apart, labels, other, labels[:90], CONFIG)
+    assert float(found.told) > 0.8
 
 
 @pytest.mark.parametrize("sizes", [{"ok": 200}, {"ok": 190, "rare": 10}, dict.fromkeys("abcdefgh", 10)])
 def test_of_one_class_there_are_none(sizes: dict[str, int]) -> None:
     labels = np.repeat(list(sizes), list(sizes.values()))
-    assert Discriminants.of_classes(views(len(labels), 3, 0), labels, views(20, 3, 1), CONFIG) is None
+    assert Discriminants.of_classes(views(len(labels), 3, 0), labels, views(20, 3, 1), labels[:20], CONFIG) is None
 
 
 def test_the_score_rises_across_to_the_known_side_and_the_shares_are_of_what_raises_it() -> None:
@@ -143,7 +157,9 @@ def test_they_come_beside_the_weights_in_the_scores_of_new_rows_and_of_those_to_
     assert torch.equal(scorer.weights, plain.model_.scorer.weights)
     new = torch.as_tensor(detector.encoder_.transform(as_table(rows[test])))
     by_side = scorer.families[0].discriminants.score(scorer.families[0].neighbourhood.place(new).views)[0].numpy()
-    expected = np.sqrt(plain.score_samples(rows[test]) ** 2 + FusionConfig().discriminants * by_side**2)
+    weight = FusionConfig().discriminants * float(scorer.families[0].discriminants.told)
+    assert 0.15 < weight < 0.25
+    expected = np.sqrt(plain.score_samples(rows[test]) ** 2 + weight * by_side**2)
     np.testing.assert_allclose(-detector.score_samples(rows[test]), expected, rtol=1e-5)
     gained = np.square(detector.model_.held_out.scores) - np.square(plain.model_.held_out.scores)
     assert (gained >= -1e-6).all()

@@ -196,7 +196,8 @@ def test_what_distances_head_and_discriminants_add_is_the_score_of_each_family()
         scores = own.scores(placed, far, by_head)
         anomaly, amounts = scorer._amounts(own, scores)
         torch.testing.assert_close(amounts.sum(0), anomaly, rtol=1e-5, atol=1e-5)
-        weights = [*scorer.weights.tolist(), scorer.fusion.discriminants]
+        sides = own.discriminants
+        weights = [*scorer.weights.tolist(), *([scorer.fusion.discriminants * float(sides.told)] if sides else [])]
         for place in range(2 + 4 + 1 + (own is scorer.families[1])):
             of_one = weights[place] * (scorer.scale(own) * scores[place]).square() / anomaly
             torch.testing.assert_close(amounts[place], of_one, rtol=1e-4, atol=1e-5)
