@@ -20,7 +20,7 @@ MAX_ROWS, MIN_FAMILY_ROWS = 5_000, 100
 # A row is like a family if it is as near to one of its rows as this share of the family's own rows are.
 MEMBER_SHARE = 0.95
 # Squared distances held at once: 64 MiB.
-BLOCK_VALUES = 2**24
+BLOCK_VALUES = 2**23
 
 
 class KnownRows:
@@ -59,10 +59,11 @@ class KnownRows:
         if self._search:
             places, distances = self._search.nearest(torch.as_tensor(rows))
             return places.clamp(min=0).numpy(), distances.nan_to_num(nan=torch.inf).double().numpy()
-        known, squares = torch.as_tensor(self.rows), torch.as_tensor(self.rows).square().sum(1)
+        known = torch.as_tensor(self.rows).double()
+        squares = known.square().sum(1)
         step = max(1, BLOCK_VALUES // len(self.rows))
         found = [
-            torch.addmm(squares, block, known.T, alpha=-2.0).min(1).indices
+            torch.addmm(squares, block.double(), known.T, alpha=-2.0).min(1).indices
             for block in torch.split(torch.as_tensor(rows), step)
         ]
         positions: Positions = torch.cat(found).numpy()

@@ -227,13 +227,17 @@ def _sides(graph: Graph, discriminants: Discriminants, views: str) -> str:
 def _neighbours(graph: Graph, rows: str, references: np.ndarray, k: int) -> str:
     """`References.distances`: float32 [D, N] of rows [D, N, d]."""
     n_embeddings, n_references, n_features = references.shape
-    # (x, 1) times (-2r, |r|²) in one product: see `neighbours._product_columns`.
-    columns = np.concatenate([-2 * references, np.square(references).sum(-1, keepdims=True)], axis=2).swapaxes(1, 2)
-    one = graph.op("Expand", np.float32(1.0), graph.op("Concat", graph.op("Shape", rows, end=2), np.array([1]), axis=0))
-    squared = graph.op("MatMul", graph.op("Concat", rows, one, axis=2), np.ascontiguousarray(columns))
+    # |r|² - 2xr, in double: the nearest of normals that are close together differ in what float32 loses beside them.
+    kept = graph.constant(np.ascontiguousarray(references))
+    wide = graph.cast(kept, DOUBLE)
+    size = graph.op("ReduceSum", graph.op("Mul", wide, wide), np.array([-1]), keepdims=0)
+    columns = graph.op("Transpose", graph.op("Mul", wide, np.float64(-2.0)), perm=[0, 2, 1])
+    product = graph.op("MatMul", graph.cast(rows, DOUBLE), columns)
+    squared = graph.op("Add", product, graph.op("Unsqueeze", size, np.array([1])))
     candidates = _smallest(graph, squared, min(k + SPARE, n_references), n_references)
     first = np.arange(n_embeddings)[:, None, None] * n_references
-    chosen = graph.op("Gather", references.reshape(-1, n_features), graph.op("Add", candidates, first), axis=0)
+    flat = graph.op("Reshape", kept, np.array([-1, n_features]))
+    chosen = graph.op("Gather", flat, graph.op("Add", candidates, first), axis=0)
     steps = graph.op("Sub", graph.op("Unsqueeze", rows, [2]), chosen)
     exact = graph.op("ReduceSum", graph.cast(graph.op("Mul", steps, steps), DOUBLE), [-1], keepdims=0)
     nearest, _ = graph.op("TopK", exact, np.array([min(k, n_references)]), outputs=2, axis=-1, largest=0)

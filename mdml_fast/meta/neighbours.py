@@ -15,8 +15,8 @@ from torch import Tensor
 from mdml_fast.data.encoding import Rows
 from mdml_fast.threads import side_by_side
 
-# Squared distances held at once, in float32: 16 MiB are still in the cache when their minima are sought.
-BLOCK_VALUES = 2**22
+# Squared distances held at once, in float64: 16 MiB are still in the cache when their minima are sought.
+BLOCK_VALUES = 2**21
 # The k smallest of n values are sought in groups of so many: one pass of minima instead of a selection over all.
 GROUP = 8
 # So many candidates more than needed are taken from the matrix product, which is inexact, and measured exactly.
@@ -40,8 +40,8 @@ class References:
     ) -> Tensor:
         """The mean Euclidean distance of each row to its k nearest references [D, N].
 
-        Those are found in float32; their distances are then summed in float64 and rounded once. Distances that are
-        equal come out equal to the bit, whatever the machine, the threads or the other rows.
+        Their distances are summed in float64 and rounded once. Distances that are equal come out equal to the bit,
+        whatever the machine, the threads or the other rows.
 
         Args:
             rows: [D, N, d], in each embedding.
@@ -81,8 +81,12 @@ class References:
 
 
 def _product_columns(references: Tensor) -> Tensor:
-    """(-2r, |r|²) of each reference [D, d + 1, n]: (x, 1) times it is |x - r|² - |x|², in one pass."""
-    return torch.cat([-2.0 * references, references.square().sum(-1, keepdim=True)], dim=-1).mT
+    """(-2r, |r|²) of each reference [D, d + 1, n]: (x, 1) times it is |x - r|² - |x|², in one pass.
+
+    In float64: which of references that are close together is nearest tells what float32 loses beside their size.
+    """
+    wide = references.double()
+    return torch.cat([-2.0 * wide, wide.square().sum(-1, keepdim=True)], dim=-1).mT
 
 
 def _block_distances(rows: Tensor, references: Tensor, columns: Tensor, k: int, own: Tensor | None = None) -> Tensor:
@@ -90,7 +94,7 @@ def _block_distances(rows: Tensor, references: Tensor, columns: Tensor, k: int, 
 
     `own` tells which references a row is not compared with, bool [N, n].
     """
-    squared = torch.cat([rows, torch.ones_like(rows[..., :1])], dim=-1) @ columns
+    squared = torch.cat([rows, torch.ones_like(rows[..., :1])], dim=-1).double() @ columns
     if own is not None:
         squared.masked_fill_(own, torch.inf)
     k = min(k, references.shape[1])

@@ -8,6 +8,7 @@ from sklearn.covariance import LedoitWolf
 from sklearn.neighbors import NearestNeighbors
 
 from mdml_fast.data.views import VIEWS, Views
+from mdml_fast.known import KnownRows
 from mdml_fast.meta.encoders import Encoders
 from mdml_fast.meta.neighbours import References
 from mdml_fast.meta.tails import FOLDS, Tails
@@ -74,6 +75,25 @@ def test_neighbour_distances_are_those_of_scikit_learn(n: int) -> None:
     for embedding in range(2):
         peer = NearestNeighbors(n_neighbors=3).fit(references[embedding]).kneighbors(rows[embedding])[0].mean(1)
         np.testing.assert_allclose(ours[embedding], peer, rtol=1e-4)
+
+
+@pytest.mark.parametrize("compiled", [True, False])
+def test_the_nearest_of_references_that_are_close_together_is_found(
+    compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their squared distances are a millionth of what float32 tells beside their squares."""
+    if not compiled:
+        monkeypatch.setattr(loader, "serves", lambda *_: False)
+    rng = np.random.default_rng(0)
+    rows, references = (
+        (rng.integers(0, 3, size=(1, n, 1)) + 10 + rng.normal(scale=1e-5, size=(1, n, 4))).astype(np.float32)
+        for n in (50, 700)
+    )
+    ours = References(torch.as_tensor(references)).distances(torch.as_tensor(rows), 2)
+    apart = np.linalg.norm(rows[0, :, None].astype(np.float64) - references[0], axis=-1)
+    np.testing.assert_allclose(ours[0], np.sort(apart, axis=1)[:, :2].mean(1), rtol=1e-4)
+    known = KnownRows(references[0], np.full(700, "ok", dtype=object))
+    np.testing.assert_allclose(known.nearest(rows[0])[1], apart.min(1), rtol=1e-4)
 
 
 def test_a_row_is_not_compared_with_its_own_family() -> None:

@@ -153,6 +153,18 @@ def test_the_mlflow_model_scores_as_we_do(fitted: MDMLDetector, tmp_path: Path) 
     np.testing.assert_array_equal(model.predict(with_categories)["score"], fitted.score_samples(with_categories))
 
 
+def test_onnx_tells_normals_apart_that_are_close_together() -> None:
+    rng = np.random.default_rng(0)
+    rows = rng.integers(0, 4, size=(600, 1)) * 100.0 + rng.normal(scale=1e-3, size=(600, 3))
+    detector = MDMLDetector(FAST, random_state=0).fit(rows[:400])
+    run = session(onnx_model(detector).SerializeToString())
+    found = run.run(["score"], {f"x{place}": rows[400:, place] for place in range(3)})[0]
+    ours = detector.score_samples(rows[400:])
+    # A unit in the last place of a feature is a per mille of what is between two normals.
+    np.testing.assert_allclose(found, ours, atol=0.05)
+    assert ours.std() > 0.3
+
+
 @pytest.mark.parametrize("name", OPEN_SETS)
 def test_onnx_scores_open_sets_as_we_do(name: str) -> None:
     data = open_table(name)
