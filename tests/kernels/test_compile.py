@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from mdml_kernels import SoftmaxMarginLoss, linear_softmax_confidence, softmax_margin_loss
+from mdml_kernels import SoftmaxMarginLoss, linear_softmax_confidence, softmax_confidence, softmax_margin_loss
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 
@@ -220,3 +220,24 @@ def test_autocast_of_a_head():
     for ours, theirs in zip(gradients(OURS), gradients("reference"), strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, theirs, rtol=2**-5, atol=2**-6)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_trace_serves_other_rows():
+    """As `torch.onnx.export(dynamo=False)` and TensorBoard record a model."""
+    layer = torch.nn.Linear(4, 5).requires_grad_(False)
+
+    def call(z, is_ood):
+        logits = layer(z)
+        return softmax_confidence(logits), softmax_margin_loss(logits, is_ood, background=0.5)
+
+    traced = torch.jit.trace(call, (normal(3, 6, 4), OOD), check_trace=False)
+    other, is_ood = normal(3, 9, 4), torch.arange(9).expand(3, 9) % 2 == 0
+    torch.testing.assert_close(traced(other, is_ood), call(other, is_ood))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_a_trace_with_a_forced_backend(backend):
+    with pytest.raises(ValueError, match=r"cannot serve torch\.jit\.trace: leave it 'auto'"):
+        torch.jit.trace(lambda x: softmax_confidence(x, backend=backend), (normal(3, 6, 5),))

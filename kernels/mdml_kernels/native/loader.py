@@ -61,6 +61,7 @@ def serves(*tensors: Tensor) -> bool:
     """Whether the kernels can take these: float32 on a CPU, plain memory that no tracer or mode is looking at."""
     return (
         not torch.compiler.is_compiling()
+        and not torch._C._is_tracing()
         and _python_dispatch._len_torch_dispatch_stack() == 0  # type: ignore[attr-defined]
         and all(t.dtype == torch.float32 and t.device.type == "cpu" and type(t) in _PLAIN for t in tensors)
         and native().kernels is not None
