@@ -40,6 +40,11 @@ def drop(x: Tensor, first: Tensor) -> Tensor:
     return x.scatter_(-1, first, torch.finfo(x.dtype).min)
 
 
+def finite(logits: Tensor) -> Tensor:
+    """The logits, with 0 for -inf: such a class takes no share of anything, but 0 times -inf would be NaN."""
+    return logits.masked_fill(logits == -torch.inf, 0.0)
+
+
 def finish_odds(
     top: Tensor, second: Tensor, peak: Tensor, background: Tensor | None, confidence: Confidence
 ) -> tuple[Tensor, Tensor]:
@@ -84,15 +89,16 @@ def second_order(
     v_logits: Tensor | None,
     first: Tensor | None,
     columns: tuple[Tensor, ...],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of D = g · J v: ∂D/∂x [..., K], ∂D/∂ẋ [..., K], ∂D/∂b and J v (columns), with ẋ = τ v_ℓ + v_τ ℓ.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of D = g · J v: ∂D/∂x [..., K], ∂D/∂ẋ [..., K], ∂D/∂τ, ∂D/∂b and J v (columns), with ẋ = τ v_ℓ + v_τ ℓ.
 
     columns are τ, v_τ, v_b, g and the two of `split_background`. With ν = Σ w ẋ + [w_b v_b]:
 
         J v = ẋ_m - ν  (max)   ν - v_b  (mass)     ∂(J v)/∂x_k = ∓ w_k (ẋ_k - ν)     ∂(J v)/∂b = -w_b (v_b - ν)  (max)
     """
     tau, v_tau, v_background, grad, kept, dropped = columns
-    x, moved = logits * tau, logits * v_tau
+    x, reached = logits * tau, finite(logits)
+    moved = reached * v_tau
     if v_logits is not None:
         moved.addcmul_(v_logits, tau)
     if first is not None:
@@ -110,4 +116,8 @@ def second_order(
     grad_x = (signed * grad) * (moved - centre)
     if first is not None:
         signed.scatter_(-1, first, 1.0)
-    return grad_x, signed.mul_(grad), grad_background, along
+    grad_moved = signed.mul_(grad)
+    by_tau = reached.mul_(grad_x)
+    if v_logits is not None:
+        by_tau.addcmul_(grad_moved, v_logits)
+    return grad_x, grad_moved, by_tau.sum(-1, keepdim=True), grad_background, along

@@ -120,7 +120,8 @@ def pull_back(
         if not direct:
             result.copy_(x)
         if needs_tau:
-            torch.sum(torch.mul(x, chunk, out=plan.scratch(1, chunk)), -1, keepdim=True, out=tau_c)
+            by_tau = torch.mul(x, chunk, out=plan.scratch(1, chunk)).masked_fill_(chunk == -torch.inf, 0.0)
+            torch.sum(by_tau, -1, keepdim=True, out=tau_c)
     return grad_logits, tau_rows.sum((1, 2)) / tau if needs_tau else None
 
 
@@ -148,14 +149,12 @@ def double_backward(
         *everything, *per_episode, grad, kept, dropped, *results
     ):
         x, v = chunk.to(tau.dtype), None if v_logits is None else v_chunk.to(tau.dtype)
-        grad_x, grad_moved, background_c, along_c = chunks.second_order(
+        grad_x, grad_moved, *columns = chunks.second_order(
             x, v, first_c if confidence == "max" else None, (t, dt, db, grad_c, kept_c, dropped_c)
         )
-        products = grad_x * x
-        result[1].copy_((products if v is None else products.addcmul_(grad_moved, v)).sum(-1, keepdim=True))
         result[0].copy_(grad_x.mul_(t).addcmul_(grad_moved, dt))
-        result[2].copy_(background_c)
-        result[3].copy_(along_c)
+        for to, column in zip(result[1:], columns, strict=True):
+            to.copy_(column)
     return grad_logits, tau_rows.sum((1, 2)), background_rows.sum((1, 2)), along.squeeze(-1)
 
 

@@ -30,11 +30,10 @@ def is_small(logits: Tensor) -> bool:
 
 def textbook_confidence(logits: Tensor, temperature: Scalar, background: Scalar | None) -> Tensor:
     """S [..., N] of few logits [..., N, K], arguments as in `functional`, by the derivatives that PyTorch has."""
-    scaled = logits.to(reference.accumulation_dtype(logits))
-    if isinstance(temperature, Tensor):
-        scaled = scaled / reference.per_row(temperature, logits).unsqueeze(-1)
-    elif temperature != 1:
-        scaled = scaled / temperature
+    if isinstance(temperature, Tensor) or temperature != 1:
+        scaled = reference.scaled(logits, temperature)
+    else:
+        scaled = logits.to(reference.accumulation_dtype(logits))
     if background is not None:
         column = reference.per_row(background, logits).unsqueeze(-1).expand(*scaled.shape[:-1], 1)
         return torch.softmax(torch.cat([scaled, column], dim=-1), -1)[..., :-1].max(-1).values

@@ -75,7 +75,7 @@ class CpuLinearLogOdds:
         at_rest = at_first * head.kept
         for g, n in head.chunks():
             x = head.logits(g, n)
-            keep = x.clone() if needs[3] else x
+            reached = chunks.finite(x) if needs[3] else x
             grad_x = x.mul_(head.tau[g, n])
             first = head.first_of(g, n)
             if first is not None:
@@ -83,7 +83,7 @@ class CpuLinearLogOdds:
             torch.softmax(grad_x, -1, out=grad_x)
             chunks.weigh(grad_x, first, at_rest[g, n], at_first[g, n])
             if needs[3]:
-                totals.tau[g, n] = (keep.mul_(grad_x)).sum(-1, keepdim=True) / head.tau[g, n]
+                totals.tau[g, n] = reached.mul_(grad_x).sum(-1, keepdim=True) / head.tau[g, n]
             if needs[0]:
                 torch.mm(grad_x, head.weight[g], out=totals.z[g, n])
             if needs[1]:
@@ -112,10 +112,9 @@ class CpuLinearLogOdds:
             v_logits.addmm_(head.z[g, n], v_weight[g].T)
             rows = (head.tau, v_tau, v_background, head.grad, head.kept, head.dropped)
             columns = tuple(value[g, n] for value in rows)
-            grad_x, grad_moved, totals.background[g, n], along[g, n] = chunks.second_order(
+            grad_x, grad_moved, totals.tau[g, n], totals.background[g, n], along[g, n] = chunks.second_order(
                 logits, v_logits, head.first_of(g, n), columns
             )
-            totals.tau[g, n] = (grad_x * logits).addcmul_(grad_moved, v_logits).sum(-1, keepdim=True)
             grad_logits = grad_x.mul_(head.tau[g, n]).addcmul_(grad_moved, v_tau[g, n])
             grad_v_logits = grad_moved.mul_(head.tau[g, n])
             torch.mm(grad_logits, head.weight[g], out=totals.z[g, n]).addmm_(grad_v_logits, v_weight[g])

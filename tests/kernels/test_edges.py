@@ -4,6 +4,7 @@ import pytest
 import torch
 from mdml_kernels import (
     SoftmaxMarginLoss,
+    linear_softmax_confidence,
     one_class_loss,
     softmax_confidence,
     softmax_log_odds,
@@ -103,6 +104,53 @@ def test_a_masked_class(form, n_classes):
     logits[..., 1] = -torch.inf
     _, gradient = assert_same(logits, labels(2, 6), form=form)
     assert (gradient[..., 1] == 0).all()
+
+
+def two_derivatives(loss, *leaves):
+    """The first by the leaves, and the second along some direction in reverse and in forward mode."""
+    moves = tuple(normal(*leaf.shape, seed=i).to(leaf) for i, leaf in enumerate(leaves))
+    every = tuple(range(len(leaves)))
+    first = torch.func.grad(loss, every)
+    second = torch.func.grad(lambda *at: sum((g * v).sum() for g, v in zip(first(*at), moves, strict=True)), every)
+    return first(*leaves), second(*leaves), torch.func.jvp(loss, leaves, moves)[1]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("dtype", "n_classes"), [(torch.float64, 5), (torch.float32, 5), (torch.float32, 70)])
+def test_a_masked_class_is_none_in_any_derivative(form, learned, backend, dtype, n_classes):
+    rest, is_ood = normal(2, 6, n_classes).to(dtype), labels(2, 6)
+    options = {"form": form, "margin": 0.9, "reduction": "sum", "background": 0.3}
+    leaves = (rest, torch.tensor(0.7, dtype=dtype)) if learned else (rest,)
+
+    def masked(logits, temperature=0.7):
+        barred = torch.full_like(logits[..., :1], -torch.inf)
+        both = torch.cat([logits[..., :1], barred, logits[..., 1:]], -1)
+        return softmax_margin_loss(both, is_ood, temperature=temperature, backend=backend, **options)
+
+    def without(logits, temperature=0.7):
+        return softmax_margin_loss(logits, is_ood, temperature=temperature, backend="reference", **options)
+
+    exact = [leaf.double() for leaf in leaves]
+    for a, b in zip(two_derivatives(masked, *leaves), two_derivatives(without, *exact), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6, check_dtype=False)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_masked_class_of_a_head_is_none_in_any_derivative(backend):
+    z, weight, temperature = normal(6, 4), normal(5, 4, seed=1), torch.tensor(0.7).double()
+    bias = torch.tensor([0.0, 0, -torch.inf, 0, 0], dtype=torch.float64)
+    kept = bias.isfinite()
+
+    def masked(z, temperature):
+        return linear_softmax_confidence(z, weight, bias, temperature=temperature, backend=backend).sum()
+
+    def without(z, temperature):
+        return softmax_confidence(z @ weight[kept].T, temperature=temperature, backend="reference").sum()
+
+    for a, b in zip(two_derivatives(masked, z, temperature), two_derivatives(without, z, temperature), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -84,8 +84,11 @@ void mdml_row_gradients(int64_t begin, int64_t end, const float* logits, int64_t
     if (by_background) store_some(by_background + at, by_b, rows.n);
     for (int64_t r = 0; by_tau && r < rows.n; ++r) {
       Floats total = {};
-      for (int64_t k = 0; k < n_classes; k += W)
-        total += load_some(out + r * n_classes + k, n_classes - k, 0.0f) * load_some(rows.at(r) + k, n_classes - k, 0.0f);
+      for (int64_t k = 0; k < n_classes; k += W) {
+        const Floats logit = load_some(rows.at(r) + k, n_classes - k, 0.0f);
+        const Floats reached = logit == -INFINITE ? all(0.0f) : logit;  // what is barred has no share of anything
+        total += load_some(out + r * n_classes + k, n_classes - k, 0.0f) * reached;
+      }
       by_tau[at + r] = reduce(total, sum<Floats>)[0];
     }
   });
