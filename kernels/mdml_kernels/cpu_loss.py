@@ -82,8 +82,8 @@ class CpuMarginLoss:
         if background is None:
             dropped = s.new_zeros(n_episodes, 1)
         else:
-            log_sum = top - s.log()
-            dropped, kept = torch.sigmoid(background[:, None] - log_sum), torch.sigmoid(log_sum - background[:, None])
+            against = (background[:, None] - top) + s.log()
+            dropped, kept = torch.sigmoid(against), torch.sigmoid(-against)
             s, rest = s * kept, rest * kept + dropped
         loss, slope = losses.value_and_slope(s, is_ood, self.margin, self.form)
         return loss, slope, s, rest, dropped, first

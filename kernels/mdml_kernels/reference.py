@@ -29,9 +29,12 @@ def log_confidence(
 ) -> tuple[Tensor, Tensor]:
     """log S and log(1 - S), each [..., N], of logits [..., N, K]; at ties of the maximum the first index counts."""
     x = scaled(logits, temperature)
+    # What all logits of a row share costs no digits then; it is a constant, which no derivative sees.
+    shared = x.detach().amax(-1, keepdim=True)
+    x = x - shared
     log_mass = torch.logsumexp(x, dim=-1)
     if background is not None:
-        log_background = per_row(background, logits).expand_as(log_mass)
+        log_background = per_row(background, logits) - shared.squeeze(-1)
         log_total = torch.logaddexp(log_mass, log_background)
         if confidence == "mass":
             return log_mass - log_total, log_background - log_total

@@ -154,6 +154,29 @@ def test_a_masked_class_of_a_head_is_none_in_any_derivative(backend):
 
 
 @pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("confidence", "background"), [("max", None), ("max", 0.5), ("mass", 0.5)], ids=["max", "max, background", "mass"]
+)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("n_classes", [5, 70])
+def test_what_all_logits_share_costs_no_digits(form, confidence, background, backend, n_classes):
+    """Float32 holds what is shifted exactly, and so far out only whole steps of 1/128."""
+    logits, is_ood, shared = (normal(2, 6, n_classes) * 64).round() / 64, labels(2, 6), -65536.0
+    options = {"form": form, "margin": 0.9, "reduction": "sum", "confidence": confidence}
+
+    def shifted(x):
+        b = None if background is None else background + shared
+        return softmax_margin_loss(x + shared, is_ood, background=b, backend=backend, **options)
+
+    def plain(x):
+        return softmax_margin_loss(x, is_ood, background=background, backend="reference", **options)
+
+    torch.testing.assert_close(shifted(logits.float()).double(), plain(logits), rtol=1e-6, atol=1e-6)
+    for a, b in zip(two_derivatives(shifted, logits.float()), two_derivatives(plain, logits), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, check_dtype=False)
+
+
+@pytest.mark.parametrize("form", FORMS)
 def test_odd_strides(form):
     logits = normal(5, 3, 6).permute(1, 2, 0)  # K is the outermost in memory
     assert not logits.is_contiguous()
