@@ -27,9 +27,9 @@ def loss_without(tmp_path_factory):
     return status(tmp_path_factory.mktemp("without"), MDML_NATIVE="0")[0]
 
 
-def status(tmp_path, **environment):
-    """What a fresh process says of its kernels, and a loss by them."""
-    code = (
+def status(tmp_path, before="", **environment):
+    """What a fresh process says of its kernels, and a loss by them; before: what it does first."""
+    code = before + (
         "import torch; from mdml_kernels import softmax_margin_loss; from mdml_kernels.native.loader import native;"
         "x = torch.arange(24.).view(1, 4, 6).sin(); ood = torch.tensor([[False, True, False, True]]);"
         "print(softmax_margin_loss(x, ood).item(), '|', native().kernels is not None, '|', native().reason)"
@@ -52,7 +52,7 @@ def test_compiled_once_and_kept(tmp_path, loss_without):
 
 @pytest.mark.parametrize(
     ("compiler", "reason"),
-    [("exit 1", "failed"), ("echo broken > ${@: -1}", "failed"), (None, "is no command")],
+    [("exit 7", "a-compiler failed: it ended with 7"), ("echo broken > ${@: -1}", "failed"), (None, "is no command")],
 )
 def test_without_a_compiler_all_works(tmp_path, loss_without, compiler, reason):
     """One that fails, one that writes no library, and none."""
@@ -63,6 +63,31 @@ def test_without_a_compiler_all_works(tmp_path, loss_without, compiler, reason):
     loss, found, said = status(tmp_path, CXX=str(named))
     assert not found
     assert reason in said
+    assert loss == pytest.approx(loss_without)
+
+
+def test_a_damaged_library_is_compiled_anew(tmp_path):
+    """Cut short, as a full disk or a crash leaves it, it would end the process; empty, it would never load."""
+    healthy = status(tmp_path)
+    (kept,) = (tmp_path / "cache" / "mdml-kernels").iterdir()
+    for size in (kept.stat().st_size // 2, 0):
+        os.truncate(kept, size)
+        assert status(tmp_path) == healthy
+        assert [path.stat().st_size > size for path in kept.parent.iterdir()] == [True]
+
+
+def test_a_compiler_with_arguments(tmp_path):
+    """As `ccache g++` is: env stands in for what calls the other."""
+    _, found, reason = status(tmp_path, CXX="env c++")
+    assert (found, reason) == (True, "compiled by env c++")
+
+
+def test_a_user_without_a_home(tmp_path, loss_without):
+    """Nor an entry among the users, as in a container that was given a number for one."""
+    nobody = "import os; os.getuid = lambda: 54321; os.environ.pop('HOME'); os.environ.pop('XDG_CACHE_HOME');"
+    loss, found, reason = status(tmp_path, before=nobody)
+    assert not found
+    assert "set HOME or XDG_CACHE_HOME" in reason
     assert loss == pytest.approx(loss_without)
 
 
@@ -85,6 +110,28 @@ shared(lambda begin, end: done.append((begin, end)), 8, least=1)
 os._exit(0 if sorted(done) == [(0, 4), (0, 4), (4, 8), (4, 8)] else 1)
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_what_is_called_after_the_last_line_of_a_script():
+    """By a thread that Python waits for, and at exit: no other thread can be started then."""
+    code = """
+import atexit, threading, time, torch
+from mdml_kernels.native.threads import shared
+torch.set_num_threads(2)
+
+def call():
+    shared(lambda begin, end: print(begin, end), 8, least=1)
+
+def late():
+    threading.main_thread().join()
+    time.sleep(0.1)
+    call()
+
+atexit.register(call)
+threading.Thread(target=late).start()
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    assert sorted(done.stdout.splitlines()) == ["0 4", "0 4", "4 8", "4 8"], done.stderr
 
 
 @settings(deadline=None, max_examples=60)
