@@ -45,7 +45,8 @@ def one_class_gradient_(
     """
     scale = 1 / logits.shape[1] if tau is None else tau[:, None, None] / logits.shape[1]
     if confidence == "mass":
-        assert background is not None
+        if background is None:
+            raise ValueError("confidence 'mass' is one minus the background's probability: give background")
         if tau is not None:
             logits.mul_(tau[:, None, None])
         top = logits.amax(-1, keepdim=True)

@@ -256,6 +256,46 @@ def test_pairwise_counts_every_pair():
     assert gradient.abs().max() > 0
 
 
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"form": "hing"}, "form must be one of"),
+        ({"confidence": "maks"}, "confidence must be one of"),
+        ({"reduction": "avg"}, "reduction must be one of"),
+        ({"backend": "gpu"}, "backend must be one of"),
+        ({"margin": 1.5}, r"margin must be in \[0, 1\]"),
+        ({"confidence": "mass"}, "give background="),
+        ({"temperature": 0}, "temperature must be positive"),
+        ({"temperature": 1e-40}, "temperature must be at least 1.2e-38"),
+        ({"background": "0.5"}, "background must be a number"),
+        ({"temperature": torch.tensor(1.0)}, "learn_temperature=True"),
+        ({"learn_background": True}, "give background"),
+    ],
+    ids=str,
+)
+def test_settings_are_refused_before_there_are_logits(setting, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        SoftmaxMarginLoss(**setting)
+
+
+def test_a_module_shows_its_settings():
+    shown = repr(SoftmaxMarginLoss(background=0, temperature=2.0, learn_background=True, reduction="sum"))
+    for part in ("margin=0.5", "temperature=2.0", "background=learned", "reduction='sum'", "backend='auto'"):
+        assert part in shown
+    assert "temperature=learned" in repr(SoftmaxMarginLoss(learn_temperature=True))
+
+
+@pytest.mark.parametrize("n_classes", [5, 70])
+def test_an_infinite_temperature_tells_no_logits_apart(n_classes):
+    confidence = softmax_confidence(normal(2, 6, n_classes).float(), temperature=float("inf"))
+    torch.testing.assert_close(confidence, torch.full((2, 6), 1 / n_classes))
+
+
+def test_a_temperature_whose_inverse_is_infinite_is_refused():
+    with pytest.raises(ValueError, match=r"temperature must be at least 1\.2e-38, got 1e-40"):
+        softmax_confidence(normal(2, 6, 5), temperature=1e-40)
+
+
 def test_module_is_the_function():
     logits, is_ood = normal(3, 6, 5).float(), labels(3, 6)
     module = SoftmaxMarginLoss(margin=0.7, temperature=2.0, background=0.1, form="bce", learn_temperature=True)
