@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from mdml_kernels import SoftmaxMarginLoss, linear_softmax_confidence, softmax_confidence, softmax_margin_loss
+from mdml_kernels import SoftmaxMarginLoss, compiled, linear_softmax_confidence, softmax_confidence, softmax_margin_loss
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 
@@ -220,6 +220,17 @@ def test_autocast_of_a_head():
     for ours, theirs in zip(gradients(OURS), gradients("reference"), strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, theirs, rtol=2**-5, atol=2**-6)
+
+
+@pytest.mark.parametrize("kind", ["CpuLogOdds", "CpuLinearLogOdds"])
+@pytest.mark.parametrize("confidence", ["max", "mass"])
+def test_a_compiler_is_told_what_the_operator_does(kind, confidence):
+    if kind == "CpuLogOdds":
+        given = [normal(2, 7, 5), torch.ones(2), torch.zeros(2)]
+    else:
+        given = [normal(1, 7, 4), normal(1, 5, 4), normal(1, 5), torch.ones(1, 7), torch.zeros(1, 7)]
+    leaves = [value.requires_grad_() for value in given]
+    torch.library.opcheck(compiled._forward, (leaves, [True] * len(leaves), kind, confidence))
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
