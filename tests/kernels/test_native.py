@@ -1,5 +1,6 @@
 """The CPU's compiled kernels: how they come about, and each of them against float64."""
 
+import ctypes
 import gc
 import os
 import subprocess
@@ -11,7 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from mdml_kernels import softmax_margin_loss
-from mdml_kernels.native import calls, encoders, episodes, layers, loader, prototypes, rows, views
+from mdml_kernels.native import calls, encoders, episodes, layers, loader, neighbours, prototypes, rows, views
 from mdml_kernels.native.neighbours import NeighbourSearch
 
 WIDTHS = st.integers(1, 40)
@@ -132,6 +133,23 @@ threading.Thread(target=late).start()
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
     assert sorted(done.stdout.splitlines()) == ["0 4", "0 4", "4 8", "4 8"], done.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("block", rows._BLOCK),
+        ("short", rows.SHORT),
+        ("ball", neighbours._BALL),
+        ("most", neighbours.MOST),
+        ("episode_layer", ctypes.sizeof(episodes._Layer)),
+        ("episode_program", ctypes.sizeof(episodes._Program)),
+        ("prototype_program", ctypes.sizeof(prototypes._Program)),
+    ],
+)
+def test_what_is_written_twice_is_the_same(name, value):
+    """In Python and in C++: where they differed, a kernel would write beyond what it was given."""
+    assert ctypes.c_int64.in_dll(loader.native().kernels, f"mdml_{name}").value == value
 
 
 @settings(deadline=None, max_examples=60)

@@ -304,6 +304,9 @@ void run(const EpisodeProgram& program, int64_t begin, int64_t end, bool outer) 
 
 extern "C" {
 
+// What Python fills.
+extern const int64_t mdml_episode_layer = sizeof(EpisodeLayer), mdml_episode_program = sizeof(EpisodeProgram);
+
 // Whether the processor has products of bfloat16.
 int64_t mdml_has_bfloat16() {
 #ifdef __AVX512BF16__

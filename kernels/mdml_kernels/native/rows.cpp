@@ -31,6 +31,9 @@ struct Episodes {
 
 extern "C" {
 
+// What Python sizes memory by.
+extern const int64_t mdml_block = BLOCK, mdml_short = SHORT;
+
 // Blocks of rows from `begin` to `end`: the largest x; the sum of e^x [E, N] without m, whose index goes to first, as its
 // peak and total; of all, where first is null.
 void mdml_row_statistics(int64_t begin, int64_t end, const float* logits, int64_t episode_stride, int64_t row_stride,
