@@ -168,11 +168,7 @@ class _DoubleBackward(Function):
             _refuse_legacy_vmap(value)
         return tuple(op.double_backward(inputs, saved, grad, tangents, needs))
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:  # noqa: ARG004 - torch's name
-        ctx.op, ctx.needs, *tensors = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.save_for_forward(*tensors)
+    setup_context = staticmethod(_Backward.setup_context)
 
     @staticmethod
     def backward(ctx: Any, *cotangents: Tensor) -> tuple[Any, ...]:

@@ -10,7 +10,11 @@ import math
 import torch
 from torch import Tensor
 
+from mdml_kernels.dispatch import BACKENDS
 from mdml_kernels.reference import Scalar
+
+# Of a temperature or scale: one over less than this is infinite in float32.
+_LEAST = torch.finfo(torch.float32).tiny
 
 
 def logits(values: Tensor, temperature: Scalar, background: Scalar | None, confidence: str) -> None:
@@ -29,6 +33,39 @@ def labels(is_ood: Tensor, values: Tensor) -> None:
         rows = list(values.shape[:-1])
         raise ValueError(f"is_ood must have the shape of the rows {rows}, got {list(is_ood.shape)}")
     _same_device("is_ood", is_ood, "logits", values.device)
+
+
+def settings(
+    margin_value: float,
+    temperature: float,
+    background: float | None,
+    confidence: str,
+    form: str,
+    reduction: str,
+    backend: str,
+) -> None:
+    """Of a loss before it has seen logits: all that its calls would refuse whatever these are."""
+    margin(margin_value)
+    _confidence(confidence, background)
+    form_of_loss(form)
+    reduction_of_episodes(reduction)
+    choice("backend", backend, BACKENDS)
+    for name, value in (("temperature", temperature), ("background", background)):
+        if isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a number, got a tensor: learn_{name}=True makes it a parameter")
+    _positive("temperature", temperature, (), torch.device("cpu"))
+    if background is not None:
+        _number("background", background, "a number")
+
+
+def form_of_loss(value: str) -> None:
+    """One of the forms that `softmax_margin_loss` has."""
+    choice("form", value, ("hinge", "pairwise", "bce"))
+
+
+def reduction_of_episodes(value: str) -> None:
+    """One of the ways that losses of episodes become one."""
+    choice("reduction", value, ("mean", "sum", "none"))
 
 
 def margin(value: float) -> None:
@@ -103,9 +140,7 @@ def _scaling(
     background: Scalar | None,
     confidence: str,
 ) -> None:
-    choice("confidence", confidence, ("max", "mass"))
-    if background is None and confidence == "mass":
-        raise ValueError("confidence 'mass' is one minus the background's probability: give background=")
+    _confidence(confidence, background)
     if background is None and n_classes == 1:
         raise ValueError("logits have K = 1, whose softmax is always 1: give background= or K >= 2")
     _positive("temperature", temperature, episodes, device)
@@ -115,6 +150,12 @@ def _scaling(
         _number("background", background)
 
 
+def _confidence(value: str, background: Scalar | None) -> None:
+    choice("confidence", value, ("max", "mass"))
+    if background is None and value == "mass":
+        raise ValueError("confidence 'mass' is one minus the background's probability: give background=")
+
+
 def _positive(name: str, value: Scalar, episodes: tuple[int, ...], device: torch.device) -> None:
     if isinstance(value, Tensor):
         _per_episode(name, value, episodes, device)
@@ -122,6 +163,8 @@ def _positive(name: str, value: Scalar, episodes: tuple[int, ...], device: torch
     _number(name, value)
     if not value > 0:
         raise ValueError(f"{name} must be positive, got {value}")
+    if isinstance(value, float) and value < _LEAST:
+        raise ValueError(f"{name} must be at least {_LEAST:.2g}, got {value}: float32 holds no 1/{value}")
 
 
 def _number(name: str, value: object, kind: str = "a number or a tensor") -> None:

@@ -5,7 +5,10 @@ x = τ ℓ are the scaled logits, τ = 1/T; b the background logit or None; w th
     max    o = x_m - log(Σ_{k≠m} e^x_k + [e^b])    m the first largest      ∂o/∂x = e_m - w    ∂o/∂b = -w_b
     mass   o = log(Σ_k e^x_k) - b                                           ∂o/∂x = w          ∂o/∂b = -1
 
-log S = -softplus(-o) and log(1 - S) = -softplus(o) follow from o, so it is all that has to be differentiated.
+log S = -softplus(-o) and log(1 - S) = -softplus(o) follow from o, so it is all that has to be differentiated. The sum
+over x is kept as two numbers, its largest x, ``peak``, and ``total`` = Σ e^(x - peak): a logarithm would be rounded at
+its own size, which is that of what all logits of a row share.
+
 Chunks are [..., K], columns [..., 1].
 """
 
@@ -40,36 +43,43 @@ def drop(x: Tensor, first: Tensor) -> Tensor:
     return x.scatter_(-1, first, torch.finfo(x.dtype).min)
 
 
-def finish_odds(
-    top: Tensor, second: Tensor, peak: Tensor, background: Tensor | None, confidence: Confidence
-) -> tuple[Tensor, Tensor]:
-    """The odds and log Σ e^x (without the background), from columns or rows.
+def finite(logits: Tensor) -> Tensor:
+    """The logits, with 0 for -inf: such a class takes no share of anything, but 0 times -inf would be NaN."""
+    return logits.masked_fill(logits == -torch.inf, 0.0)
 
-    top is the largest x; second the largest of those summed; peak the largest entry of their softmax.
+
+def finish_odds(
+    top: Tensor, peak: Tensor, largest: Tensor, background: Tensor | None, confidence: Confidence
+) -> tuple[Tensor, Tensor]:
+    """The odds and total (without the background), from columns or rows.
+
+    top is the largest x; peak the largest of those summed; largest that of their softmax.
     """
     # (top - top) is zero, or NaN where a row holds a NaN or an infinity: those must not come out finite.
-    log_sum = second - peak.log() + (top - top)
-    return odds_of(top, log_sum, background, confidence), log_sum
+    total = 1 / largest + (top - top)
+    return odds_of(top, peak, total, background, confidence), total
 
 
-def odds_of(top: Tensor, log_sum: Tensor, background: Tensor | None, confidence: Confidence) -> Tensor:
-    """The odds from the largest x and log Σ e^x of what is summed."""
+def odds_of(top: Tensor, peak: Tensor, total: Tensor, background: Tensor | None, confidence: Confidence) -> Tensor:
+    """The odds from the largest x and the sum of e^x."""
     if confidence == "mass":
         assert background is not None
-        return log_sum - background
-    return top - (log_sum if background is None else torch.logaddexp(log_sum, background))
+        return (peak - background) + total.log()
+    below = (peak - top) + total.log()
+    return -(below if background is None else torch.logaddexp(below, background - top))
 
 
 def split_background(
-    log_sum: Tensor, background: Tensor | None, confidence: Confidence
+    peak: Tensor, total: Tensor, background: Tensor | None, confidence: Confidence
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Columns (or rows) such that ∂o/∂x = kept * softmax [+ e_m] and ∂o/∂b = -dropped; and NaN where log_sum is."""
-    poison = log_sum - log_sum
+    """Columns (or rows) such that ∂o/∂x = kept * softmax [+ e_m] and ∂o/∂b = -dropped; and NaN where total is."""
+    poison = total - total
     if confidence == "mass":
-        return 1 + poison, torch.ones_like(log_sum), poison
+        return 1 + poison, torch.ones_like(total), poison
     if background is None:
-        return poison - 1, torch.zeros_like(log_sum), poison
-    return -torch.sigmoid(log_sum - background), torch.sigmoid(background - log_sum), poison
+        return poison - 1, torch.zeros_like(total), poison
+    ahead = (peak - background) + total.log()
+    return -torch.sigmoid(ahead), torch.sigmoid(-ahead), poison
 
 
 def weigh(softmax: Tensor, first: Tensor | None, at_rest: Tensor, at_first: Tensor) -> None:
@@ -84,15 +94,16 @@ def second_order(
     v_logits: Tensor | None,
     first: Tensor | None,
     columns: tuple[Tensor, ...],
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Of D = g · J v: ∂D/∂x [..., K], ∂D/∂ẋ [..., K], ∂D/∂b and J v (columns), with ẋ = τ v_ℓ + v_τ ℓ.
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Of D = g · J v: ∂D/∂x [..., K], ∂D/∂ẋ [..., K], ∂D/∂τ, ∂D/∂b and J v (columns), with ẋ = τ v_ℓ + v_τ ℓ.
 
     columns are τ, v_τ, v_b, g and the two of `split_background`. With ν = Σ w ẋ + [w_b v_b]:
 
         J v = ẋ_m - ν  (max)   ν - v_b  (mass)     ∂(J v)/∂x_k = ∓ w_k (ẋ_k - ν)     ∂(J v)/∂b = -w_b (v_b - ν)  (max)
     """
     tau, v_tau, v_background, grad, kept, dropped = columns
-    x, moved = logits * tau, logits * v_tau
+    x, reached = logits * tau, finite(logits)
+    moved = reached * v_tau
     if v_logits is not None:
         moved.addcmul_(v_logits, tau)
     if first is not None:
@@ -110,4 +121,8 @@ def second_order(
     grad_x = (signed * grad) * (moved - centre)
     if first is not None:
         signed.scatter_(-1, first, 1.0)
-    return grad_x, signed.mul_(grad), grad_background, along
+    grad_moved = signed.mul_(grad)
+    by_tau = reached.mul_(grad_x)
+    if v_logits is not None:
+        by_tau.addcmul_(grad_moved, v_logits)
+    return grad_x, grad_moved, by_tau.sum(-1, keepdim=True), grad_background, along

@@ -35,7 +35,8 @@ def _operator(kind: str, confidence: str) -> RowOp:
     return made
 
 
-@library.custom_op("mdml_kernels::log_odds", mutates_args=())
+# A cache of compiled graphs on disk knows an operator by its name alone: one that saves other tensors needs another.
+@library.custom_op("mdml_kernels::row_odds", mutates_args=())
 def _forward(given: list[Tensor], mask: list[bool], kind: str, confidence: str) -> list[Tensor]:
     if forward_ad._current_level >= 0:  # tangents are out of sight here, and would be dropped without a word
         raise RuntimeError("a compiled loss has no forward-mode derivative: take torch.func.jvp in what is compiled")
@@ -48,11 +49,12 @@ def _(given: list[Tensor], mask: list[bool], kind: str, confidence: str) -> list
     shape = given[0].shape[:2]
     index = torch.int32 if kind.startswith("Triton") else torch.int64
     indices = like.new_empty(shape if confidence == "max" else (shape[0], 0), dtype=index)
-    reference = (*shape, 2) if kind == "TritonLogOdds" else shape
-    return [like.new_empty(shape), like.new_empty(reference), indices]
+    columns = {"TritonLogOdds": [like.new_empty(*shape, 2)], "TritonLinearLogOdds": [like.new_empty(shape)]}
+    peak_and_total = [like.new_empty(shape), like.new_empty(shape)]
+    return [like.new_empty(shape), *columns.get(kind, peak_and_total), indices]
 
 
-@library.custom_op("mdml_kernels::log_odds_backward", mutates_args=())
+@library.custom_op("mdml_kernels::row_odds_backward", mutates_args=())
 def _backward(
     given: list[Tensor], mask: list[bool], saved: list[Tensor], grad: Tensor, kind: str, confidence: str
 ) -> list[Tensor]:
@@ -79,4 +81,4 @@ def _pull(ctx: Any, grads: list[Tensor]) -> tuple[Any, ...]:
     return _backward(given, ctx.mask, saved, grads[0], ctx.kind, ctx.confidence), None, None, None
 
 
-library.register_autograd("mdml_kernels::log_odds", _pull, setup_context=_setup)
+library.register_autograd("mdml_kernels::row_odds", _pull, setup_context=_setup)

@@ -24,28 +24,28 @@ _CHUNK_ELEMENTS = 1 << 18
 
 def forward(
     logits: Tensor, tau: Tensor, background: Tensor | None, confidence: Confidence
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The odds [E, N], log Σ e^x without the background [E, N], the first largest index [E, N] (mass: empty)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The odds [E, N]; then to save: peak and total of the sum [E, N], the first largest index [E, N] (mass: empty)."""
     if native.serves_rows(logits, tau):
-        top, log_sum, first = native.statistics(logits, tau, confidence)
+        top, peak, total, first = native.statistics(logits, tau, confidence)
         against = None if background is None else background[:, None]
-        return chunks.odds_of(top, log_sum, against, confidence), log_sum, first
+        return chunks.odds_of(top, peak, total, against, confidence), peak, total, first
     n_episodes, n_rows, _ = logits.shape
-    top, second, peak = (tau.new_empty(n_episodes, n_rows, 1) for _ in range(3))
+    top, second, largest = (tau.new_empty(n_episodes, n_rows, 1) for _ in range(3))
     first = torch.empty(n_episodes, n_rows if confidence == "max" else 0, 1, dtype=torch.int64, device=logits.device)
     plan = Plan(logits, tau)
-    columns = (top, second, peak, first if confidence == "max" else top)
-    for chunk, t, top_c, second_c, peak_c, first_c in plan.pieces(logits, tau[:, None, None], *columns):
+    columns = (top, second, largest, first if confidence == "max" else top)
+    for chunk, t, top_c, second_c, largest_c, first_c in plan.pieces(logits, tau[:, None, None], *columns):
         x = torch.mul(chunk, t, out=plan.scratch(0, chunk))
         if confidence == "max":
             chunks.first_max(x, top_c, first_c, plan.scratch(1, chunk), plan.descending)
             torch.amax(chunks.drop(x, first_c), -1, keepdim=True, out=second_c)
         else:
             torch.amax(x, -1, keepdim=True, out=top_c)
-        torch.amax(torch.softmax(x, -1, out=x), -1, keepdim=True, out=peak_c)
-    summed = second if confidence == "max" else top
-    odds, log_sum = chunks.finish_odds(top, summed, peak, per_row(background), confidence)
-    return odds.squeeze(-1), log_sum.squeeze(-1), first.squeeze(-1)
+        torch.amax(torch.softmax(x, -1, out=x), -1, keepdim=True, out=largest_c)
+    peak = second if confidence == "max" else top
+    odds, total = chunks.finish_odds(top, peak, largest, per_row(background), confidence)
+    return odds.squeeze(-1), peak.squeeze(-1), total.squeeze(-1), first.squeeze(-1)
 
 
 def backward(
@@ -64,14 +64,14 @@ def backward(
     """
     if native.serves_rows(logits, tau):
         grad_logits = pages.empty_like(logits)
-        log_sum, first = saved[0].contiguous(), saved[1].contiguous() if confidence == "max" else None
-        by_loss = None if by_loss is None else by_loss.contiguous()
-        slopes = (by_loss, grad.contiguous())
-        return grad_logits, *native.gradients(logits, tau, background, slopes, (log_sum, first), needs_tau, grad_logits)
+        peak, total, first = (column.contiguous() for column in saved)
+        columns = (peak, total, first if confidence == "max" else None)
+        slopes = (None if by_loss is None else by_loss.contiguous(), grad.contiguous())
+        return grad_logits, *native.gradients(logits, tau, background, slopes, columns, needs_tau, grad_logits)
     if by_loss is not None:
         grad = grad * by_loss[:, None]
-    log_sum, first = saved[0].unsqueeze(-1), saved[1].unsqueeze(-1)
-    kept, dropped, poison = chunks.split_background(log_sum, per_row(background), confidence)
+    peak, total, first = (column.unsqueeze(-1) for column in saved)
+    kept, dropped, poison = chunks.split_background(peak, total, per_row(background), confidence)
     grad = grad.unsqueeze(-1) + poison
     at_first = grad * tau[:, None, None]
     recipe = Recipe(at_first * kept, at_first, first if confidence == "max" else None, drops_first=True)
@@ -120,7 +120,8 @@ def pull_back(
         if not direct:
             result.copy_(x)
         if needs_tau:
-            torch.sum(torch.mul(x, chunk, out=plan.scratch(1, chunk)), -1, keepdim=True, out=tau_c)
+            by_tau = torch.mul(x, chunk, out=plan.scratch(1, chunk)).masked_fill_(chunk == -torch.inf, 0.0)
+            torch.sum(by_tau, -1, keepdim=True, out=tau_c)
     return grad_logits, tau_rows.sum((1, 2)) / tau if needs_tau else None
 
 
@@ -134,28 +135,26 @@ def double_backward(
     confidence: Confidence,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """∂(grad · J v)/∂(logits, τ, b) as in `backward`, then J v [E, N]; v are the tangents, None for zero."""
-    log_sum, first = saved[0].unsqueeze(-1), saved[1].unsqueeze(-1)
-    kept, dropped, poison = chunks.split_background(log_sum, per_row(background), confidence)
+    peak, total, first = (column.unsqueeze(-1) for column in saved)
+    kept, dropped, poison = chunks.split_background(peak, total, per_row(background), confidence)
     grad = grad.unsqueeze(-1) + poison
     v_logits, v_tau, v_background = tangents
     per_episode = [(torch.zeros_like(tau) if v is None else v)[:, None, None] for v in (tau, v_tau, v_background)]
     grad_logits = pages.empty_like(logits)
-    tau_rows, background_rows, along = (torch.empty_like(log_sum) for _ in range(3))
+    tau_rows, background_rows, along = (torch.empty_like(total) for _ in range(3))
     plan = Plan(logits, tau)
-    everything = (logits, logits if v_logits is None else v_logits, first if confidence == "max" else log_sum)
+    everything = (logits, logits if v_logits is None else v_logits, first if confidence == "max" else total)
     results = (grad_logits, tau_rows, background_rows, along)
     for chunk, v_chunk, first_c, t, dt, db, grad_c, kept_c, dropped_c, *result in plan.pieces(
         *everything, *per_episode, grad, kept, dropped, *results
     ):
         x, v = chunk.to(tau.dtype), None if v_logits is None else v_chunk.to(tau.dtype)
-        grad_x, grad_moved, background_c, along_c = chunks.second_order(
+        grad_x, grad_moved, *columns = chunks.second_order(
             x, v, first_c if confidence == "max" else None, (t, dt, db, grad_c, kept_c, dropped_c)
         )
-        products = grad_x * x
-        result[1].copy_((products if v is None else products.addcmul_(grad_moved, v)).sum(-1, keepdim=True))
         result[0].copy_(grad_x.mul_(t).addcmul_(grad_moved, dt))
-        result[2].copy_(background_c)
-        result[3].copy_(along_c)
+        for to, column in zip(result[1:], columns, strict=True):
+            to.copy_(column)
     return grad_logits, tau_rows.sum((1, 2)), background_rows.sum((1, 2)), along.squeeze(-1)
 
 

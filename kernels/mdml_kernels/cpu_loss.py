@@ -30,11 +30,10 @@ def is_small(logits: Tensor) -> bool:
 
 def textbook_confidence(logits: Tensor, temperature: Scalar, background: Scalar | None) -> Tensor:
     """S [..., N] of few logits [..., N, K], arguments as in `functional`, by the derivatives that PyTorch has."""
-    scaled = logits.to(reference.accumulation_dtype(logits))
-    if isinstance(temperature, Tensor):
-        scaled = scaled / reference.per_row(temperature, logits).unsqueeze(-1)
-    elif temperature != 1:
-        scaled = scaled / temperature
+    if isinstance(temperature, Tensor) or temperature != 1:
+        scaled = reference.scaled(logits, temperature)
+    else:
+        scaled = logits.to(reference.accumulation_dtype(logits))
     if background is not None:
         column = reference.per_row(background, logits).unsqueeze(-1).expand(*scaled.shape[:-1], 1)
         return torch.softmax(torch.cat([scaled, column], dim=-1), -1)[..., :-1].max(-1).values
@@ -83,8 +82,8 @@ class CpuMarginLoss:
         if background is None:
             dropped = s.new_zeros(n_episodes, 1)
         else:
-            log_sum = top - s.log()
-            dropped, kept = torch.sigmoid(background[:, None] - log_sum), torch.sigmoid(log_sum - background[:, None])
+            against = (background[:, None] - top) + s.log()
+            dropped, kept = torch.sigmoid(against), torch.sigmoid(-against)
             s, rest = s * kept, rest * kept + dropped
         loss, slope = losses.value_and_slope(s, is_ood, self.margin, self.form)
         return loss, slope, s, rest, dropped, first

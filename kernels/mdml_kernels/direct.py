@@ -45,19 +45,21 @@ def one_class_gradient_(
     """
     scale = 1 / logits.shape[1] if tau is None else tau[:, None, None] / logits.shape[1]
     if confidence == "mass":
-        assert background is not None
+        if background is None:
+            raise ValueError("confidence 'mass' is one minus the background's probability: give background")
         if tau is not None:
             logits.mul_(tau[:, None, None])
-        log_sum = torch.logsumexp(logits, -1, keepdim=True)
-        torch.softmax(logits, -1, out=logits)
-        return logits.mul_(-torch.sigmoid(background[:, None, None] - log_sum) * scale)
+        top = logits.amax(-1, keepdim=True)
+        largest = torch.softmax(logits, -1, out=logits).amax(-1, keepdim=True)
+        against = (background[:, None, None] - top) + largest.log()
+        return logits.mul_(-torch.sigmoid(against) * scale)
     p, top, first = _softmax_and_largest_(logits, tau)
     # ∂(-log S)/∂x is the softmax with the background among the logits, less 1 at the first maximum. That entry is
     # minus the sum of all others, which is exact where S rounds to 1.
     p_largest = p.gather(-1, first) if background is not None else None
     rest = p.scatter_(-1, first, 0.0).sum(-1, keepdim=True)
     if background is not None and p_largest is not None:
-        against = background[:, None, None] - (top - p_largest.log())
+        against = (background[:, None, None] - top) + p_largest.log()
         kept = torch.sigmoid(-against)
         p.mul_(kept)
         rest = rest * kept + torch.sigmoid(against)
@@ -111,7 +113,7 @@ def _of_largest_(
     rest = p.sum(-1, keepdim=True)  # 1 - S would lose what S rounds off
     kept, dropped = None, None
     if background is not None:
-        against = background[:, None, None] - (top - s.log())
+        against = (background[:, None, None] - top) + s.log()
         dropped, kept = torch.sigmoid(against), torch.sigmoid(-against)
         s, rest = s * kept, rest * kept + dropped
     loss, slope = losses.value_and_slope(s.squeeze(-1), is_ood, margin, form)

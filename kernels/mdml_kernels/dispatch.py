@@ -63,10 +63,11 @@ def resolve(
 
 def choose(requested: str, logits: Tensor, *, linear: bool = False, native: bool = False) -> Choice:
     """`resolve` for these logits (or embeddings) on this machine."""
-    if torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+    recorded = _recorded()
+    if recorded is not None:
         if requested not in ("auto", "reference"):
-            raise ValueError(f"backend {requested!r} cannot serve torch.func inside torch.compile: leave it 'auto'")
-        return Choice("reference", "plain PyTorch, because no custom op survives torch.func inside torch.compile")
+            raise ValueError(f"backend {requested!r} cannot serve {recorded}: leave it 'auto'")
+        return Choice("reference", f"plain PyTorch, because no operator of ours survives {recorded}")
     return resolve(requested, logits.device.type, logits.dtype, triton_state(), linear=linear, native=native)
 
 
@@ -76,6 +77,13 @@ def triton_state() -> str | None:
     if importlib.util.find_spec("triton") is None:
         return None
     return "interpreter" if os.environ.get("TRITON_INTERPRET") == "1" else "compiler"
+
+
+def _recorded() -> str | None:
+    """What records this call and can only repeat PyTorch's own operations, if anything does."""
+    if torch.compiler.is_compiling():
+        return "torch.func inside torch.compile" if torch._C._are_functorch_transforms_active() else None
+    return "torch.jit.trace" if torch._C._is_tracing() else None
 
 
 def _unmet_cpu(device: str, dtype: torch.dtype) -> str | None:

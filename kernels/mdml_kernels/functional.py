@@ -58,8 +58,8 @@ def softmax_margin_loss(
     """
     checks.logits(logits, temperature, background, confidence)
     checks.labels(is_ood, logits)
-    checks.choice("form", form, ("hinge", "pairwise", "bce"))
-    checks.choice("reduction", reduction, ("mean", "sum", "none"))
+    checks.form_of_loss(form)
+    checks.reduction_of_episodes(reduction)
     checks.margin(margin)
     chosen = _chosen(logits, temperature, background, backend, validate)
     if chosen == "reference":
@@ -84,7 +84,7 @@ def one_class_loss(
 
     Args and errors as in `softmax_margin_loss`; logits [..., N, K] are all normal.
     """
-    checks.choice("reduction", reduction, ("mean", "sum", "none"))
+    checks.reduction_of_episodes(reduction)
     log_s = _log_s(logits, temperature, background, confidence, backend, validate)
     return reference.reduce_episodes(-log_s.mean(dim=-1), reduction)
 

@@ -49,7 +49,7 @@ class CpuLinearLogOdds:
     def forward(self, inputs: Inputs) -> tuple[Tensor, ...]:
         """See `autograd.RowOp`."""
         head = _Head(inputs, self.confidence)
-        top, second, peak = head.tau.new_empty(3, *head.tau.shape)
+        top, second, largest = (head.tau.new_empty(head.tau.shape) for _ in range(3))
         first_shape = head.tau.shape if self.confidence == "max" else (len(top), 0, 1)
         first = torch.empty(first_shape, dtype=torch.int64, device=top.device)
         descending = torch.arange(head.n_classes, 0, -1, dtype=head.tau.dtype, device=head.tau.device)
@@ -62,10 +62,10 @@ class CpuLinearLogOdds:
             else:
                 torch.amax(x, -1, keepdim=True, out=top[g, n])
             torch.softmax(x, -1, out=x)
-            torch.amax(x, -1, keepdim=True, out=peak[g, n])
-        summed = second if self.confidence == "max" else top
-        odds, log_sum = chunks.finish_odds(top, summed, peak, head.background, self.confidence)
-        return odds.squeeze(-1), log_sum.squeeze(-1), first.squeeze(-1)
+            torch.amax(x, -1, keepdim=True, out=largest[g, n])
+        peak = second if self.confidence == "max" else top
+        odds, total = chunks.finish_odds(top, peak, largest, head.background, self.confidence)
+        return odds.squeeze(-1), peak.squeeze(-1), total.squeeze(-1), first.squeeze(-1)
 
     def backward(self, inputs: Inputs, saved: Inputs, grad: Tensor, needs: Needs) -> list[Tensor]:
         """See `autograd.RowOp`."""
@@ -75,7 +75,7 @@ class CpuLinearLogOdds:
         at_rest = at_first * head.kept
         for g, n in head.chunks():
             x = head.logits(g, n)
-            keep = x.clone() if needs[3] else x
+            reached = chunks.finite(x) if needs[3] else x
             grad_x = x.mul_(head.tau[g, n])
             first = head.first_of(g, n)
             if first is not None:
@@ -83,7 +83,7 @@ class CpuLinearLogOdds:
             torch.softmax(grad_x, -1, out=grad_x)
             chunks.weigh(grad_x, first, at_rest[g, n], at_first[g, n])
             if needs[3]:
-                totals.tau[g, n] = (keep.mul_(grad_x)).sum(-1, keepdim=True) / head.tau[g, n]
+                totals.tau[g, n] = reached.mul_(grad_x).sum(-1, keepdim=True) / head.tau[g, n]
             if needs[0]:
                 torch.mm(grad_x, head.weight[g], out=totals.z[g, n])
             if needs[1]:
@@ -112,10 +112,9 @@ class CpuLinearLogOdds:
             v_logits.addmm_(head.z[g, n], v_weight[g].T)
             rows = (head.tau, v_tau, v_background, head.grad, head.kept, head.dropped)
             columns = tuple(value[g, n] for value in rows)
-            grad_x, grad_moved, totals.background[g, n], along[g, n] = chunks.second_order(
+            grad_x, grad_moved, totals.tau[g, n], totals.background[g, n], along[g, n] = chunks.second_order(
                 logits, v_logits, head.first_of(g, n), columns
             )
-            totals.tau[g, n] = (grad_x * logits).addcmul_(grad_moved, v_logits).sum(-1, keepdim=True)
             grad_logits = grad_x.mul_(head.tau[g, n]).addcmul_(grad_moved, v_tau[g, n])
             grad_v_logits = grad_moved.mul_(head.tau[g, n])
             torch.mm(grad_logits, head.weight[g], out=totals.z[g, n]).addmm_(grad_v_logits, v_weight[g])
@@ -168,10 +167,8 @@ class _Head:
         self.rows_per_chunk = max(1, min(n_rows, z.shape[1]))
         self.scratch = tau.new_empty(self.rows_per_chunk, self.n_classes)
         if grad is not None:
-            log_sum, first = saved
-            self.first = first.unsqueeze(-1)
-            kept = chunks.split_background(log_sum.unsqueeze(-1), self.background, confidence)
-            self.kept, self.dropped, poison = kept
+            peak, total, self.first = (column.unsqueeze(-1) for column in saved)
+            self.kept, self.dropped, poison = chunks.split_background(peak, total, self.background, confidence)
             self.grad = grad.unsqueeze(-1) + poison
 
     def chunks(self) -> Iterator[tuple[int, slice]]:

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from mdml_kernels import functional
+from mdml_kernels import checks, functional
 from mdml_kernels.dispatch import Backend
 from mdml_kernels.reference import Confidence, Form, Reduction
 
@@ -45,12 +45,13 @@ class SoftmaxMarginLoss(nn.Module):
         backend: Backend = "auto",
     ) -> None:
         super().__init__()
-        if not temperature > 0:
-            raise ValueError(f"temperature must be positive, got {temperature}")
-        self.margin = margin
         if learn_background and background is None:
             raise ValueError("learn_background needs a value to start from: give background")
-        self.background = background if not learn_background else nn.Parameter(torch.tensor(background))
+        checks.settings(margin, temperature, background, confidence, form, reduction, backend)
+        self.margin = margin
+        self.background: float | nn.Parameter | None = background
+        if learn_background and background is not None:
+            self.background = nn.Parameter(torch.tensor(float(background)))
         self.confidence: Confidence = confidence
         self.form: Form = form
         self.reduction: Reduction = reduction
@@ -99,6 +100,11 @@ class SoftmaxMarginLoss(nn.Module):
         )
 
     def extra_repr(self) -> str:
-        """The settings, for repr()."""
-        background = "learned" if isinstance(self.background, nn.Parameter) else self.background
-        return f"margin={self.margin}, confidence={self.confidence!r}, form={self.form!r}, background={background}"
+        """The settings, for repr(); of what is learned that it is."""
+        shown = {
+            "margin": self.margin,
+            "temperature": self.fixed_temperature if self.log_temperature is None else "learned",
+            "background": "learned" if isinstance(self.background, nn.Parameter) else self.background,
+            **{name: repr(getattr(self, name)) for name in ("confidence", "form", "reduction", "backend")},
+        }
+        return ", ".join(f"{name}={value}" for name, value in shown.items())

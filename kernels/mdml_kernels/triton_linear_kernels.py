@@ -41,8 +41,8 @@ def tile_logits(
     acc = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
     for start in range(0, H, BLOCK_H):
         inner = start + tl.arange(0, BLOCK_H)
-        z_tile = load_tile(z, rows[:, None], inner[None, :], H, 1, N, H)
-        w_tile = load_tile(weight, cols[:, None], inner[None, :], H, 1, K, H)
+        z_tile = load_tile(z, rows[:, None].to(tl.int64), inner[None, :], H, 1, N, H)
+        w_tile = load_tile(weight, cols[:, None].to(tl.int64), inner[None, :], H, 1, K, H)
         acc = matmul(z_tile, tl.trans(w_tile), acc, PRECISION)
     if bias is not None:
         acc += tl.load(bias + cols, mask=cols < K, other=0.0).to(tl.float32)[None, :]
@@ -166,11 +166,12 @@ def linear_backward_rows_kernel(
         )  # fmt: skip
         slope = tile_slope(logits, cols, scale, first, log_sum, g, K, MASS)
         tau_terms += tl.sum(logits * slope, 1)
-        w_tile = load_tile(weight + group * (K * H), cols[:, None], out, H, 1, K, H)
+        w_tile = load_tile(weight + group * (K * H), cols[:, None].to(tl.int64), out, H, 1, K, H)
         acc = matmul(slope * scale[:, None], w_tile, acc, PRECISION)
 
     keep = live[:, None] & (out < H)
-    tl.store(grad_z + group * (N * H) + rows[:, None] * H + out, acc.to(grad_z.dtype.element_ty), mask=keep)
+    to = grad_z + group * (N * H) + rows[:, None].to(tl.int64) * H + out
+    tl.store(to, acc.to(grad_z.dtype.element_ty), mask=keep)
     if tile_out == 0:
         tl.store(grad_tau + group * N + rows, tau_terms, mask=live)
         if background is not None:
@@ -237,12 +238,12 @@ def linear_backward_head_kernel(
             N, H, K, BLOCK_N, BLOCK_K, BLOCK_H, PRECISION,
         )  # fmt: skip
         slope = tile_slope(logits, cols, scale, first, log_sum, g, K, MASS) * scale[:, None]
-        z_tile = load_tile(z + group * (N * H), rows[:, None], out, H, 1, N, H)
+        z_tile = load_tile(z + group * (N * H), rows[:, None].to(tl.int64), out, H, 1, N, H)
         acc = matmul(tl.trans(slope), z_tile, acc, PRECISION)
         acc_bias += tl.sum(slope, 0)
 
     keep = (cols[:, None] < K) & (out < H)
-    tl.store(grad_weight + split_group * (K * H) + cols[:, None] * H + out, acc, mask=keep)
+    tl.store(grad_weight + split_group * (K * H) + cols[:, None].to(tl.int64) * H + out, acc, mask=keep)
     if grad_bias is not None:  # noqa: SIM102 - decided at compile time, the inner one at run time
         if tile_out == 0:
             tl.store(grad_bias + split_group * K + cols, acc_bias, mask=cols < K)

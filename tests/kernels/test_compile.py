@@ -5,7 +5,7 @@ import os
 
 import pytest
 import torch
-from mdml_kernels import SoftmaxMarginLoss, linear_softmax_confidence, softmax_margin_loss
+from mdml_kernels import SoftmaxMarginLoss, compiled, linear_softmax_confidence, softmax_confidence, softmax_margin_loss
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
 
@@ -140,7 +140,7 @@ def test_what_is_compiled_is_one_operator_and_the_definition_none(backend):
     x = normal(3, 6, 5).requires_grad_()
     value = torch.compile(step, fullgraph=True, backend=look)(x)
     torch.testing.assert_close(torch.autograd.grad(value, x), torch.autograd.grad(step(x), x))
-    assert operators == ([] if backend == "reference" else ["mdml_kernels.log_odds.default"] * 2)
+    assert operators == ([] if backend == "reference" else ["mdml_kernels.row_odds.default"] * 2)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -220,3 +220,35 @@ def test_autocast_of_a_head():
     for ours, theirs in zip(gradients(OURS), gradients("reference"), strict=True):
         assert ours.dtype == torch.float32
         torch.testing.assert_close(ours, theirs, rtol=2**-5, atol=2**-6)
+
+
+@pytest.mark.parametrize("kind", ["CpuLogOdds", "CpuLinearLogOdds"])
+@pytest.mark.parametrize("confidence", ["max", "mass"])
+def test_a_compiler_is_told_what_the_operator_does(kind, confidence):
+    if kind == "CpuLogOdds":
+        given = [normal(2, 7, 5), torch.ones(2), torch.zeros(2)]
+    else:
+        given = [normal(1, 7, 4), normal(1, 5, 4), normal(1, 5), torch.ones(1, 7), torch.zeros(1, 7)]
+    leaves = [value.requires_grad_() for value in given]
+    torch.library.opcheck(compiled._forward, (leaves, [True] * len(leaves), kind, confidence))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_a_trace_serves_other_rows():
+    """As `torch.onnx.export(dynamo=False)` and TensorBoard record a model."""
+    layer = torch.nn.Linear(4, 5).requires_grad_(False)
+
+    def call(z, is_ood):
+        logits = layer(z)
+        return softmax_confidence(logits), softmax_margin_loss(logits, is_ood, background=0.5)
+
+    traced = torch.jit.trace(call, (normal(3, 6, 4), OOD), check_trace=False)
+    other, is_ood = normal(3, 9, 4), torch.arange(9).expand(3, 9) % 2 == 0
+    torch.testing.assert_close(traced(other, is_ood), call(other, is_ood))
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_a_trace_with_a_forced_backend(backend):
+    with pytest.raises(ValueError, match=r"cannot serve torch\.jit\.trace: leave it 'auto'"):
+        torch.jit.trace(lambda x: softmax_confidence(x, backend=backend), (normal(3, 6, 5),))

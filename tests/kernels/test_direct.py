@@ -79,6 +79,22 @@ def test_what_is_left_where_s_rounds_to_one():
     assert exact[0, 0, 0] != 0
 
 
+@pytest.mark.parametrize("confidence", ["max", "mass"])
+def test_what_all_logits_share_costs_no_digits(confidence):
+    logits, is_ood, _ = problem(5)
+    logits, shared = (logits * 64).round() / 64, -65536.0
+
+    def gradients(logits, background):
+        b = torch.full((3,), background, dtype=logits.dtype)
+        options = {"margin": 0.9, "confidence": confidence, "form": "hinge", "backend": "cpu"}
+        margin = direct.margin_gradients(logits.clone(), is_ood, None, b, **options)
+        return margin.logits, margin.background, direct.one_class_gradient_(logits, None, b, confidence)
+
+    exact = gradients(logits.clone(), 0.5)
+    for a, b in zip(gradients((logits + shared).float(), 0.5 + shared), exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=1e-7)
+
+
 def test_a_nan_stays_in_its_row():
     logits = torch.zeros(1, 2, 4)
     logits[0, 1, 2] = float("nan")

@@ -4,6 +4,7 @@ import pytest
 import torch
 from mdml_kernels import (
     SoftmaxMarginLoss,
+    linear_softmax_confidence,
     one_class_loss,
     softmax_confidence,
     softmax_log_odds,
@@ -105,6 +106,76 @@ def test_a_masked_class(form, n_classes):
     assert (gradient[..., 1] == 0).all()
 
 
+def two_derivatives(loss, *leaves):
+    """The first by the leaves, and the second along some direction in reverse and in forward mode."""
+    moves = tuple(normal(*leaf.shape, seed=i).to(leaf) for i, leaf in enumerate(leaves))
+    every = tuple(range(len(leaves)))
+    first = torch.func.grad(loss, every)
+    second = torch.func.grad(lambda *at: sum((g * v).sum() for g, v in zip(first(*at), moves, strict=True)), every)
+    return first(*leaves), second(*leaves), torch.func.jvp(loss, leaves, moves)[1]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("learned", [False, True])
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(("dtype", "n_classes"), [(torch.float64, 5), (torch.float32, 5), (torch.float32, 70)])
+def test_a_masked_class_is_none_in_any_derivative(form, learned, backend, dtype, n_classes):
+    rest, is_ood = normal(2, 6, n_classes).to(dtype), labels(2, 6)
+    options = {"form": form, "margin": 0.9, "reduction": "sum", "background": 0.3}
+    leaves = (rest, torch.tensor(0.7, dtype=dtype)) if learned else (rest,)
+
+    def masked(logits, temperature=0.7):
+        barred = torch.full_like(logits[..., :1], -torch.inf)
+        both = torch.cat([logits[..., :1], barred, logits[..., 1:]], -1)
+        return softmax_margin_loss(both, is_ood, temperature=temperature, backend=backend, **options)
+
+    def without(logits, temperature=0.7):
+        return softmax_margin_loss(logits, is_ood, temperature=temperature, backend="reference", **options)
+
+    exact = [leaf.double() for leaf in leaves]
+    for a, b in zip(two_derivatives(masked, *leaves), two_derivatives(without, *exact), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-6, check_dtype=False)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_masked_class_of_a_head_is_none_in_any_derivative(backend):
+    z, weight, temperature = normal(6, 4), normal(5, 4, seed=1), torch.tensor(0.7).double()
+    bias = torch.tensor([0.0, 0, -torch.inf, 0, 0], dtype=torch.float64)
+    kept = bias.isfinite()
+
+    def masked(z, temperature):
+        return linear_softmax_confidence(z, weight, bias, temperature=temperature, backend=backend).sum()
+
+    def without(z, temperature):
+        return softmax_confidence(z @ weight[kept].T, temperature=temperature, backend="reference").sum()
+
+    for a, b in zip(two_derivatives(masked, z, temperature), two_derivatives(without, z, temperature), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize(
+    ("confidence", "background"), [("max", None), ("max", 0.5), ("mass", 0.5)], ids=["max", "max, background", "mass"]
+)
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("n_classes", [5, 70])
+def test_what_all_logits_share_costs_no_digits(form, confidence, background, backend, n_classes):
+    """Float32 holds what is shifted exactly, and so far out only whole steps of 1/128."""
+    logits, is_ood, shared = (normal(2, 6, n_classes) * 64).round() / 64, labels(2, 6), -65536.0
+    options = {"form": form, "margin": 0.9, "reduction": "sum", "confidence": confidence}
+
+    def shifted(x):
+        b = None if background is None else background + shared
+        return softmax_margin_loss(x + shared, is_ood, background=b, backend=backend, **options)
+
+    def plain(x):
+        return softmax_margin_loss(x, is_ood, background=background, backend="reference", **options)
+
+    torch.testing.assert_close(shifted(logits.float()).double(), plain(logits), rtol=1e-6, atol=1e-6)
+    for a, b in zip(two_derivatives(shifted, logits.float()), two_derivatives(plain, logits), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6, check_dtype=False)
+
+
 @pytest.mark.parametrize("form", FORMS)
 def test_odd_strides(form):
     logits = normal(5, 3, 6).permute(1, 2, 0)  # K is the outermost in memory
@@ -183,6 +254,46 @@ def test_pairwise_counts_every_pair():
     # For two classes S is the larger of s and 1 - s: 0.9, 0.65, 0.6, 0.6, 0.85, 0.9.
     _, gradient = assert_same(logits, torch.tensor([[False, False, True, True, False, True]]), form="pairwise")
     assert gradient.abs().max() > 0
+
+
+@pytest.mark.parametrize(
+    ("setting", "message"),
+    [
+        ({"form": "hing"}, "form must be one of"),
+        ({"confidence": "maks"}, "confidence must be one of"),
+        ({"reduction": "avg"}, "reduction must be one of"),
+        ({"backend": "gpu"}, "backend must be one of"),
+        ({"margin": 1.5}, r"margin must be in \[0, 1\]"),
+        ({"confidence": "mass"}, "give background="),
+        ({"temperature": 0}, "temperature must be positive"),
+        ({"temperature": 1e-40}, "temperature must be at least 1.2e-38"),
+        ({"background": "0.5"}, "background must be a number"),
+        ({"temperature": torch.tensor(1.0)}, "learn_temperature=True"),
+        ({"learn_background": True}, "give background"),
+    ],
+    ids=str,
+)
+def test_settings_are_refused_before_there_are_logits(setting, message):
+    with pytest.raises((ValueError, TypeError), match=message):
+        SoftmaxMarginLoss(**setting)
+
+
+def test_a_module_shows_its_settings():
+    shown = repr(SoftmaxMarginLoss(background=0, temperature=2.0, learn_background=True, reduction="sum"))
+    for part in ("margin=0.5", "temperature=2.0", "background=learned", "reduction='sum'", "backend='auto'"):
+        assert part in shown
+    assert "temperature=learned" in repr(SoftmaxMarginLoss(learn_temperature=True))
+
+
+@pytest.mark.parametrize("n_classes", [5, 70])
+def test_an_infinite_temperature_tells_no_logits_apart(n_classes):
+    confidence = softmax_confidence(normal(2, 6, n_classes).float(), temperature=float("inf"))
+    torch.testing.assert_close(confidence, torch.full((2, 6), 1 / n_classes))
+
+
+def test_a_temperature_whose_inverse_is_infinite_is_refused():
+    with pytest.raises(ValueError, match=r"temperature must be at least 1\.2e-38, got 1e-40"):
+        softmax_confidence(normal(2, 6, 5), temperature=1e-40)
 
 
 def test_module_is_the_function():

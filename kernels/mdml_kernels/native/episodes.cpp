@@ -60,7 +60,7 @@ struct Workspace {
   std::vector<Buffer<float>> own;  // weight and bias of each layer, where they are not wanted
   Buffer<Stored> grad[2];
   Buffer<Entry> inputs, stacked_inputs, by_logits, turned, stacked;
-  Buffer<float> logits, slope, log_sum, folded, by_head, metric, moves, moves_turned;
+  Buffer<float> logits, slope, peak, total, folded, by_head, metric, moves, moves_turned;
   Buffer<int64_t> first;
 };
 
@@ -83,7 +83,7 @@ class Episode {
     }
     grad = space.grad[0].take(n * widest), grad_below = space.grad[1].take(n * widest);
     logits = space.logits.take(n * of.layers[head].n_out);
-    kept = {space.slope.take(n), space.log_sum.take(n), space.first.take(n)};
+    kept = {space.slope.take(n), space.peak.take(n), space.total.take(n), space.first.take(n)};
     const int64_t size_of_head = (of.layers[head].n_in + 1) * of.layers[head].n_out;
     if (of.metric) space.own[head].take(size_of_head), space.folded.take(size_of_head), space.by_head.take(size_of_head);
   }
@@ -224,8 +224,7 @@ class Episode {
     Floats by_background = {};
     for (int64_t i = 0; i < n; i += W) {
       const int64_t left = n - i;
-      by_background += pull_odds(episode, i, load_some(kept.slope + i, left, 0.0f),
-                                 load_some(kept.log_sum + i, left, 0.0f),
+      by_background += pull_odds(episode, i, load_some(kept.slope + i, left, 0.0f), kept.exps(i, left),
                                  load_indices(kept.first + i, std::min<int64_t>(W, left)), false,
                                  logits + i * episode.n_classes);
     }
@@ -304,6 +303,9 @@ void run(const EpisodeProgram& program, int64_t begin, int64_t end, bool outer) 
 }  // namespace
 
 extern "C" {
+
+// What Python fills.
+extern const int64_t mdml_episode_layer = sizeof(EpisodeLayer), mdml_episode_program = sizeof(EpisodeProgram);
 
 // Whether the processor has products of bfloat16.
 int64_t mdml_has_bfloat16() {

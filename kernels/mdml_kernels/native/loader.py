@@ -8,6 +8,7 @@ import hashlib
 import logging
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -41,26 +42,37 @@ def native() -> Native:
     if os.environ.get("MDML_NATIVE") == "0":
         return Native(None, "MDML_NATIVE=0")
     named = os.environ.get("CXX")
-    compiler = next((path for name in ([named] if named else _COMPILERS) if (path := shutil.which(name))), None)
+    commands = [shlex.split(named)] if named else [[name] for name in _COMPILERS]
+    compiler = next((command for command in commands if command and shutil.which(command[0])), None)
     if compiler is None:
         return Native(None, f"{named} is no command" if named else "no C++ compiler was found")
+    name = " ".join([Path(compiler[0]).name, *compiler[1:]])
     try:
-        return Native(ctypes.CDLL(str(_compiled(compiler))), f"compiled by {Path(compiler).name}")
+        return Native(_loaded(compiler), f"compiled by {name}")
     except subprocess.CalledProcessError as error:
-        return Native(None, f"{Path(compiler).name} failed: {error.stderr.strip().splitlines()[:1]}")
+        said = error.stderr.strip().splitlines()
+        return Native(None, f"{name} failed: {said[0] if said else f'it ended with {error.returncode}'}")
     except (OSError, subprocess.TimeoutExpired) as error:
-        return Native(None, f"{Path(compiler).name} failed: {error}")
+        return Native(None, f"{name} failed: {error}")
 
 
 def cache_folder() -> Path:
-    """Where compiled kernels are kept."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mdml-kernels"
+    """Where compiled kernels are kept.
+
+    Raises:
+        OSError: there is no home folder.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mdml-kernels"
+    except RuntimeError:  # a container's user may have none
+        raise OSError("there is no home folder to keep kernels in: set HOME or XDG_CACHE_HOME") from None
 
 
 def serves(*tensors: Tensor) -> bool:
     """Whether the kernels can take these: float32 on a CPU, plain memory that no tracer or mode is looking at."""
     return (
         not torch.compiler.is_compiling()
+        and not torch._C._is_tracing()
         and _python_dispatch._len_torch_dispatch_stack() == 0  # type: ignore[attr-defined]
         and all(t.dtype == torch.float32 and t.device.type == "cpu" and type(t) in _PLAIN for t in tensors)
         and native().kernels is not None
@@ -76,29 +88,42 @@ def multiplies_bfloat16() -> bool:
     return kernels is not None and bool(kernels.mdml_has_bfloat16())
 
 
-def _compiled(compiler: str) -> Path:
-    """The library's path; compiles it where this source, compiler and processor have not met before."""
+def _loaded(compiler: list[str]) -> ctypes.CDLL:
+    """The library; compiled where this source, compiler and processor have not met before, or what they made is broken.
+
+    One that was cut short would end the process that loads it, so its name says what it holds.
+    """
     sources, headers = sorted(_HERE.glob("*.cpp")), sorted(_HERE.glob("*.h"))
-    version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True).stdout
+    version = subprocess.run([*compiler, "--version"], capture_output=True, text=True, check=True).stdout
     facts = [version, _processor(), *_FLAGS, *(path.read_text() for path in [*sources, *headers])]
-    name = hashlib.sha256("\0".join(facts).encode()).hexdigest()[:32] + ".so"
-    folder = cache_folder()
-    if (folder / name).is_file():
-        return folder / name
+    made_of, folder = _digest("\0".join(facts).encode()), cache_folder()
+    for library in folder.glob(f"{made_of}-*.so"):
+        if library.stem == f"{made_of}-{_digest(library.read_bytes())}":
+            return ctypes.CDLL(str(library))
+        library.unlink(missing_ok=True)
     folder.mkdir(parents=True, exist_ok=True)
-    log.info("%s compiles the kernels for this processor: once, for some seconds", Path(compiler).name)
-    with tempfile.TemporaryDirectory(dir=folder) as scratch, ThreadPoolExecutor() as pool:
-        made = Path(scratch) / name
-        objects = [str(Path(scratch) / f"{source.stem}.o") for source in sources]
+    log.info("%s compiles the kernels for this processor: once, for some seconds", compiler[0])
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        made = Path(scratch) / "made.so"
+        _compile(compiler, sources, made)
+        library = made.replace(folder / f"{made_of}-{_digest(made.read_bytes())}.so")
+    return ctypes.CDLL(str(library))
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:32]
+
+
+def _compile(compiler: list[str], sources: list[Path], library: Path) -> None:
+    objects = [str(library.with_name(f"{source.stem}.o")) for source in sources]
+    with ThreadPoolExecutor() as pool:
         done = [
-            pool.submit(_run, [compiler, *_FLAGS, "-c", str(source), "-o", to])
+            pool.submit(_run, [*compiler, *_FLAGS, "-c", str(source), "-o", to])
             for source, to in zip(sources, objects, strict=True)
         ]
-        for each in done:
-            each.result()
-        _run([compiler, *_FLAGS, "-shared", *objects, "-o", str(made)])
-        made.replace(folder / name)
-    return folder / name
+    for each in done:
+        each.result()
+    _run([*compiler, *_FLAGS, "-shared", *objects, "-o", str(library)])
 
 
 def _run(command: list[str]) -> None:

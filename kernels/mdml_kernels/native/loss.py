@@ -40,7 +40,7 @@ class NativeMarginLoss:
         return reference.softmax_margin_loss(logits, is_ood, self.margin, 1 / tau, background, "max", self.form)
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """The losses; then to save: ∂L/∂o, log Σ e^x of what is not the first maximum, and which that is."""
+        """The losses; then to save: ∂L/∂o, and what `cpu.forward` saves."""
         logits, tau, background, is_ood = inputs
         small = logits.shape[1:].numel() <= _LONG_EPISODE
         if self.form == "hinge" and small and rows.serves_rows(logits, tau):

@@ -25,10 +25,12 @@ static inline Ints load_indices(const int64_t* from, int64_t n) {
   return value;
 }
 
-// What a loss keeps of the rows [N]: its slopes by their odds, log of the sum of e^x without m, and m.
+// What a loss keeps of the rows [N]: its slopes by their odds, the sum of e^x without m, and m.
 struct Kept {
-  float *slope, *log_sum;
+  float *slope, *peak, *total;
   int64_t* first;
+
+  Exps exps(int64_t i, int64_t n) const { return {load_some(peak + i, n, 0.0f), load_some(total + i, n, 1.0f)}; }
 };
 
 // The weights of the mean over ID rows (negative) and over OOD rows; 0 where a side has none.
@@ -54,25 +56,25 @@ struct Sides {
 // Values of the first n lanes, 0 in the others, whatever is there.
 static inline Floats in_use(Floats value, int64_t n) { return LANES < static_cast<int32_t>(n) ? value : all(0.0f); }
 
-// The log-odds of W rows, from the log of the sum of e^x of the others than m, or of all (`mass`).
-static inline Floats odds_of(const EpisodeLogits& of, const Statistics& found, Floats log_sum, bool mass) {
-  if (mass) return of.background ? log_sum - *of.background : log_sum;
-  return found.top - (of.background ? log_add(log_sum, all(*of.background)) : log_sum);
+// The log-odds of W rows, from the sum of e^x of the others than m, or of all (`mass`).
+static inline Floats odds_of(const EpisodeLogits& of, const Statistics& found, const Exps& exps, bool mass) {
+  if (mass) return exps.log_over(all(of.background ? *of.background : 0.0f));
+  return of.background ? -log_add(exps.log_over(found.top), *of.background - found.top) : -exps.log_over(found.top);
 }
 
-// Slopes by the odds of W rows, as they reach e^(x - shift), the entry m, and the background (0 without one).
+// Slopes by the odds of W rows, as they reach e^(x - peak), the entry m, and the background (0 without one).
 struct Pulled {
   Floats at_rest, at_first, by_background;
 };
 
-// shift is the log of the sum of e^x of all but m; of all (`mass`).
-static inline Pulled pulled(const EpisodeLogits& of, Floats by_odds, Floats shift, bool mass) {
-  by_odds += shift - shift;  // a row with a NaN or an infinity has one in all its gradients
-  const Floats scaled = by_odds * of.tau;
-  if (mass) return {scaled, scaled, -by_odds};
-  if (!of.background) return {-scaled, scaled, all(0.0f)};
-  const Floats ahead = shift - *of.background;
-  return {-scaled * sigmoid_of(ahead), scaled, -by_odds * sigmoid_of(-ahead)};
+// exps is that sum of e^x of all but m; of all (`mass`).
+static inline Pulled pulled(const EpisodeLogits& of, Floats by_odds, const Exps& exps, bool mass) {
+  by_odds += exps.total - exps.total;  // a row with a NaN or an infinity has one in all its gradients
+  const Floats scaled = by_odds * of.tau, share = scaled / exps.total;
+  if (mass) return {share, scaled, -by_odds};
+  if (!of.background) return {-share, scaled, all(0.0f)};
+  const Floats ahead = exps.log_over(all(*of.background));
+  return {-share * sigmoid_of(ahead), scaled, -by_odds * sigmoid_of(-ahead)};
 }
 
 // The hinge loss at confidence `max`. Where grad [N, K] is not null, it gets the gradient to long rows, times ahead.
@@ -83,10 +85,10 @@ static inline float hinge(const EpisodeLogits& of, const uint8_t* is_ood, float 
   for (int64_t i = 0; i < of.n_rows; i += W) {
     const Rows rows = of.rows(i);
     const Statistics found = statistics(rows, all(of.tau), grad ? grad + i * of.n_classes : nullptr);
-    const Floats others = log_others(found);
-    const Floats odds = odds_of(of, found, others, false);
+    const Floats odds = odds_of(of, found, exps_of_others(found), false);
     store_some(kept.slope + i, odds, rows.n);
-    store_some(kept.log_sum + i, others, rows.n);
+    store_some(kept.peak + i, found.second, rows.n);
+    store_some(kept.total + i, found.others, rows.n);
     store_indices(kept.first + i, found.first, rows.n);
     total += sides.weights(i, rows.n) * in_use(sigmoid_of(odds), rows.n);
   }
@@ -100,7 +102,7 @@ static inline float hinge(const EpisodeLogits& of, const uint8_t* is_ood, float 
     const Floats slope = weight * sigmoid_of(odds) * sigmoid_of(-odds);
     store_some(kept.slope + i, slope, rows.n);
     if (!grad) continue;
-    const Pulled to = pulled(of, slope * ahead, load_some(kept.log_sum + i, rows.n, 0.0f), false);
+    const Pulled to = pulled(of, slope * ahead, kept.exps(i, rows.n), false);
     gradients_of_terms(rows, to.at_rest, to.at_first, load_indices(kept.first + i, rows.n), grad + i * of.n_classes);
   }
   return met ? 0.0f : gap;
@@ -108,10 +110,10 @@ static inline float hinge(const EpisodeLogits& of, const uint8_t* is_ood, float 
 
 // Slopes by the odds of W rows pulled back to their logits [n, K]; the result is that by the background. Letters
 // as in `pulled`; first is m, or -1 (`mass`).
-static inline Floats pull_odds(const EpisodeLogits& of, int64_t i, Floats by_odds, Floats shift, Ints first, bool mass,
+static inline Floats pull_odds(const EpisodeLogits& of, int64_t i, Floats by_odds, const Exps& exps, Ints first, bool mass,
                                float* by_logits) {
-  const Pulled to = pulled(of, by_odds, shift, mass);
-  gradients(of.rows(i), all(of.tau), shift, to.at_rest, to.at_first, first, by_logits);
+  const Pulled to = pulled(of, by_odds, exps, mass);
+  gradients(of.rows(i), all(of.tau), exps.peak, to.at_rest, to.at_first, first, by_logits);
   return to.by_background;
 }
 
@@ -119,9 +121,9 @@ static inline Floats pull_odds(const EpisodeLogits& of, int64_t i, Floats by_odd
 static inline void one_class_gradient(const EpisodeLogits& of, bool mass, float* logits) {
   for (int64_t i = 0; i < of.n_rows; i += W) {
     const Statistics found = statistics(of.rows(i), all(of.tau));
-    const Floats shift = mass ? log_all(found) : log_others(found);
-    const Floats by_odds = sigmoid_of(-odds_of(of, found, shift, mass)) * (-1.0f / of.n_rows);
-    pull_odds(of, i, by_odds, shift, mass ? Ints{} - 1 : found.first, mass, logits + i * of.n_classes);
+    const Exps exps = mass ? exps_of_all(found) : exps_of_others(found);
+    const Floats by_odds = sigmoid_of(-odds_of(of, found, exps, mass)) * (-1.0f / of.n_rows);
+    pull_odds(of, i, by_odds, exps, mass ? Ints{} - 1 : found.first, mass, logits + i * of.n_classes);
   }
 }
 
@@ -134,11 +136,12 @@ static inline float bce_gradient(const EpisodeLogits& of, const uint8_t* is_ood,
   for (int64_t i = 0; i < of.n_rows; i += W) {
     const int64_t n = of.rows(i).n;
     const Statistics found = statistics(of.rows(i), all(of.tau));
-    const Floats log_sum = log_all(found), odds = odds_of(of, found, log_sum, true), weight = sides.weights(i, n);
+    const Exps exps = exps_of_all(found);
+    const Floats odds = odds_of(of, found, exps, true), weight = sides.weights(i, n);
     // -log S of ID rows, -log (1 - S) of OOD rows: log(1 + e^y) of minus or plus the odds.
     const Floats y = weight < 0.0f ? -odds : odds, slope = weight * sigmoid_of(y);
     total += in_use(magnitude(weight) * log_add(all(0.0f), y), n);
-    background += in_use(pull_odds(of, i, slope, log_sum, Ints{} - 1, true, logits + i * of.n_classes), n);
+    background += in_use(pull_odds(of, i, slope, exps, Ints{} - 1, true, logits + i * of.n_classes), n);
     store_some(by_odds + i, slope * of.tau, n);
   }
   if (by_background) *by_background = reduce(background, sum<Floats>)[0];

@@ -228,6 +228,9 @@ class Block {
 
 extern "C" {
 
+// What Python sizes memory by.
+extern const int64_t mdml_ball = BALL, mdml_most = MOST;
+
 // out [N] of rows [N, d] from `begin` to `end`: the mean distance to the k nearest of the references [n, d], NaN where
 // there is none; which [N] (null: not asked for): the place of the nearest, -1 where there is none.
 // Balls, centres, columns and squares are as mdml_balls makes them of the coarse coordinates of the references, which

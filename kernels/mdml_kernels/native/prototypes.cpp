@@ -164,6 +164,8 @@ void run(const PrototypeProgram& program, int64_t begin, int64_t end) {
 
 extern "C" {
 
+extern const int64_t mdml_prototype_program = sizeof(PrototypeProgram);
+
 // Of the episodes from `begin` to `end`.
 void mdml_prototype_gradients(int64_t begin, int64_t end, const PrototypeProgram* program) {
   if (program->bfloat16) return run<Bfloat16>(*program, begin, end);

@@ -19,7 +19,7 @@ struct Rows {
 };
 
 // Of each row: the largest x, the first index of it, the largest x of the others, and the sum of e^(x - second) of the
-// others. A row with nothing but -inf beside m has second = -FLT_MAX and others = 1.
+// others. A row with nothing but -inf beside m has second = -FLT_MAX and others = 1, one with a NaN or an infinity NaN.
 struct Statistics {
   Floats top, second, others;
   Ints first;
@@ -63,7 +63,7 @@ static inline Statistics short_statistics(const Rows& rows, Floats tau) {
   for (int32_t k = 0; k < rows.n_classes; ++k) lead.meet(turned.by_class[k] * tau, Ints{} + k);
   Floats total = {};
   for (int64_t k = 0; k < rows.n_classes; ++k) total += exp_of(not_positive(turned.by_class[k] * tau - lead.second));
-  return {lead.top, lead.second, without_one(total), lead.at};
+  return {lead.top, lead.second, without_one(total) + (lead.top - lead.top), lead.at};
 }
 
 // f(k, how many) for the vectors of a row of n; a known length leaves no branches in f.
@@ -74,11 +74,11 @@ static inline void sweep(int64_t n, const F& f) {
   if (k < n) f(k, n - k);
 }
 
-// Lanes past the end of a row hold -inf: no entry is less, and they take no share of any sum.
+// Lanes past the end of a row hold -inf: no entry is less, and they take no share of any exps.
 static inline Floats scaled(const float* from, int64_t n, Floats tau) { return load_some(from, n, -INFINITE) * tau; }
 
 // Each row's vectors are reduced to one; W of those, turned, to a lane for each row. Where it is not null, terms
-// [n, n_classes] gets those of the sums, e^(x - second), side by side, and 1 / others in m's place.
+// [n, n_classes] gets those of the sums, e^(x - second), side by side.
 static inline Statistics long_statistics(const Rows& rows, Floats tau, float* terms) {
   Floats tops[W] = {}, seconds[W] = {}, totals[W] = {};
   Ints places[W] = {};
@@ -110,9 +110,8 @@ static inline Statistics long_statistics(const Rows& rows, Floats tau, float* te
   }
   turn(totals);
   for (int l = 0; l < W; ++l) found.others += totals[l];
-  found.others = without_one(found.others);
+  found.others = without_one(found.others) + (found.top - found.top);
   found.first = found.first < static_cast<int32_t>(rows.n_classes) ? found.first : Ints{};
-  for (int64_t i = 0; terms && i < rows.n; ++i) terms[i * rows.n_classes + found.first[i]] = 1.0f / found.others[i];
   return found;
 }
 
@@ -121,17 +120,24 @@ static inline Statistics statistics(const Rows& rows, Floats tau, float* terms =
   return rows.n_classes <= SHORT ? short_statistics(rows, tau) : long_statistics(rows, tau, terms);
 }
 
-// log of the sum of e^x: of the others than m, and of all. NaN where a row holds a NaN or an infinity.
-static inline Floats log_others(const Statistics& of) { return of.second + log_of(of.others) + (of.top - of.top); }
-static inline Floats log_all(const Statistics& of) { return log_add(of.top, log_others(of)); }
+// A sum of e^x, total times e^peak. Its logarithm would be rounded at its own size, which is that of what all x share.
+struct Exps {
+  Floats peak, total;
 
-// grad [n, n_classes] = at_rest * e^(x - shift), but at_first at the entry first (-1: nowhere). May be in place.
-static inline void gradients(const Rows& rows, Floats tau, Floats shift, Floats at_rest, Floats at_first, Ints first,
+  Floats log_over(Floats x) const { return (peak - x) + log_of(total); }
+};
+
+// Of the others than m, and of all.
+static inline Exps exps_of_others(const Statistics& of) { return {of.second, of.others}; }
+static inline Exps exps_of_all(const Statistics& of) { return {of.top, 1.0f + of.others * exp_of(of.second - of.top)}; }
+
+// grad [n, n_classes] = at_rest * e^(x - peak), but at_first at the entry first (-1: nowhere). May be in place.
+static inline void gradients(const Rows& rows, Floats tau, Floats peak, Floats at_rest, Floats at_first, Ints first,
                              float* grad) {
   const int64_t n = rows.n_classes;
   for (int64_t i = 0; i < rows.n; ++i) {
     float* out = grad + i * n;
-    const float rest = at_rest[i], from = shift[i];
+    const float rest = at_rest[i], from = peak[i];
     sweep(n, [&](int64_t k, int64_t left) INLINE {
       store_some(out + k, rest * exp_of(scaled(rows.at(i) + k, left, tau) - from), left);
     });
@@ -148,7 +154,7 @@ static inline void multiply(float* values, int64_t n, float by) {
 // `gradients` from the terms of `long_statistics`, in their place.
 static inline void gradients_of_terms(const Rows& rows, Floats at_rest, Floats at_first, Ints first, float* terms) {
   for (int64_t i = 0; i < rows.n; ++i, terms += rows.n_classes) {
-    multiply(terms, rows.n_classes, at_rest[i] * terms[first[i]]);
+    multiply(terms, rows.n_classes, at_rest[i]);
     terms[first[i]] = at_first[i];
   }
 }

@@ -27,17 +27,17 @@ def serves_rows(logits: Tensor, tau: Tensor) -> bool:
     return (logits.stride(-1) == 1 or logits.shape[-1] == 1) and serves(logits, tau)
 
 
-def statistics(logits: Tensor, tau: Tensor, confidence: Confidence) -> tuple[Tensor, Tensor, Tensor]:
-    """The largest x; log Σ e^x of all others (`mass`: of all); the first index of the largest (`mass`: empty): [E, N].
+def statistics(logits: Tensor, tau: Tensor, confidence: Confidence) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Of rows [E, N]: the largest x; peak and total; the first index of the largest (`mass`: empty).
 
-    τ is [E].
+    Of all others than that one (`mass`: of all), peak is the largest, and total Σ e^(x - peak). τ is [E].
     """
     n_episodes, n_rows, _ = logits.shape
-    top, log_sum = tau.new_empty(2, n_episodes, n_rows).unbind()
+    top, peak, total = (tau.new_empty(n_episodes, n_rows) for _ in range(3))
     first = torch.empty(n_episodes, n_rows if confidence == "max" else 0, dtype=torch.int64)
-    outputs = (top, log_sum, first if confidence == "max" else None)
+    outputs = (top, peak, total, first if confidence == "max" else None)
     call("mdml_row_statistics", *_by_block(logits), *_walk(logits, tau), *outputs)
-    return top, log_sum, first
+    return top, peak, total, first
 
 
 def hinge(
@@ -48,21 +48,22 @@ def hinge(
     margin: float,
     ahead: float = 1.0,
     grad: Tensor | None = None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """The hinge loss [E] at confidence `max`; its slopes by the odds [E, N]; log Σ e^x without the first largest; which
-    that is. is_ood is bool [E, N].
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The hinge loss [E] at confidence `max`; its slopes by the odds [E, N]; peak, total and first of `statistics`.
+
+    is_ood is bool [E, N].
 
     grad [E, N, K] is filled with the gradient to rows longer than SHORT of ahead times each loss, while they are in the
     cache; see `reweigh`.
     """
     n_episodes, n_rows, n_classes = logits.shape
-    loss, columns = tau.new_empty(n_episodes), tau.new_empty(2, n_episodes, n_rows)
+    loss = tau.new_empty(n_episodes)
+    slope, peak, total = (tau.new_empty(n_episodes, n_rows) for _ in range(3))
     first = torch.empty(n_episodes, n_rows, dtype=torch.int64)
-    slope, log_sum = columns.unbind()
-    others = (whole(background), whole(is_ood), ctypes.c_float(margin), loss, slope, log_sum, first)
+    others = (whole(background), whole(is_ood), ctypes.c_float(margin), loss, slope, peak, total, first)
     work = (n_episodes, n_rows * n_classes, _LEAST_LOGITS)
     call("mdml_hinge", *work, *_walk(logits, tau), *others, ctypes.c_float(ahead), grad)
-    return loss, slope, log_sum, first
+    return loss, slope, peak, total, first
 
 
 def reweigh(grad: Tensor, by_loss: Tensor, ahead: float) -> Tensor:
@@ -79,7 +80,7 @@ def gradients(
     tau: Tensor,
     background: Tensor | None,
     slopes: tuple[Tensor | None, Tensor],
-    saved: tuple[Tensor, Tensor | None],
+    saved: tuple[Tensor, Tensor, Tensor | None],
     needs_tau: bool,
     out: Tensor,
 ) -> tuple[Tensor | None, Tensor | None]:
@@ -90,17 +91,16 @@ def gradients(
         tau: [E].
         background: [E] or None.
         slopes: by the losses, and by the odds.
-        saved: log Σ e^x of the entries but the first largest, and which that is; or of all, and None: `mass`.
+        saved: peak, total and first of `statistics`, contiguous; first is None for `mass`.
         needs_tau: whether the gradient to τ is wanted.
         out: float32 [E, N, K], contiguous; may be the logits.
 
     Returns:
         The gradients to τ and to the background [E], where there are such.
     """
-    log_sum, first = saved
-    tau_rows = torch.empty_like(log_sum) if needs_tau else None
-    background_rows = None if background is None else torch.empty_like(log_sum)
-    others = (whole(background), *slopes, log_sum, first, out, tau_rows, background_rows)
+    tau_rows = torch.empty_like(saved[0]) if needs_tau else None
+    background_rows = None if background is None else torch.empty_like(saved[0])
+    others = (whole(background), *slopes, *saved, out, tau_rows, background_rows)
     call("mdml_row_gradients", *_by_block(logits), *_walk(logits, tau), *others)
     return (
         None if tau_rows is None else tau_rows.sum(1) / tau,

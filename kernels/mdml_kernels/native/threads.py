@@ -35,7 +35,12 @@ def shared(run: Callable[[int, int], None], n: int, least: int) -> None:
     parts = max(1, min(threads, n // least))
     cuts = [n * i // parts for i in range(parts + 1)]
     own, *rest = itertools.pairwise(cuts)
-    others = [_pool().submit(run, *part) for part in rest]
+    others = []
+    for part in rest:
+        try:
+            others.append(_pool().submit(run, *part))
+        except RuntimeError:  # the interpreter ends, and starts no more
+            run(*part)
     run(*own)
     for other in others:
         other.result()
