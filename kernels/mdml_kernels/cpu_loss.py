@@ -31,13 +31,20 @@ def is_small(logits: Tensor) -> bool:
 def textbook_confidence(logits: Tensor, temperature: Scalar, background: Scalar | None) -> Tensor:
     """S [..., N] of few logits [..., N, K], arguments as in `functional`, by the derivatives that PyTorch has."""
     if isinstance(temperature, Tensor) or temperature != 1:
-        scaled = reference.scaled(logits, temperature)
+        scaled = _scaled(logits, temperature)
     else:
         scaled = logits.to(reference.accumulation_dtype(logits))
     if background is not None:
         column = reference.per_row(background, logits).unsqueeze(-1).expand(*scaled.shape[:-1], 1)
         return torch.softmax(torch.cat([scaled, column], dim=-1), -1)[..., :-1].max(-1).values
     return torch.softmax(scaled, -1).max(-1).values
+
+
+def _scaled(logits: Tensor, temperature: Scalar) -> Tensor:
+    """ℓ / T [..., N, K]. A class of -inf stays so at any T, and takes no part in the derivative by it."""
+    barred = logits == -torch.inf
+    finite = logits.to(reference.accumulation_dtype(logits)).masked_fill(barred, 0.0)
+    return (finite / reference.per_row(temperature, logits).unsqueeze(-1)).masked_fill(barred, -torch.inf)
 
 
 @dataclass(frozen=True)

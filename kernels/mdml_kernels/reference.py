@@ -28,34 +28,24 @@ def log_confidence(
     logits: Tensor, temperature: Scalar = 1.0, background: Scalar | None = None, confidence: Confidence = "max"
 ) -> tuple[Tensor, Tensor]:
     """log S and log(1 - S), each [..., N], of logits [..., N, K]; at ties of the maximum the first index counts."""
-    x = scaled(logits, temperature)
-    # What all logits of a row share costs no digits then; it is a constant, which no derivative sees.
-    shared = x.detach().amax(-1, keepdim=True)
-    x = x - shared
-    log_mass = torch.logsumexp(x, dim=-1)
+    scaled = logits.to(accumulation_dtype(logits)) / per_row(temperature, logits).unsqueeze(-1)
+    log_mass = torch.logsumexp(scaled, dim=-1)
     if background is not None:
-        log_background = per_row(background, logits) - shared.squeeze(-1)
+        log_background = per_row(background, logits).expand_as(log_mass)
         log_total = torch.logaddexp(log_mass, log_background)
         if confidence == "mass":
             return log_mass - log_total, log_background - log_total
     else:
         log_total = log_mass
 
-    first_max = x.argmax(dim=-1, keepdim=True)
-    log_max = x.gather(-1, first_max).squeeze(-1)
-    if x.shape[-1] == 1:
+    first_max = scaled.argmax(dim=-1, keepdim=True)
+    log_max = scaled.gather(-1, first_max).squeeze(-1)
+    if scaled.shape[-1] == 1:
         return log_max - log_total, log_background - log_total
-    log_rest = torch.logsumexp(x.scatter(-1, first_max, -torch.inf), dim=-1)
+    log_rest = torch.logsumexp(scaled.scatter(-1, first_max, -torch.inf), dim=-1)
     if background is not None:
         log_rest = torch.logaddexp(log_rest, log_background)
     return log_max - log_total, log_rest - log_total
-
-
-def scaled(logits: Tensor, temperature: Scalar) -> Tensor:
-    """ℓ / T [..., N, K]. A class of -inf stays so at any T, and takes no part in the derivative by it."""
-    barred = logits == -torch.inf
-    finite = logits.to(accumulation_dtype(logits)).masked_fill(barred, 0.0)
-    return (finite / per_row(temperature, logits).unsqueeze(-1)).masked_fill(barred, -torch.inf)
 
 
 def softmax_margin_loss(

@@ -77,7 +77,7 @@ def by_order(values):
     return [[odds], [logits, tau, *background[:1]], [second_logits, second_tau, *background[1:]], [along]]
 
 
-def assert_as_good_as_eager(cases, confidence, fenced, slack=parity.TOLERANCE[torch.float32]):
+def assert_as_good_as_eager(cases, confidence, fenced, slack=1e-6):
     """The worst relative error of each order over all cases is at most that of eager in the same dtype, plus slack."""
     ours, eager = [], []
     for case in cases:
@@ -105,7 +105,7 @@ def test_float64(shape, confidence, with_background, strided, fenced):
 @pytest.mark.parametrize("shape", [(2, 40, 10), (2, 6, 512), (1, 2, 1000)])
 def test_error_is_that_of_eager(shape, dtype, confidence, with_background, fenced):
     # In half precision both round the same number; but the interpreter cuts bfloat16 off where a GPU rounds it.
-    slack = {torch.float32: parity.TOLERANCE[torch.float32], torch.float16: 1e-4, torch.bfloat16: 2**-7}[dtype]
+    slack = {torch.float32: 1e-6, torch.float16: 1e-4, torch.bfloat16: 2**-7}[dtype]
     seeds = range(5 if dtype == torch.float32 else 1)
     assert_as_good_as_eager([make(shape, dtype, with_background, seed) for seed in seeds], confidence, fenced, slack)
 
@@ -207,7 +207,7 @@ def test_a_row_of_forbidden_classes_beside_a_background_moves_nothing():
 
 @pytest.mark.parametrize(("confidence", "with_background"), CONFIDENCES)
 def test_what_all_logits_share_costs_no_digits(confidence, with_background, fenced):
-    """Far from zero, as a prototype's are: what is left is the rounding of x / T, and that of sums that cancel."""
+    """Far from zero, as a prototype's are: eager rounds x / T there, and what differs is lost."""
     case = make((2, 6, 50), torch.float32, with_background)
     case["logits"] = (case["logits"] + 1000).round(decimals=2)
     if with_background:
@@ -216,7 +216,7 @@ def test_what_all_logits_share_costs_no_digits(confidence, with_background, fenc
     ours = parity._errors(by_order(by_kernels(case, confidence, fenced)), truth)
     eager = parity._errors(by_order(by_reference(case, confidence, torch.float32)), truth)
     assert ours[0] <= eager[0] + 1e-6
-    assert all(our <= 4 * other for our, other in zip(ours[1:], eager[1:], strict=True)), (ours, eager)
+    assert all(our <= 0.2 * other for our, other in zip(ours[1:], eager[1:], strict=True)), (ours, eager)
 
 
 def test_one_logit_at_an_infinite_temperature():
