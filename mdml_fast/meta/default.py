@@ -207,9 +207,8 @@ class DefaultModel:
         normal_scores, by_head = tails.held_out_scores(distances, units).tensor_split([len(SCORES)])
         by_normals = (normal_scores, by_head, units, len(normals))
         weights, anomaly = weigh(*by_normals, anomaly_scores, labels, halves, config.fusion)
-        classes, discriminants = rows.normal_labels[order], None
-        by_class = seen, classes[learned], placed.views, classes[judged]
-        if found := Discriminants.of_classes(*by_class, config.discriminants):
+        classes, discriminants = rows.normal_labels[order[learned]], None
+        if found := Discriminants.of_classes(seen, classes, placed.views, config.discriminants):
             discriminants, sides = found
             both = torch.cat([anomaly.unsqueeze(0), discriminants.tails.held_out_scores(sides, units)])
             anomaly = fuse(with_sides(anomaly.new_ones(1), discriminants, config.fusion), both, config.fusion)

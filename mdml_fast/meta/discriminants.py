@@ -44,7 +44,7 @@ class Discriminants:
         weights: of the features in that view, for each of K families, float64 [K, d].
         offsets: added to their sums, float64 [K].
         tails: of `distances` of the families' rows, by discriminants that were learned without them.
-        told: how much of what side such rows are on is told, from 0 to 1 []: of classes that differ in nothing, 0.
+        told: how much such ones tell of what side rows are on, from 0 to 1 []: of classes that differ in nothing, 0.
     """
 
     def __init__(self, weights: Tensor, offsets: Tensor, tails: Tails, told: Tensor) -> None:
@@ -52,7 +52,7 @@ class Discriminants:
 
     @classmethod
     def of_classes(
-        cls, learned: Tensor, labels: Names, held_out: Tensor, held_out_labels: Names, config: DiscriminantConfig
+        cls, learned: Tensor, labels: Names, held_out: Tensor, config: DiscriminantConfig
     ) -> tuple[Self, Tensor] | None:
         """Learn the side of each class of normals, against the others; None where there is one class only.
 
@@ -60,7 +60,6 @@ class Discriminants:
             learned: normals to learn from in each view, in random order [4, n, d].
             labels: their classes [n].
             held_out: other normals in each view [4, m, d].
-            held_out_labels: their classes [m].
             config: the constants.
 
         Returns:
@@ -69,20 +68,18 @@ class Discriminants:
         labels = labels[: config.normals].astype(str)
         names, counts = np.unique(labels, return_counts=True)
         large = names[counts >= config.least_rows]
-        n_small = int(np.sum(~np.isin(labels, large)))
-        families = [(labels == name, held_out_labels.astype(str) == name) for name in large]
-        if n_small >= config.least_rows:
-            families.append((~np.isin(labels, large), ~np.isin(held_out_labels.astype(str), large)))
+        families = [labels == name for name in large]
+        small = ~np.isin(labels, large)
+        if small.sum() >= config.least_rows:
+            families.append(small)
         if len(families) < 2:
             return None
         rows = learned[CLIPPED, : config.normals].double()
-        owns = (torch.as_tensor(own, device=rows.device) for own, _ in families)
-        weights, offsets, _ = zip(*(_least_squares(rows, own, config.shrinkage) for own in owns), strict=True)
+        owns = (torch.as_tensor(own, device=rows.device) for own in families)
+        weights, offsets, left_out = zip(*(_least_squares(rows, own, config.shrinkage) for own in owns), strict=True)
         both = torch.stack(weights), torch.stack(offsets)
-        sums = _sums(held_out, *both)
-        on_own = torch.cat([sums[own, place] for place, (_, own) in enumerate(families)])
-        distances = _exponential(sums.amin(1)).unsqueeze(0)
-        return cls(*both, Tails.fit(distances), _told(on_own)), distances
+        distances = _distances(held_out, *both)
+        return cls(*both, Tails.fit(distances), _told(torch.cat(left_out))), distances
 
     @classmethod
     def of_family(cls, family: Tensor, known: Tensor, config: DiscriminantConfig) -> tuple[Self, Tensor]:
@@ -99,7 +96,7 @@ class Discriminants:
 
     def distances(self, views: Tensor) -> Tensor:
         """How far rows, in each view [4, N, d], are from the nearest side: positive, as tails want it [1, N]."""
-        return _exponential(_sums(views, self.weights, self.offsets).amin(1)).unsqueeze(0)
+        return _distances(views, self.weights, self.offsets)
 
     def score(self, views: Tensor) -> Tensor:
         """Tail scores of rows in each view [4, N, d] -> [1, N]."""
@@ -141,9 +138,14 @@ def _sums(views: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     return views[CLIPPED].double() @ weights.T + offsets
 
 
-def _told(on_own: Tensor) -> Tensor:
-    """See `Discriminants`, from the sums of rows on their own side: least squares give minus what they explain."""
-    return (-on_own.mean()).nan_to_num(0.0).clamp(0, 1).float()
+def _distances(views: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
+    """See `Discriminants.distances`."""
+    return _exponential(_sums(views, weights, offsets).amin(1)).unsqueeze(0)
+
+
+def _told(left_out: Tensor) -> Tensor:
+    """See `Discriminants`, from the sums of families' rows by those without each: the mean of what these explain."""
+    return (-left_out.mean()).clamp(0, 1).float()
 
 
 def _exponential(sums: Tensor) -> Tensor:
