@@ -69,6 +69,7 @@ class AlarmsMixin:
 
     def attainable_notes(self) -> list[str]:
         """What keeps the false-alarm rate from being promised with these calibration normals, a line each."""
+        self.check_settings()
         rate, calibration = self.false_alarm_rate, self.calibration_
         lowest = calibration.lowest_rate(Promise(self.promise), self.confidence)
         notes = []

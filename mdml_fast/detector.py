@@ -160,8 +160,8 @@ class MDMLDetector(AlarmsMixin, OutlierMixin, BaseEstimator):  # type: ignore[mi
         """Learn from further normals and labelled anomalies too, without starting over; the first time it is `fit`.
 
         Training goes on for a few steps, on these rows and on a bounded sample of all earlier ones, which the detector
-        keeps: what it costs does not grow with what it has seen. No row may be given twice, here or to `fit`: alarms
-        would be more frequent than promised. Columns stay encoded as they are: a column that was
+        keeps: what it costs does not grow with what it has seen. No row may be given twice, here, to `fit` or to
+        `adapt`: alarms would be more frequent than promised. Columns stay encoded as they are: a column that was
         constant at first stays unused, a category that was unknown stays one of the others. With groups the second
         training (see `fit`) starts over.
 
@@ -189,7 +189,7 @@ class MDMLDetector(AlarmsMixin, OutlierMixin, BaseEstimator):  # type: ignore[mi
 
         is_normal = np.isin(labels.astype(str), normal_classes)
         kept = self.kept_.with_further(rows, labels, is_normal, group_names, self.contamination, seed)
-        remarks = self.remarks_ + self.kept_.given_before(rows)
+        remarks = self.remarks_ + self._given_before(rows)
         self._learn(kept, self.encoder_, normal_classes, self.model_.config, seed, self.model_, **how)
         self.remarks_ = remarks
         return self
@@ -276,7 +276,7 @@ class MDMLDetector(AlarmsMixin, OutlierMixin, BaseEstimator):  # type: ignore[mi
         """Take these normals [N], which nothing was learned from, to calibrate on, in place of the earlier ones.
 
         Args:
-            X: rows that are normal, as normals are today; none that `fit` or `partial_fit` was given.
+            X: rows that are normal, as normals are today; none that `fit`, `partial_fit` or `adapt` was given.
             groups: the group of each [N], for alarms calibrated by group.
 
         Raises:
@@ -288,7 +288,7 @@ class MDMLDetector(AlarmsMixin, OutlierMixin, BaseEstimator):  # type: ignore[mi
         check_count(len(rows), "calibrate on")
         scores, names = self.model_.score(rows), named_groups(groups, len(rows))
         self.calibration_ = ConformalCalibration(scores, names, self.contamination)
-        self.remarks_ = self.remarks_ + self.kept_.given_before(rows)
+        self.remarks_ = self.remarks_ + self._given_before(rows)
         label, stays = unnamed_normal(self.normal_classes_), scores >= self.calibration_.scores[0]
         self.kept_ = self.kept_.recalibrated(rows[stays], label, None if names is None else names[stays])
         return self
@@ -313,10 +313,15 @@ class MDMLDetector(AlarmsMixin, OutlierMixin, BaseEstimator):  # type: ignore[mi
             self.remarks_ = [
                 *self.remarks_,
                 f"of {len(self.known_anomalies_.rows)} labelled anomalies {found} were alarms before adapting to "
-                f"{len(rows)} rows, {still} are now: give more rows, or give them to partial_fit as a normal class",
+                f"{len(rows)} rows, {still} after it: adapt the model from before to more rows at once, or give them "
+                f"to partial_fit as a normal class instead",
             ]
         self.known_normals_ = self.known_normals_.with_family(rows, f"adapted {len(self._adapted()) + 1}")
         return self
+
+    def _given_before(self, rows: Rows) -> list[str]:
+        known = self.known_normals_
+        return self.kept_.given_before(rows, known.rows[np.isin(known.names, self._adapted())])
 
     def _labelled_alarms(self) -> int:
         """How many labelled anomalies are alarms, of those that are kept."""

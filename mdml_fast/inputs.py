@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from mdml_fast.data.labelled import MIN_NORMALS, Names, check_normals, class_names
+from mdml_fast.data.labelled import MIN_NORMALS, UNNAMED, Names, check_normals, class_names
 from mdml_fast.errors import InputError
 
 DTYPES = {"float32": None, "bfloat16": torch.bfloat16}
@@ -101,8 +101,8 @@ def _labels(
 
 
 def unnamed_normal(classes: Sequence[str]) -> str:
-    """The class of normals that nobody named: the only normal one, or one of its own."""
-    return classes[0] if len(classes) == 1 else "normal"
+    """The class of further normals that nobody named: the only normal one, or one of its own."""
+    return classes[0] if len(classes) == 1 else UNNAMED
 
 
 def named_groups(groups: Any, n_rows: int) -> Names | None:

@@ -108,10 +108,14 @@ class KeptRows:
         names = labels if groups is None else groups
         return others.with_rows(KeptRows.draw(rows, labels, parts, names, 0.0, len(rows))).bounded()
 
-    def given_before(self, rows: Rows) -> list[str]:
-        """A line, where more of further rows [n, d] equal one of these than rows of these equal each other."""
+    def given_before(self, rows: Rows, adapted: Rows) -> list[str]:
+        """A line, where more of further rows [n, d] equal one of these than rows of these equal each other.
+
+        Or one of those that were adapted to [m, d].
+        """
         known = Counter(row.tobytes() for row in self.rows)
-        n_equal = sum(row.tobytes() in known for row in rows)
+        known_or_adapted = known.keys() | {row.tobytes() for row in adapted}
+        n_equal = sum(row.tobytes() in known_or_adapted for row in rows)
         chance = sum(count for count in known.values() if count > 1) / len(self.rows)
         if n_equal <= binom.ppf(NOT_RARE, len(rows), max(chance, FEW_EQUAL)):
             return []

@@ -34,7 +34,7 @@ class PyODDetector:
 
     @property
     def decision_scores_(self) -> Floats:
-        """Of the rows of `fit` [N]; where the detector came fitted these are gone: of its calibration normals."""
+        """Of the rows of `fit` [N], as it scored them; where the detector came fitted: of its calibration normals."""
         return -self.detector.calibration_.scores if self._fitted_on is None else self._fitted_on
 
     @property

@@ -16,6 +16,8 @@ from mdml_fast.data.tables import plain
 from mdml_fast.errors import InputError, RowError
 
 MIN_NORMALS = 20
+# The class of further normals that nobody named, where there are several: they may be of any of them.
+UNNAMED = "(unnamed)"
 
 Names = npt.NDArray[np.object_]
 

@@ -1,4 +1,4 @@
-"""preset="default": views, an ensemble of directions, neighbours in their embeddings, anchored weights, a tree head."""
+"""preset="default": views, directions, neighbours in their embeddings, anchored weights, a tree head, discriminants."""
 
 from __future__ import annotations
 
@@ -90,8 +90,8 @@ class DefaultConfig:
 class DefaultModel:
     """The default algorithm, trained.
 
-    Views, encoders and trees learn nothing from the normals that are held out. Those give the tails, the weights and
-    the calibration, and are references like all others: a normal is compared with those of other families.
+    Views, encoders, trees and discriminants learn nothing from the normals that are held out. Those give the tails, the
+    weights and the calibration, and are references like all others: a normal is compared with those of other families.
 
     Args:
         config: the constants.

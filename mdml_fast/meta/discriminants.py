@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mdml_fast.data.labelled import Names
+from mdml_fast.data.labelled import UNNAMED, Names
 from mdml_fast.data.views import VIEWS
 from mdml_fast.meta.tails import Tails
 
@@ -28,7 +28,7 @@ class DiscriminantConfig:
     shrinkage: float = 0.1
     # Normals that they are learned from; with all of them no table is found better by more than 0.001 AUROC.
     normals: int = 1000
-    # Smaller classes are taken for one.
+    # Classes with fewer of them are taken for one, and for none where these are too few, too.
     least_rows: int = 20
 
 
@@ -58,14 +58,15 @@ class Discriminants:
 
         Args:
             learned: normals to learn from in each view, in random order [4, n, d].
-            labels: their classes [n].
+            labels: their classes [n]; those of none that is named take no part.
             held_out: other normals in each view [4, m, d].
             config: the constants.
 
         Returns:
             The discriminants, and `distances` of the normals that were held out [1, m].
         """
-        labels = labels[: config.normals].astype(str)
+        named = np.flatnonzero(labels != UNNAMED)[: config.normals]
+        labels = labels[named].astype(str)
         names, counts = np.unique(labels, return_counts=True)
         large = names[counts >= config.least_rows]
         families = [labels == name for name in large]
@@ -74,12 +75,12 @@ class Discriminants:
             families.append(small)
         if len(families) < 2:
             return None
-        rows = learned[CLIPPED, : config.normals].double()
+        rows = learned[CLIPPED, torch.as_tensor(named, device=learned.device)].double()
         owns = (torch.as_tensor(own, device=rows.device) for own in families)
         weights, offsets, left_out = zip(*(_least_squares(rows, own, config.shrinkage) for own in owns), strict=True)
         both = torch.stack(weights), torch.stack(offsets)
         distances = _distances(held_out, *both)
-        return cls(*both, Tails.fit(distances), _told(torch.cat(left_out))), distances
+        return cls(*both, Tails.fit(distances), _told(*left_out)), distances
 
     @classmethod
     def of_family(cls, family: Tensor, known: Tensor, config: DiscriminantConfig) -> tuple[Self, Tensor]:
@@ -143,9 +144,12 @@ def _distances(views: Tensor, weights: Tensor, offsets: Tensor) -> Tensor:
     return _exponential(_sums(views, weights, offsets).amin(1)).unsqueeze(0)
 
 
-def _told(left_out: Tensor) -> Tensor:
-    """See `Discriminants`, from the sums of families' rows by those without each: the mean of what these explain."""
-    return (-left_out.mean()).clamp(0, 1).float()
+def _told(*left_out: Tensor) -> Tensor:
+    """See `Discriminants`, from the sums of each family's rows by those without each: the mean of what these explain.
+
+    Families count alike: directions that fit a small one by chance have the many others on their own side.
+    """
+    return (-torch.stack([own.mean() for own in left_out]).mean()).clamp(0, 1).float()
 
 
 def _exponential(sums: Tensor) -> Tensor:

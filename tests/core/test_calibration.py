@@ -302,7 +302,7 @@ def test_what_adapting_costs_of_the_labelled_anomalies_is_said_and_saved(tmp_pat
     still = int((detector.predict(anomalies) == -1).sum())
     assert still < found - 20
     (line,) = detector.remarks_
-    assert line.startswith(f"of 60 labelled anomalies {found} were alarms before adapting to 40 rows, {still} are now")
+    assert line.startswith(f"of 60 labelled anomalies {found} were alarms before adapting to 40 rows, {still} after it")
     assert line in detector.notes_
     detector.save(tmp_path / "model")
     assert MDMLDetector.load(tmp_path / "model").notes_ == detector.notes_

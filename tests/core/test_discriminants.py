@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mdml_fast import MDMLDetector
 from mdml_fast.data import as_table
+from mdml_fast.data.labelled import UNNAMED
 from mdml_fast.data.views import VIEWS
 from mdml_fast.meta.default import DefaultConfig
 from mdml_fast.meta.discriminants import MOST_EXPONENT, DiscriminantConfig, Discriminants
@@ -80,17 +81,34 @@ def test_each_class_has_its_side_small_ones_are_one_and_rows_belong_to_the_neare
         )
         for row in range(own.shape[1])
     ]
-    assert float(found.told) == pytest.approx(-float(torch.stack(left_out).mean()), rel=1e-5)
+    means = [part.mean() for part in torch.stack(left_out).split([100, 90, 27])]
+    assert float(found.told) == pytest.approx(-float(sum(means)) / 3, rel=1e-5)
 
 
 def test_classes_that_differ_in_nothing_tell_nothing() -> None:
     labels = np.array(["a", "b", "c"] * 100)
     alike, _ = Discriminants.of_classes(views(300, 5, 0), labels, views(90, 5, 1), CONFIG)
     assert float(alike.told) < 0.05
+    # What fits a small class by chance has the many others on their side.
+    labels_of_unequal = np.repeat(["many", "few"], [970, 30])
+    unequal, _ = Discriminants.of_classes(views(1000, 90, 4), labels_of_unequal, views(90, 90, 5), CONFIG)
+    assert float(unequal.told) < 0.05
     apart = views(300, 5, 2)
     apart[CLIPPED, :, 1:4] += 6 * torch.eye(3).repeat(100, 1)
     found, _ = Discriminants.of_classes(apart, labels, views(90, 5, 3), CONFIG)
     assert float(found.told) > 0.8
+
+
+def test_normals_that_nobody_named_are_of_no_class() -> None:
+    rows, held_out = views(300, 4, 0), views(50, 4, 1)
+    labels = np.array(["p", "q", UNNAMED] * 100, dtype=object)
+    rows[CLIPPED, ::3, 0] += 5
+    named = torch.arange(300) % 3 < 2
+    found, _ = Discriminants.of_classes(rows, labels, held_out, CONFIG)
+    expected, _ = Discriminants.of_classes(rows[:, named], labels[named.numpy()], held_out, CONFIG)
+    assert found.weights.shape == (2, 4)
+    assert torch.equal(found.weights, expected.weights)
+    assert torch.equal(found.told, expected.told)
 
 
 @pytest.mark.parametrize("sizes", [{"ok": 200}, {"ok": 190, "rare": 10}, dict.fromkeys("abcdefgh", 10)])
@@ -121,7 +139,10 @@ def test_rows_that_are_all_alike_or_very_far_give_finite_scores(centre: float) -
     assert left_out.isfinite().all()
     for rows in (alike, views(20, 4, 1), -alike, views(20, 4, 1) * 1e20):
         assert found.score(rows).isfinite().all()
-    assert float(found.distances(-alike).max()) <= float(torch.tensor(MOST_EXPONENT).exp())
+    beyond = Discriminants(torch.ones(1, 4).double(), torch.zeros(1).double(), found.tails, found.told)
+    assert float(beyond.distances(torch.full((len(VIEWS), 1, 4), 1e3))) == pytest.approx(
+        np.exp(MOST_EXPONENT), rel=1e-5
+    )
 
 
 def ranked(detector: MDMLDetector, normals: np.ndarray, anomalies: np.ndarray) -> float:

@@ -285,7 +285,20 @@ def test_rows_that_are_given_twice_are_told_but_not_those_that_are_equal_by_chan
     detector.partial_fit(first[0][:300], first[1][:300])
     assert len(detector.remarks_) == 2
     assert not MDMLDetector(FAST, random_state=0).fit(*first, normal=["ok"]).remarks_
+    adapted = rows_of(("other", 60), seed=2)[0]
+    (line,) = MDMLDetector(FAST, random_state=0).fit(*first, normal=["ok"]).adapt(adapted).recalibrate(adapted).remarks_
+    assert line.startswith("60 of 60 rows equal")
     # Of few values most rows are equal to others.
     rng = np.random.default_rng(0)
     coarse = MDMLDetector(FAST, random_state=0).fit(rng.integers(0, 3, size=(400, 2)))
     assert not coarse.recalibrate(rng.integers(0, 3, size=(200, 2))).remarks_
+
+
+def test_unnamed_normals_beside_several_classes_blur_none_of_them() -> None:
+    first = rows_of(("ok", 300), ("other", 300), ("up", 30))
+    detector = MDMLDetector(FAST, random_state=0).fit(*first, normal=["ok", "other"])
+    told = float(detector.model_._families[0].discriminants.told)
+    detector.partial_fit(np.concatenate([rows_of(("ok", 200), seed=1)[0], rows_of(("other", 200), seed=1)[0]]))
+    discriminants = detector.model_._families[0].discriminants
+    assert discriminants.weights.shape[0] == 2
+    assert float(discriminants.told) > 0.9 * told > 0.7
