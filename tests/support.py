@@ -15,6 +15,9 @@ import pytest
 
 from mdml_fast.data.labelled import LabelledTable
 from mdml_fast.data.open_sets import open_sets
+from mdml_fast.meta.default import DefaultConfig
+from mdml_fast.meta.ensemble import EnsembleConfig
+from mdml_fast.meta.paper import PaperConfig
 
 ROOT = Path(__file__).parent.parent
 DATA = Path(os.environ.get("MDML_DATA", ROOT / ".." / "shared" / "data"))
@@ -23,6 +26,19 @@ COMMAND = Path(sys.executable).parent / "mdml-fast"
 OPEN_SETS = ("letter", "nsl_kdd", "shuttle", "tennessee_eastman")
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
+
+
+# Trainings of milliseconds, for what does not depend on how well they find anomalies.
+FAST = DefaultConfig(
+    ensemble=EnsembleConfig(hidden=8, n_prototypes=32, n_queries=32, n_anomalies=24, n_synthetic=64, steps=5),
+    n_trees=10,
+)
+PAPER = PaperConfig(outer_steps=5, episodes_per_step=4)
+
+
+def normals(n: int, seed: int = 0, centre: float = 0.0) -> np.ndarray:
+    """Rows of four features around a centre."""
+    return np.random.default_rng(seed).normal(centre, 1, size=(n, 4))
 
 
 def protocol(name: str) -> dict[str, Any]:

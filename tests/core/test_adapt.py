@@ -3,25 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from support import FAST, PAPER, normals
 
 from mdml_fast import MDMLDetector
 from mdml_fast.meta.default import DefaultConfig
 from mdml_fast.meta.discriminants import Discriminants
-from mdml_fast.meta.ensemble import EnsembleConfig
 from mdml_fast.meta.fusion import fuse
 from mdml_fast.meta.paper import PaperConfig
 from mdml_fast.meta.scoring import OUTER_QUANTILE
 from mdml_fast.meta.tails import SHAPED_TAIL_ROWS, Tails
-
-FAST = DefaultConfig(
-    ensemble=EnsembleConfig(hidden=8, n_prototypes=32, n_queries=32, n_anomalies=24, n_synthetic=64, steps=5),
-    n_trees=10,
-)
-PAPER = PaperConfig(outer_steps=5, episodes_per_step=4)
-
-
-def normals(n: int, seed: int = 0, centre: float = 0.0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(centre, 1, size=(n, 4))
 
 
 @pytest.mark.parametrize("config", [FAST, PAPER], ids=["default", "paper"])

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 from scipy.stats import binomtest, norm
+from support import FAST, PAPER, normals
 
 from mdml_fast import InputError, MDMLDetector
 from mdml_fast.calibration import (
@@ -15,20 +16,7 @@ from mdml_fast.calibration import (
     needed_normals,
 )
 from mdml_fast.drift import DriftMonitor
-from mdml_fast.meta.default import DefaultConfig
-from mdml_fast.meta.ensemble import EnsembleConfig
 from mdml_fast.meta.neighbours import innermost
-from mdml_fast.meta.paper import PaperConfig
-
-FAST = DefaultConfig(
-    ensemble=EnsembleConfig(hidden=8, n_prototypes=32, n_queries=32, n_anomalies=24, n_synthetic=64, steps=5),
-    n_trees=10,
-)
-PAPER = PaperConfig(outer_steps=5, episodes_per_step=4)
-
-
-def normals(n: int, seed: int = 0, centre: float = 0.0) -> np.ndarray:
-    return np.random.default_rng(seed).normal(centre, 1, size=(n, 4))
 
 
 def test_the_certificate_fails_in_a_share_of_delta() -> None:

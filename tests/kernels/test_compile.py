@@ -8,6 +8,7 @@ import torch
 from mdml_kernels import SoftmaxMarginLoss, compiled, linear_softmax_confidence, softmax_confidence, softmax_margin_loss
 from torch.autograd import forward_ad
 from torch.func import grad, jvp, vmap
+from torch.library import opcheck
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 
@@ -230,7 +231,7 @@ def test_a_compiler_is_told_what_the_operator_does(kind, confidence):
     else:
         given = [normal(1, 7, 4), normal(1, 5, 4), normal(1, 5), torch.ones(1, 7), torch.zeros(1, 7)]
     leaves = [value.requires_grad_() for value in given]
-    torch.library.opcheck(compiled._forward, (leaves, [True] * len(leaves), kind, confidence))
+    opcheck(compiled._forward, (leaves, [True] * len(leaves), kind, confidence))
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
