@@ -144,6 +144,7 @@ class MDMLDetector(AlarmsMixin, OutlierMixin, BaseEstimator):  # type: ignore[mi
         encoder = FeatureEncoder.fit(table, is_normal, scaled_by)
         kept = KeptRows.draw(encoder.transform(table), labels, parts, group_names, self.contamination, seed)
         self._learn(kept, encoder, normal_classes, config, seed, checkpoint=checkpoint, resume=resume, **how)
+        self.remarks_ = []
         self.feature_names_in_ = np.array(table.column_names, dtype=object)
         self.n_features_in_ = table.num_columns
         return self
@@ -189,9 +190,9 @@ class MDMLDetector(AlarmsMixin, OutlierMixin, BaseEstimator):  # type: ignore[mi
 
         is_normal = np.isin(labels.astype(str), normal_classes)
         kept = self.kept_.with_further(rows, labels, is_normal, group_names, self.contamination, seed)
-        remarks = self.remarks_ + self._given_before(rows)
+        told = self._given_before(rows)
         self._learn(kept, self.encoder_, normal_classes, self.model_.config, seed, self.model_, **how)
-        self.remarks_ = remarks
+        self.remarks_ = self.remarks_ + told
         return self
 
     def _how(self, progress: Progress | None) -> dict[str, Any]:
@@ -228,7 +229,6 @@ class MDMLDetector(AlarmsMixin, OutlierMixin, BaseEstimator):  # type: ignore[mi
         self.known_normals_: KnownRows = known_normals
         self.known_anomalies_ = KnownRows.sample(rows.rows[anomalies], rows.labels[anomalies], seed)
         self.anomaly_classes_ = np.unique(labels[anomalies]).tolist()
-        self.remarks_ = []
 
     def _trained(
         self,

@@ -112,7 +112,7 @@ class ChunkCache:
     """What was measured, in a JSON file of the user's cache folder; one that can't be read or written is no cache."""
 
     def __init__(self, path: Path | None = None) -> None:
-        self.path = path or _users_folder() / "mdml-fast" / "chunks.json"
+        self.path = path or _users_folder() / "chunks.json"
 
     def get(self, key: str) -> int | None:
         """The size stored under the key."""
@@ -135,10 +135,10 @@ class ChunkCache:
 
 
 def _users_folder() -> Path:
-    """The user's cache folder; /dev/null, in which nothing can be kept, where the user has none."""
+    """Ours in the user's cache; /dev/null, in which nothing can be kept, where the user has none."""
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:
+        return native.cache_folder("mdml-fast")
+    except OSError:
         return Path(os.devnull)
 
 

@@ -90,7 +90,7 @@ class Discriminants:
             Its discriminant, and `distances` of the family's rows, each by one that was learned without it [1, n].
         """
         n = family.shape[1]
-        rows = torch.cat([family[CLIPPED], known[CLIPPED, : config.normals]]).double()
+        rows = torch.cat([family[CLIPPED], known[CLIPPED]]).double()
         weights, offset, left_out = _least_squares(rows, torch.arange(len(rows)).to(rows) < n, config.shrinkage)
         distances = _exponential(left_out).unsqueeze(0)
         return cls(weights.unsqueeze(0), offset.unsqueeze(0), Tails.fit(distances), _told(left_out)), distances

@@ -56,14 +56,14 @@ def native() -> Native:
         return Native(None, f"{name} failed: {error}")
 
 
-def cache_folder() -> Path:
-    """Where compiled kernels are kept.
+def cache_folder(name: str = "mdml-kernels") -> Path:
+    """Where compiled kernels are kept, or what else has a name in the user's cache.
 
     Raises:
         OSError: there is no home folder.
     """
     try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "mdml-kernels"
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / name
     except RuntimeError:  # a container's user may have none
         raise OSError("there is no home folder to keep kernels in: set HOME or XDG_CACHE_HOME") from None
 
